@@ -1,0 +1,222 @@
+"""Training batches: which images in which order, in which view, blended with which other, and on which rank.
+
+All of it is a function of (seed, epoch, image), so an interrupted run goes on from one integer, at any number of ranks, and the
+ranks' parts of a batch put together are the batch a single process would have had.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from kd_dist import views
+from kd_dist.pixels import Pixels
+from kd_dist.runtime import Runtime, ignore_stop_signals
+
+ORDER, CROPS, FLIPS, VIEW_CHOICE, BLEND = range(5)
+MIXUP_BETA = 0.2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of one step. Pictures leave here as uint8; the engine normalises them on the device.
+
+    `global_size` counts the images of the step over all ranks. `weights_B` is the share of each image's own label; the rest belongs to
+    `partner_labels_B` (1 and the own label where nothing was blended). `teacher_logits_BK` is None where no cache is read.
+    """
+
+    index_B: torch.Tensor
+    images_BCHW: torch.Tensor
+    labels_B: torch.Tensor
+    partner_labels_B: torch.Tensor
+    weights_B: torch.Tensor
+    teacher_logits_BK: torch.Tensor | None
+    global_size: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; tensors in pinned memory travel without the host waiting."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+    def pin_memory(self) -> "Batch":
+        """Called by the DataLoader that feeds a GPU."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.pin_memory() for name, value in tensors.items()})
+
+
+@dataclass(frozen=True)
+class EpochViews:
+    """The view that every image is seen in during one epoch; `choice_N` is its number in the cache, None for a fresh crop."""
+
+    box_N4: np.ndarray
+    flip_N: np.ndarray
+    choice_N: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class FreshCrops:
+    """A new random crop of every image in every epoch."""
+
+    sizes_N2: np.ndarray
+    crop_scale: tuple[float, float]
+    seed: int
+
+    def __call__(self, epoch: int) -> EpochViews:
+        box_N4 = views.draw_boxes(_rng(self.seed, epoch, CROPS), self.sizes_N2, self.crop_scale)
+        return EpochViews(box_N4, views.draw_flips(_rng(self.seed, epoch, FLIPS), len(box_N4)))
+
+
+@dataclass(frozen=True)
+class CachedCrops:
+    """The cache's own views: in each epoch every image gets one of its views, without replacement until all have been seen.
+
+    With more than one view the evaluation view, number 0, is left out.
+    """
+
+    box_NV4: np.ndarray
+    flip_NV: np.ndarray
+    seed: int
+
+    def __call__(self, epoch: int) -> EpochViews:
+        n, all_views = self.flip_NV.shape
+        numbers = np.arange(min(1, all_views - 1), all_views, dtype=np.int32)
+        cycle, turn = divmod(epoch, len(numbers))
+        choice_N = _rng(self.seed, cycle, VIEW_CHOICE).permuted(np.tile(numbers, (n, 1)), axis=1)[:, turn]
+        rows_N = np.arange(n)
+        return EpochViews(self.box_NV4[rows_N, choice_N], self.flip_NV[rows_N, choice_N], choice_N)
+
+
+@dataclass(frozen=True)
+class Blends:
+    """For every image of one epoch: with whom it is blended, how, and the share of the image's own label in [0, 1]."""
+
+    partner_N: np.ndarray
+    pasted_N: np.ndarray
+    weight_N: np.ndarray
+    centre_N2: np.ndarray
+
+
+def draw_blends(seed: int, epoch: int, n: int, mixup: float, cutmix: float) -> Blends:
+    """Blend a share `mixup` of the images by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, weight uniform)."""
+    rng = _rng(seed, epoch, BLEND)
+    lot_N = rng.random(n)
+    partner_N = rng.integers(0, n, n)
+    mixed_N = rng.beta(MIXUP_BETA, MIXUP_BETA, n)
+    pasted_weight_N = rng.random(n)
+    centre_N2 = rng.random((n, 2))
+    pasted_N = (lot_N >= mixup) & (lot_N < mixup + cutmix)
+    weight_N = np.where(lot_N < mixup, mixed_N, np.where(pasted_N, pasted_weight_N, 1.0))
+    return Blends(partner_N, pasted_N, weight_N, centre_N2)
+
+
+def _rng(*words: int) -> np.random.Generator:
+    return np.random.default_rng(words)
+
+
+def order_of(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order in which an epoch visits the images: a permutation of range(n)."""
+    return _rng(seed, epoch, ORDER).permutation(n)
+
+
+def steps_in_epoch(n: int, batch_size: int) -> int:
+    """Steps that one pass takes. Each image is visited once; batches differ by one image at most and never exceed batch_size."""
+    return -(-n // batch_size)
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Everything batches are made of: pictures, labels, a rule for views, and soft labels where there is a cache."""
+
+    pixels: Pixels
+    labels_N: np.ndarray
+    views_of_epoch: FreshCrops | CachedCrops
+    image_size: int
+    batch_size: int
+    seed: int
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    logits_NVK: np.ndarray | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_in_epoch(len(self.labels_N), self.batch_size)
+
+    def epoch(self, epoch: int, runtime: Runtime, workers: int = 0, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of an epoch, from `first_step` on."""
+        steps = range(first_step, self.steps_per_epoch)
+        return iter(
+            DataLoader(
+                EpochBatches(self, epoch, runtime.rank, runtime.world_size),
+                batch_size=None,
+                sampler=steps,
+                num_workers=min(workers, len(steps)),
+                pin_memory=runtime.device.type == "cuda",
+                worker_init_fn=ignore_stop_signals,
+            )
+        )
+
+
+class EpochBatches(Dataset):
+    """One epoch as seen by one rank: item i is the rank's part of step i."""
+
+    def __init__(self, data: TrainData, epoch: int, rank: int, world_size: int):
+        n = len(data.labels_N)
+        self.data, self.rank, self.world_size = data, rank, world_size
+        self.order_N = order_of(data.seed, epoch, n)
+        self.views = data.views_of_epoch(epoch)
+        self.blends = draw_blends(data.seed, epoch, n, data.mixup, data.cutmix) if data.mixup or data.cutmix else None
+
+    def __len__(self) -> int:
+        return self.data.steps_per_epoch
+
+    def __getitem__(self, step: int) -> Batch:
+        whole_batch = np.array_split(self.order_N, len(self))[step]
+        mine_B = np.array_split(whole_batch, self.world_size)[self.rank]
+        images_BCHW, partner_B, weight_B = self._pictures(mine_B)
+        return Batch(
+            index_B=torch.from_numpy(mine_B),
+            images_BCHW=images_BCHW,
+            labels_B=torch.from_numpy(self.data.labels_N[mine_B]),
+            partner_labels_B=torch.from_numpy(self.data.labels_N[partner_B]),
+            weights_B=torch.from_numpy(weight_B.astype(np.float32)),
+            teacher_logits_BK=self._soft_labels(mine_B),
+            global_size=len(whole_batch),
+        )
+
+    def _soft_labels(self, index_B: np.ndarray) -> torch.Tensor | None:
+        if self.data.logits_NVK is None:
+            return None
+        return torch.from_numpy(self.data.logits_NVK[index_B, self.views.choice_N[index_B]])
+
+    def _render(self, index_B: np.ndarray) -> torch.Tensor:
+        pictures = [self.data.pixels[index] for index in index_B]
+        return views.render_batch(pictures, self.views.box_N4[index_B], self.views.flip_N[index_B], self.data.image_size)
+
+    def _pictures(self, index_B: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        images_BCHW = self._render(index_B)
+        if self.blends is None:
+            return images_BCHW, index_B, np.ones(len(index_B))
+        weight_B = self.blends.weight_N[index_B].copy()
+        partner_B = self.blends.partner_N[index_B]
+        blended = np.flatnonzero(weight_B < 1)
+        partners_BCHW = self._render(partner_B[blended])
+        for slot, partner_CHW in zip(blended, partners_BCHW, strict=True):
+            index = index_B[slot]
+            if self.blends.pasted_N[index]:
+                weight_B[slot] = paste(images_BCHW[slot], partner_CHW, weight_B[slot], self.blends.centre_N2[index])
+            else:
+                mixed_CHW = torch.lerp(partner_CHW.float(), images_BCHW[slot].float(), float(weight_B[slot]))
+                images_BCHW[slot] = mixed_CHW.round().to(torch.uint8)
+        return images_BCHW, partner_B, weight_B
+
+
+def paste(image_CHW: torch.Tensor, partner_CHW: torch.Tensor, weight: float, centre: Sequence[float]) -> float:
+    """CutMix in place: a box of area share 1 - weight around `centre`, cut off at the border. Gives the share that remained."""
+    size = image_CHW.shape[-1]
+    half = size * np.sqrt(1 - weight) / 2
+    top, left = (int(np.clip(round(size * c - half), 0, size)) for c in centre)
+    bottom, right = (int(np.clip(round(size * c + half), 0, size)) for c in centre)
+    image_CHW[:, top:bottom, left:right] = partner_CHW[:, top:bottom, left:right]
+    return 1 - (bottom - top) * (right - left) / size**2

@@ -1,0 +1,23 @@
+"""The cache of soft labels: one HDF5 file that describes itself, proves itself complete and refuses the wrong data."""
+
+from kd_dist.cache.card import LabelCard, card_of, render_info
+from kd_dist.cache.format import Header, Table, TeacherRow
+from kd_dist.cache.parts import BLOCK_SAMPLES, Block, blocks
+from kd_dist.cache.reader import Cache, LabelledTable, open_cache
+from kd_dist.cache.writer import BlockWriter
+
+__all__ = [
+    "BLOCK_SAMPLES",
+    "Block",
+    "BlockWriter",
+    "Cache",
+    "Header",
+    "LabelCard",
+    "LabelledTable",
+    "Table",
+    "TeacherRow",
+    "blocks",
+    "card_of",
+    "open_cache",
+    "render_info",
+]

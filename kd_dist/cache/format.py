@@ -1,0 +1,207 @@
+"""What a cache file holds: its names, types and shapes, and the checks that its writer and its reader share.
+
+docs/cache-format.md describes the same file for people who read it without this package.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from kd_dist.dataset import fingerprint_of
+
+FORMAT = "kd_dist.teacher_cache"
+VERSION = 1
+REQUIRED_FEATURES: tuple[str, ...] = ()  # what a reader of the files written here must understand beyond version 1
+KNOWN_FEATURES: frozenset[str] = frozenset()  # what the reader here understands beyond version 1
+SPLITS = ("train", "val")
+CHUNK_SAMPLES = 1024
+
+INT, FLOAT, FLAG = np.dtype("<i8"), np.dtype("<f8"), np.dtype("u1")
+TEXT = None  # fixed-length UTF-8, as long as its longest value needs
+HEADER_ATTRIBUTES = {  # field of Header -> type and shape of the file's attribute of that name
+    "dataset": (TEXT, ()),
+    "image_size": (INT, ()),
+    "mean": (FLOAT, (3,)),
+    "std": (FLOAT, (3,)),
+    "renderer": (TEXT, ()),
+    "compute_dtype": (TEXT, ()),
+    "view_sampler": (TEXT, ()),
+    "seed": (INT, ()),
+    "created": (TEXT, ()),
+    "software": (TEXT, ()),
+}
+TEACHER_COLUMNS = {  # field of TeacherRow -> type of /teachers/<field>
+    "sha256": TEXT,
+    "arch": TEXT,
+    "seed": INT,
+    "fold": INT,
+    "image_size": INT,
+    "val_top1": FLOAT,
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One dataset of a split: its name, the field of Table it holds, its type, its axes.
+
+    An axis is N (samples), V (views), K (classes) or a number.
+    """
+
+    name: str
+    field: str
+    dtype: np.dtype | None
+    axes: tuple[str | int, ...]
+
+
+PATH = Column("path", "paths", TEXT, ("N",))
+NUMBERS = (
+    Column("bytes", "bytes_N", INT, ("N",)),
+    Column("sha256", "sha256_N32", np.dtype("u1"), ("N", 32)),
+    Column("label", "labels_N", INT, ("N",)),
+    Column("teacher", "teacher_N", np.dtype("<i2"), ("N",)),
+    Column("view/box", "box_NV4", np.dtype("<i2"), ("N", "V", 4)),
+    Column("view/flip", "flip_NV", np.dtype("u1"), ("N", "V")),
+)
+LOGITS = Column("logits", "logits_NVK", np.dtype("<f2"), ("N", "V", "K"))
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """One teacher whose labels stand in the cache.
+
+    sha256: hex, over its weights; fold: the part of train it never saw, -1 when it was trained on all of
+    train; image_size: its render size in pixels; val_top1 in [0, 1].
+    """
+
+    sha256: str
+    arch: str
+    seed: int
+    fold: int
+    image_size: int
+    val_top1: float
+
+
+@dataclass(frozen=True)
+class Header:
+    """What holds for a whole cache: the classes, how views were drawn and rendered, who labelled them.
+
+    image_size: the teachers' render size in pixels; mean, std: by RGB channel, on pixels in [0, 1]; renderer,
+    view_sampler: names of rules, so that a reader can refuse one it does not know; created: ISO 8601, chosen by
+    the caller, since the writer reads no clock.
+    """
+
+    classes: tuple[str, ...]
+    dataset: str
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    renderer: str
+    compute_dtype: str
+    view_sampler: str
+    seed: int
+    created: str
+    software: str
+    teachers: tuple[TeacherRow, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Everything of one split but the logits; row i is sample i in the data's own order."""
+
+    paths: tuple[str, ...]  # relative to the data folder
+    labels_N: np.ndarray  # int64
+    bytes_N: np.ndarray  # int64, file sizes
+    sha256_N32: np.ndarray  # uint8, digests of the files' contents
+    teacher_N: np.ndarray  # int16, row of Header.teachers
+    box_NV4: np.ndarray  # int16: top, left, height, width in pixels of the decoded image
+    flip_NV: np.ndarray  # uint8, 1 where mirrored
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def views(self) -> int:
+        """V, the number of views of each sample."""
+        return self.box_NV4.shape[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest that binds these rows to paths, labels and file contents in this order."""
+        return fingerprint_of(self.paths, self.labels_N, self.sha256_N32)
+
+
+def parts_of(target: Path) -> Path:
+    """The folder in which the blocks of an unfinished cache wait."""
+    return target.with_name(target.name + ".parts")
+
+
+def digest_file_of(target: Path) -> Path:
+    """The file beside a cache that holds its SHA-256, as `sha256sum` writes it."""
+    return target.with_name(target.name + ".sha256")
+
+
+def top1_of(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
+    """Share of rows, in [0, 1], whose largest logit is the label's; of equal logits the first counts."""
+    return float(np.mean(np.argmax(logits_NK, axis=1) == labels_N))
+
+
+def first_true(marks_N: np.ndarray) -> int | None:
+    """Index of the first true element, or None."""
+    return int(np.argmax(marks_N)) if marks_N.any() else None
+
+
+def shape_of(axes: tuple[str | int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape that axes have when the named ones have these sizes."""
+    return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
+
+
+def check_header(header: Header) -> None:
+    """Raise ValueError where a header holds values that cannot be."""
+    if not header.classes or len(set(header.classes)) < len(header.classes):
+        raise ValueError(f"{len(header.classes)} classes have {len(set(header.classes))} names")
+    if header.image_size < 1:
+        raise ValueError(f"image_size is {header.image_size}")
+    if not (np.isfinite([header.mean, header.std]).all() and min(header.std) > 0):
+        raise ValueError(f"mean is {header.mean} and std {header.std}")
+    if not header.teachers:
+        raise ValueError("there is no teacher")
+    for row in header.teachers:
+        if not 0 <= row.val_top1 <= 1:
+            raise ValueError(f"val_top1 of a teacher is {row.val_top1}")
+
+
+def check_table(split: str, table: Table, header: Header) -> None:
+    """Raise ValueError where columns have the wrong type or length, or hold values that cannot be."""
+    sizes = {"N": len(table), "V": table.views}
+    if min(sizes.values()) < 1:
+        raise ValueError(f"{split} has {len(table)} samples and {table.views} views")
+    for column in NUMBERS:
+        _check_shape(split, column, getattr(table, column.field), sizes)
+    if len(set(table.paths)) < len(table):
+        raise ValueError(f"{split}/path holds a path twice")
+    _check_range(split, "label", table.labels_N, len(header.classes))
+    _check_range(split, "teacher", table.teacher_N, len(header.teachers))
+    _check_range(split, "view/flip", table.flip_NV, 2)
+    bad_NV = (table.box_NV4 < (0, 0, 1, 1)).any(axis=2)
+    _refuse_rows(split, "view/box", table.box_NV4, bad_NV.any(axis=1))
+
+
+def _check_shape(split: str, column: Column, values: np.ndarray, sizes: Mapping[str, int]) -> None:
+    shape = shape_of(column.axes, sizes)
+    if values.dtype != column.dtype or values.shape != shape:
+        found = f"{values.dtype} {list(values.shape)}"
+        raise ValueError(f"{split}/{column.name} is {found} instead of {column.dtype} {list(shape)}")
+
+
+def _check_range(split: str, name: str, values: np.ndarray, count: int) -> None:
+    outside = (values < 0) | (values >= count)
+    _refuse_rows(split, name, values, outside.reshape(len(values), -1).any(axis=1))
+
+
+def _refuse_rows(split: str, name: str, values: np.ndarray, bad_N: np.ndarray) -> None:
+    row = first_true(bad_N)
+    if row is not None:
+        raise ValueError(f"{split}/{name} of row {row} is {values[row].tolist()}")

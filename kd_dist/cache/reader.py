@@ -1,0 +1,321 @@
+"""Opening a cache: every reason to refuse one, in order, before a row of it is used."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from kd_dist.cache.fits import check_classes, check_samples
+from kd_dist.cache.format import (
+    FLAG,
+    FLOAT,
+    FORMAT,
+    HEADER_ATTRIBUTES,
+    INT,
+    KNOWN_FEATURES,
+    LOGITS,
+    NUMBERS,
+    PATH,
+    SPLITS,
+    TEACHER_COLUMNS,
+    TEXT,
+    VERSION,
+    Header,
+    Table,
+    TeacherRow,
+    check_header,
+    check_table,
+    digest_file_of,
+    first_true,
+    parts_of,
+    shape_of,
+    top1_of,
+)
+from kd_dist.errors import UserError
+from kd_dist.files import sha256_of
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+ATTRIBUTE_BYTES = 1 << 16  # HDF5's own limit in the layout that caches use
+GROUPS = ("/", "teachers", *SPLITS, *(f"{split}/view" for split in SPLITS))
+WRITE_ONE = "write one with `python -m kd_dist.teacher` or, from a finished teacher, `python -m kd_dist.cache write`"
+MEND = "copy it again from where it was written, or write it anew with `python -m kd_dist.cache write`"
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledTable(Table):
+    """A split as it stands in a cache: its columns and the raw logits, float16 [N, V, K]."""
+
+    logits_NVK: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """A cache that was read and found good: all of it is in memory, the file is closed."""
+
+    path: Path
+    digest: str  # hex SHA-256 of the file
+    header: Header
+    splits: Mapping[str, LabelledTable]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is a position in them."""
+        return self.header.classes
+
+    @property
+    def views(self) -> int:
+        """V of train: view 0 is the evaluation view, the others are drawn."""
+        return self.split("train").views
+
+    @property
+    def val_top1(self) -> float:
+        """The teachers' top-1, in [0, 1], on the evaluation view of val."""
+        val = self.split("val")
+        return top1_of(val.logits_NVK[:, 0], val.labels_N)
+
+    def split(self, name: str) -> LabelledTable:
+        """The rows of "train" or "val"."""
+        return self.splits[name]
+
+    def fingerprint(self, name: str) -> str:
+        """What binds a split to its data, recomputed from the cache's own columns."""
+        return self.split(name).fingerprint
+
+    def check_fits(self, dataset: str, classes: Sequence[str], splits: Mapping[str, object]) -> None:
+        """Raise UserError, naming both values, unless this is a cache of exactly these images in this order.
+
+        `dataset` is the data's name for messages; `splits` maps "train" and "val" to anything with paths, labels_N
+        and sha256_N32.
+        """
+        names = (f"the cache {self.path} (of {self.header.dataset})", dataset)
+        check_classes(names, self.classes, tuple(classes))
+        for name in SPLITS:
+            check_samples(names, name, self.split(name), splits[name])
+
+
+def open_cache(path: Path, *, check_digest: bool = True) -> Cache:
+    """Read a cache whole, or raise UserError with the first reason not to use it.
+
+    The file's digest is compared with the one noted beside it before HDF5 parses a byte: checksums inside cannot
+    vouch for the metadata that leads to them. `check_digest=False` is for a file that is trusted although its
+    digest file is lost.
+    """
+    path = Path(path)
+    digest = _digest_of(path)
+    if check_digest:
+        _compare_digests(path, digest)
+    return read_cache(path, digest=digest)
+
+
+def _digest_of(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(SIGNATURE))
+        digest = sha256_of(path)
+    except FileNotFoundError:
+        raise UserError(_why_missing(path)) from None
+    except OSError as error:
+        raise UserError(f"the cache {path} cannot be read ({error.strerror}): name another with --cache.") from None
+    if not start:
+        raise UserError(f"the cache {path} is empty: {MEND}.")
+    if start != SIGNATURE:
+        raise UserError(f"{path} is not an HDF5 file: name a cache of soft labels with --cache, or {WRITE_ONE}.")
+    return digest
+
+
+def _why_missing(path: Path) -> str:
+    parts = parts_of(path)
+    if parts.is_dir():
+        return f"the cache {path} is not finished, {parts} holds its blocks: run the command that was writing it again."
+    return f"there is no cache {path}: {WRITE_ONE}."
+
+
+def _compare_digests(path: Path, digest: str) -> None:
+    beside = digest_file_of(path)
+    try:
+        noted = re.findall(r"^\\?([0-9a-f]{64}) ", beside.read_text(errors="replace"), re.MULTILINE)
+    except FileNotFoundError:
+        command = f"cd {path.parent} && sha256sum {path.name} > {beside.name}"
+        raise UserError(
+            f"{beside} is missing, so nothing shows that {path} is whole: copy it from beside the original, "
+            f"or, if you trust the file as it is, run `{command}`."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{beside} cannot be read ({error.strerror}): copy it again from beside the original."
+        ) from None
+    if digest not in noted:
+        expected = " or ".join(noted) or "no SHA-256"
+        raise UserError(f"the cache {path} has SHA-256 {digest}, but {beside.name} says {expected}: {MEND}.")
+
+
+def read_cache(path: Path, *, digest: str, complete: bool = True) -> Cache:
+    """Everything that follows the digest: read all, and refuse what is not a whole and finished cache of this version.
+
+    `complete=False` leaves that one mark out, for the writer's own scan.
+    """
+    with _damage_named(path), h5py.File(path, "r", locking=False) as file:
+        _refuse_other_formats(path, file)
+        if complete and _attribute(file, "complete", FLAG, ()) != 1:
+            raise UserError(f"the cache {path} is half-written: run the command that was writing it again.")
+        columns = _Columns(file, path.stat().st_size)
+        header = _read_header(file, columns)
+        splits = {split: _read_split(columns, split, header) for split in SPLITS}
+        cache = Cache(path, digest, header, splits)
+        _check_val_top1(cache.val_top1, float(_attribute(file, "val_top1", FLOAT, ())))
+    return cache
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Make one sentence of every error that a damaged file can cause: h5py raises nearly every type there is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"the cache {path} does not fit in memory ({error}): use a machine with more.") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the cache {path} is damaged ({reason:.300}): {MEND}.") from error
+
+
+def _refuse_other_formats(path: Path, file: h5py.File) -> None:
+    if "format" not in file.attrs or _attribute(file, "format", TEXT, ()) != FORMAT:
+        raise UserError(
+            f"{path} is an HDF5 file, but not a cache of soft labels: name one with --cache, or {WRITE_ONE}."
+        )
+    version = int(_attribute(file, "version", INT, ()))
+    if version != VERSION:
+        raise UserError(f"the cache {path} has format version {version}, this kd_dist reads {VERSION}: update kd_dist.")
+    unknown = sorted(set(_attribute(file, "required_features", TEXT, None)) - KNOWN_FEATURES)
+    if unknown:
+        raise UserError(f"the cache {path} uses {', '.join(unknown)}, unknown to this kd_dist: update kd_dist.")
+
+
+def _read_header(file: h5py.File, columns: "_Columns") -> Header:
+    classes = columns.read("classes", TEXT, ("K",), {})
+    sizes: dict[str, int] = {}
+    teachers = [columns.read(f"teachers/{name}", dtype, ("T",), sizes) for name, dtype in TEACHER_COLUMNS.items()]
+    rows = zip(*(list(column) for column in teachers), strict=True)
+    values = {name: _attribute(file, name, *kind) for name, kind in HEADER_ATTRIBUTES.items()}
+    header = Header(classes=classes, teachers=tuple(TeacherRow(*row) for row in rows), **values)
+    check_header(header)
+    return header
+
+
+def _read_split(columns: "_Columns", split: str, header: Header) -> LabelledTable:
+    sizes = {"K": len(header.classes)}
+    all_columns = (PATH, *NUMBERS, LOGITS)
+    table = LabelledTable(
+        **{
+            column.field: columns.read(f"{split}/{column.name}", column.dtype, column.axes, sizes)
+            for column in all_columns
+        }
+    )
+    check_table(split, table, header)
+    row = first_true(~np.isfinite(table.logits_NVK).all(axis=(1, 2)))
+    if row is not None:
+        raise ValueError(f"{split}/logits of row {row} are not all finite")
+    return table
+
+
+def _check_val_top1(found: float, stored: float) -> None:
+    if found != stored:
+        raise ValueError(
+            f"val top-1 of view 0 is {found:.6f} but stored as {stored:.6f}, so rows and labels do not belong together"
+        )
+
+
+def _attribute(file: h5py.File, name: str, dtype: np.dtype | None, shape: tuple[int, ...] | None) -> object:
+    """The value of an attribute of exactly this type and shape (None: one axis of any length), as plain Python."""
+    if name not in file.attrs:
+        raise ValueError(f"the attribute {name} is missing")
+    stored = file.attrs.get_id(name)
+    _check_type(f"the attribute {name}", stored.dtype, dtype)
+    if stored.shape != shape and not (shape is None and len(stored.shape) == 1):
+        raise ValueError(f"the attribute {name} has shape {list(stored.shape)}")
+    if prod(stored.shape) * stored.dtype.itemsize > ATTRIBUTE_BYTES:
+        raise ValueError(f"the attribute {name} is larger than an attribute can be")
+    return _plain(file.attrs[name])
+
+
+def _plain(value: np.ndarray | np.generic) -> object:
+    """Tuples, strings and numbers of Python instead of numpy's."""
+    value = value.tolist()
+    if isinstance(value, list):
+        return tuple(item.decode() if isinstance(item, bytes) else item for item in value)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _check_type(what: str, stored: np.dtype, dtype: np.dtype | None) -> None:
+    fits = stored.kind == "S" if dtype is TEXT else stored == dtype
+    if not fits:
+        raise ValueError(f"{what} is of type {stored} instead of {'fixed-length text' if dtype is TEXT else dtype}")
+
+
+class _Columns:
+    """Reads columns out of an open file, and raises ValueError on any structure that the writer does not make.
+
+    What is refused could make HDF5 read other files, load code, or fill the memory.
+    """
+
+    def __init__(self, file: h5py.File, file_bytes: int):
+        self._file, self._file_bytes = file, file_bytes
+        for name in GROUPS:
+            self._refuse_links(name)
+
+    def read(self, name: str, dtype: np.dtype | None, axes: tuple[str | int, ...], sizes: dict[str, int]) -> object:
+        """All values of a dataset: an array, or a tuple of strings.
+
+        Its shape has to be what `sizes` says of its named axes; one that is not in there yet is added.
+        """
+        dataset = self._dataset(name)
+        _check_type(name, dataset.dtype, dtype)
+        if dataset.ndim == len(axes):
+            for axis, size in zip(axes, dataset.shape, strict=True):
+                sizes.setdefault(axis, size)
+        if dataset.ndim != len(axes) or dataset.shape != shape_of(axes, sizes):
+            raise ValueError(f"{name} has shape {list(dataset.shape)}, which does not fit the other columns")
+        self._refuse_hollow(name, dataset)
+        values = dataset[()]  # whole: rows are drawn from memory many times faster than from the file
+        return _plain(values) if dtype is TEXT or axes == ("T",) else values
+
+    def _refuse_links(self, name: str) -> None:
+        group = self._node(name) if name != "/" else self._file
+        if not isinstance(group, h5py.Group):
+            raise ValueError(f"{name} is not a group")
+        for member in group:
+            if not isinstance(group.get(member, getlink=True), h5py.HardLink):
+                raise ValueError(f"{member} in {name} is a link to elsewhere")
+
+    def _node(self, name: str) -> object:
+        *groups, last = name.split("/")
+        node = self._file
+        for part in (*groups, last):
+            if not isinstance(node, h5py.Group) or part not in node:
+                raise ValueError(f"{name} is missing")
+            node = node[part]
+        return node
+
+    def _dataset(self, name: str) -> h5py.Dataset:
+        dataset = self._node(name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise ValueError(f"{name} is not a dataset")
+        made = dataset.id.get_create_plist()
+        if made.get_layout() != h5py.h5d.CHUNKED or made.get_external_count():
+            raise ValueError(f"{name} is not stored in chunks of this file")
+        filters = [made.get_filter(index)[0] for index in range(made.get_nfilters())]
+        if filters != [h5py.h5z.FILTER_FLETCHER32]:
+            raise ValueError(f"{name} has the filters {filters} instead of a Fletcher-32 checksum alone")
+        return dataset
+
+    def _refuse_hollow(self, name: str, dataset: h5py.Dataset) -> None:
+        declared, chunk = (prod(shape) * dataset.dtype.itemsize for shape in (dataset.shape, dataset.chunks))
+        if max(declared, chunk) > self._file_bytes or dataset.id.get_storage_size() < declared:
+            raise ValueError(f"{name} declares {declared} bytes that the file does not hold")

@@ -1,0 +1,87 @@
+"""The HDF5 side of writing a cache: a file with everything in place but the logits.
+
+Nothing in it depends on the clock or on the machine, so the same plan gives the same bytes. HDF5's oldest file
+layout is used, which every version of the library reads.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import h5py
+import numpy as np
+
+from kd_dist.cache.format import (
+    CHUNK_SAMPLES,
+    FLAG,
+    FLOAT,
+    FORMAT,
+    HEADER_ATTRIBUTES,
+    INT,
+    LOGITS,
+    NUMBERS,
+    PATH,
+    REQUIRED_FEATURES,
+    TEACHER_COLUMNS,
+    TEXT,
+    VERSION,
+    Header,
+    Table,
+)
+
+LAYOUT = "earliest"
+
+
+def skeleton(header: Header, tables: Mapping[str, Table], val_top1: float) -> bytes:
+    """The bytes of a cache with all columns written, no logits yet, and `complete` still 0."""
+    with h5py.File("skeleton", "w", driver="core", backing_store=False, libver=LAYOUT) as file:
+        _write_attributes(file, header, val_top1)
+        _write_column(file, "classes", TEXT, ("K",), header.classes)
+        for name, dtype in TEACHER_COLUMNS.items():
+            _write_column(file, f"teachers/{name}", dtype, ("T",), [getattr(row, name) for row in header.teachers])
+        for split, table in tables.items():
+            _write_table(file, split, table, len(header.classes))
+        file.flush()
+        return file.id.get_file_image()
+
+
+def _write_table(file: h5py.File, split: str, table: Table, classes: int) -> None:
+    for column in (PATH, *NUMBERS):
+        _write_column(file, f"{split}/{column.name}", column.dtype, column.axes, getattr(table, column.field))
+    shape = (len(table), table.views, classes)
+    _create_column(file, f"{split}/{LOGITS.name}", LOGITS.dtype, LOGITS.axes, shape)
+
+
+def _write_attributes(file: h5py.File, header: Header, val_top1: float) -> None:
+    _write_attribute(file, "format", TEXT, FORMAT)
+    _write_attribute(file, "version", INT, VERSION)
+    _write_attribute(file, "required_features", TEXT, REQUIRED_FEATURES)
+    _write_attribute(file, "complete", FLAG, 0)
+    for name, (dtype, _) in HEADER_ATTRIBUTES.items():
+        _write_attribute(file, name, dtype, getattr(header, name))
+    _write_attribute(file, "val_top1", FLOAT, val_top1)
+
+
+def _write_attribute(file: h5py.File, name: str, dtype: np.dtype | None, value: object) -> None:
+    array = _as_array(dtype, value)
+    file.attrs.create(name, array, dtype=array.dtype)
+
+
+def _write_column(file: h5py.File, name: str, dtype: np.dtype | None, axes: tuple, values: Sequence) -> None:
+    array = _as_array(dtype, values)
+    _create_column(file, name, array.dtype, axes, array.shape)[...] = array
+
+
+def _create_column(file: h5py.File, name: str, dtype: np.dtype, axes: tuple, shape: tuple[int, ...]) -> h5py.Dataset:
+    """A checksummed place for values, in chunks of CHUNK_SAMPLES samples in one view, that can grow in V."""
+    chunk = [1 if axis == "V" else size for axis, size in zip(axes, shape, strict=True)]
+    chunk[0] = min(chunk[0], CHUNK_SAMPLES)
+    limit = tuple(None if axis == "V" else size for axis, size in zip(axes, shape, strict=True))
+    options = {"chunks": tuple(chunk), "maxshape": limit, "fletcher32": True, "track_times": False}
+    return file.create_dataset(name, shape, dtype, **options)
+
+
+def _as_array(dtype: np.dtype | None, value: object) -> np.ndarray:
+    if dtype is not TEXT:
+        return np.asarray(value, dtype)
+    texts = [text.encode() for text in ([value] if isinstance(value, str) else value)]
+    array = np.array(texts, dtype=h5py.string_dtype("utf-8", max([1, *map(len, texts)])))
+    return array.reshape(()) if isinstance(value, str) else array

@@ -1,0 +1,149 @@
+"""Writing a cache: blocks in any order by any processes, then one file, scanned and published with one rename."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from kd_dist.cache.format import (
+    FLAG,
+    LOGITS,
+    SPLITS,
+    Header,
+    Table,
+    check_header,
+    check_table,
+    digest_file_of,
+    first_true,
+    parts_of,
+    top1_of,
+)
+from kd_dist.cache.parts import BLOCK_SAMPLES, Block, Parts, blocks, full_disk_named, plan_of
+from kd_dist.cache.reader import read_cache
+from kd_dist.cache.skeleton import LAYOUT, skeleton
+from kd_dist.errors import UserError
+from kd_dist.files import publish, sha256_of, write_atomically
+
+INDEX_BYTES = 256  # more than HDF5 takes to find a chunk again: its checksum and its share of the index
+SPARE_BYTES = 1 << 16
+
+
+class BlockWriter:
+    """The writer of one cache. Every process makes its own, on the same target with the same plan (header and tables).
+
+    A killed job loses at most the blocks in flight, may go on with another number of processes, and ends with the
+    same bytes: they depend on the plan and the logits alone. Raises UserError where `target` exists already, unless
+    `replace`, and where the folder of its parts holds blocks of another plan; ValueError where the plan contradicts
+    itself.
+    """
+
+    def __init__(self, target: Path, header: Header, tables: Mapping[str, Table], *, replace: bool = False):
+        _check_plan(header, tables)
+        self.target, self.header, self.replace = Path(target), header, replace
+        self.tables = {split: tables[split] for split in SPLITS}
+        self._parts = Parts(parts_of(self.target), plan_of(header, self.tables), len(header.classes))
+        if not self._parts.exist():
+            if self.target.exists() and not replace:
+                raise UserError(
+                    f"{self.target} exists already: move it away, or choose another place for the new cache."
+                )
+            self._parts.start()
+        self._parts.check_plan()
+
+    def missing(self) -> list[Block]:
+        """The blocks that still have to be put, in fixed order; damaged ones are among them."""
+        return [block for block in blocks(self.tables) if self._parts.read(block) is None]
+
+    def put(self, block: Block, logits_BK: np.ndarray) -> None:
+        """Store a block's raw logits, float16 [stop - start, K], durably.
+
+        Raises ValueError on another type or shape; UserError on values that are not finite, and on a full disk.
+        """
+        shape = (len(block), len(self.header.classes))
+        if logits_BK.dtype != LOGITS.dtype or logits_BK.shape != shape:
+            raise ValueError(f"{block}: {logits_BK.dtype} {logits_BK.shape} instead of {LOGITS.dtype} {shape}")
+        self._refuse_overflow(block, logits_BK)
+        self._parts.write(block, logits_BK)
+
+    def publish(self) -> Path:
+        """Assemble all blocks, scan the result, put it in place with its digest file beside it, then drop the blocks.
+
+        One process calls it, once every block was put. Killed at any point it leaves the blocks, or the whole cache
+        with its digest, or both; calling it again ends with the same bytes. Raises UserError on missing blocks, a
+        full disk, or another file at `target`.
+        """
+        missing = self.missing()
+        if missing:
+            left = (
+                f"{len(missing)} of {len(blocks(self.tables))} blocks of {self.target} are missing, first {missing[0]}"
+            )
+            raise UserError(f"{left}: run the same command again to write them.")
+        temporary = self.target.with_name(f".{self.target.name}.tmp")
+        try:
+            with full_disk_named(self.target):
+                self._assemble(temporary)
+                self._install(temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._parts.drop()
+        return self.target
+
+    def _refuse_overflow(self, block: Block, logits_BK: np.ndarray) -> None:
+        row = first_true(~np.isfinite(logits_BK).all(axis=1))
+        if row is None:
+            return
+        sample = block.start + row
+        where = f"{block.split} view {block.view} of sample {sample} ({self.tables[block.split].paths[sample]})"
+        raise UserError(
+            f"the teacher's logits of {where} are NaN or beyond float16's 65504: train it again with a lower --lr."
+        )
+
+    def _assemble(self, temporary: Path) -> None:
+        labels_N = self.tables["val"].labels_N
+        first_view = [block for block in blocks(self.tables) if (block.split, block.view) == ("val", 0)]
+        val_top1 = top1_of(np.concatenate([self._parts.read(block) for block in first_view]), labels_N)
+        self._reserve(temporary, skeleton(self.header, self.tables, val_top1))
+        with h5py.File(temporary, "r+", libver=LAYOUT, locking=False) as file:
+            logits = {split: file[f"{split}/{LOGITS.name}"] for split in SPLITS}
+            for block in blocks(self.tables):
+                logits[block.split][block.start : block.stop, block.view] = self._parts.read(block)
+        read_cache(temporary, digest="", complete=False)
+        with h5py.File(temporary, "r+", libver=LAYOUT, locking=False) as file:
+            file.attrs.modify("complete", FLAG.type(1))
+
+    def _reserve(self, temporary: Path, start: bytes) -> None:
+        """Claim all space by plain system calls: HDF5 that meets a full disk itself may crash when the process ends.
+
+        What HDF5 does not use of it, it gives back when it closes the file.
+        """
+        chunk = BLOCK_SAMPLES * len(self.header.classes) * LOGITS.dtype.itemsize + INDEX_BYTES
+        bound = len(start) + len(blocks(self.tables)) * chunk + SPARE_BYTES
+        with open(temporary, "wb") as file:
+            file.write(start)
+            os.posix_fallocate(file.fileno(), 0, bound)
+
+    def _install(self, temporary: Path) -> None:
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        digest = sha256_of(temporary)
+        if not self.target.exists():
+            self._write_digests(digest)
+        elif (standing := sha256_of(self.target)) == digest or self.replace:
+            # Until the new file has taken the old one's place both digests hold: a kill in between leaves a good pair.
+            self._write_digests(standing, digest)
+        else:
+            raise UserError(f"another file has come to {self.target}: move it away, then run the same command again.")
+        publish(temporary, self.target)
+        self._write_digests(digest)
+
+    def _write_digests(self, *digests: str) -> None:
+        text = "".join(f"{digest}  {self.target.name}\n" for digest in digests)
+        write_atomically(digest_file_of(self.target), lambda file: file.write(text.encode()))
+
+
+def _check_plan(header: Header, tables: Mapping[str, Table]) -> None:
+    check_header(header)
+    for split in SPLITS:
+        check_table(split, tables[split], header)

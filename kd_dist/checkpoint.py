@@ -1,0 +1,509 @@
+"""A run's folder: the only place that spells the names of its files, and the only one that writes or removes them.
+
+    runs/student/
+        settings.json      what the run was asked to do; a resume is checked against it
+        state.json         how it stands: running, finished, interrupted or failed
+        metrics.jsonl      one line per epoch
+        checkpoints/       step-00000141.pt ..., the last two
+        model.pt           the final weights
+        val_logits.h5      the student's own logits on val (students)
+        logits.h5          the cache of soft labels, with logits.h5.sha256 (teachers)
+        events.out.tfevents.*                TensorBoard
+
+Files are replaced by one rename, so a reader never meets half of one; metrics.jsonl is appended to, and its readers
+pass over a last line that was cut. Only rank 0 writes. torch and h5py are imported where they are used, so that a login
+node can look at runs quickly.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kd_dist.errors import UserError
+from kd_dist.files import disk_full, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+STATUSES = ("running", "finished", "interrupted", "failed")
+_VERSION = 1
+_RUN, _CHECKPOINT, _MODEL, _VAL_LOGITS = "kd_dist.run", "kd_dist.checkpoint", "kd_dist.model", "kd_dist.val_logits"
+_SEAL_LENGTH = 64  # hex digits of a SHA-256
+_LOCK_PATIENCE_S = 20.0  # a killed launcher's ranks notice within seconds and let go
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names inside one run's folder. Making one touches no disk."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "settings.json"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.pt"
+
+    @property
+    def val_logits(self) -> Path:
+        return self.path / "val_logits.h5"
+
+    @property
+    def cache(self) -> Path:
+        return self.path / "logits.h5"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}.pt"
+
+    def saved_steps(self) -> list[int]:
+        """Steps that have a checkpoint file, whole or not, oldest first."""
+        names = (re.fullmatch(r"step-(\d{8,})\.pt", path.name) for path in self.checkpoints.glob("step-*.pt"))
+        return sorted(int(name[1]) for name in names if name)
+
+    def products(self) -> list[Path]:
+        """The names of all that a run makes, but for settings.json and the lock, in the order in which to remove it.
+
+        The state goes first: a removal that is cut short must not leave a run that calls itself finished.
+        """
+        cache_companions = [*self.path.glob(f"{self.cache.name}.*"), *self.path.glob(f".{self.cache.name}.*")]
+        return [
+            *(self.state, self.model, self.val_logits, self.cache),
+            *cache_companions,  # its digest, and the parts of one that was not finished
+            *(self.checkpoint(step) for step in self.saved_steps()),
+            *self.path.glob("events.out.tfevents.*"),
+            self.metrics,
+        ]
+
+    def left_overs(self) -> list[Path]:
+        """Temporary files of writers that were killed; those of a cache are its own writer's business."""
+        names = [path.name for path in (self.settings, self.state, self.metrics, self.model, self.val_logits)]
+        found = [path for name in names for path in self.path.glob(f".{name}.*.tmp")]
+        return [*found, *self.checkpoints.glob(".step-*.tmp")]
+
+
+# ---- settings: whose folder is it, and may this command go on in it
+
+
+def claim(
+    folder: RunFolder, kind: str, settings: Mapping[str, Any], may_change: Collection[str], start_over: bool
+) -> bool:
+    """Take the folder for a run and write its settings.json; True where it goes on with an earlier one. Rank 0 only.
+
+    `kind` is "teacher" or "student", `settings` anything json can hold; `may_change` names the settings that a resume
+    may alter. `start_over` removes what the earlier run of the same kind made, never a file of a name that is not ours.
+    The folder stays locked against other processes until this one ends. Nothing is touched before the checks have
+    passed. Raises UserError: the folder holds something else, another kind of run or other settings, is in use, or
+    cannot be written.
+    """
+    wanted = json.loads(json.dumps(settings))
+    _check_free(folder, kind, wanted, may_change, start_over)
+    _make_and_lock(folder)
+    # Once more: until the lock was ours, another process may have begun a run here.
+    there = _check_free(folder, kind, wanted, may_change, start_over)
+    with _writing(folder.path):
+        for path in folder.left_overs() + (folder.products() if start_over else []):
+            _remove(path)
+    _write_json(folder.settings, {"format": _RUN, "version": _VERSION, "kind": kind, "settings": wanted})
+    return there and not start_over
+
+
+def read_settings(folder: RunFolder) -> tuple[str, dict[str, Any]]:
+    """The kind of a run and its settings; UserError where the folder holds no run of ours."""
+    try:
+        document = json.loads(folder.settings.read_text(encoding="utf-8"))
+        if document["format"] != _RUN or document["version"] != _VERSION:
+            raise ValueError
+        return document["kind"], document["settings"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder.path} holds no run ({folder.settings.name} is missing); name a run's folder."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder.settings} cannot be read ({error.strerror or error}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder.settings} is no run's settings as this version writes them; name another folder."
+        ) from error
+
+
+def _check_free(
+    folder: RunFolder, kind: str, wanted: Mapping[str, Any], may_change: Collection[str], start_over: bool
+) -> bool:
+    """Whether an earlier run is there; UserError where this one may not have the folder."""
+    if not os.path.lexists(folder.settings):
+        _refuse_strangers(folder)
+        return False
+    there, old = read_settings(folder)
+    if there != kind:
+        raise UserError(f"--out {folder.path} holds a {there} run, not a {kind} run; choose another --out.")
+    differing = [] if start_over else _differences(old, wanted, may_change)
+    if differing:
+        free = ", ".join(_flag(key) for key in sorted(may_change)) or "nothing"
+        raise UserError(
+            f"--out {folder.path} holds a run with other settings ({'; '.join(differing)}) and a resume may change "
+            f"only {free}: type the old values, choose another --out, or add --start-over to delete that run."
+        )
+    return True
+
+
+def _refuse_strangers(folder: RunFolder) -> None:
+    try:
+        # Hidden names are the business of file systems and editors, or our own lock; none of our files replaces one.
+        names = sorted(name for name in os.listdir(folder.path) if not name.startswith("."))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(
+            f"--out {folder.path} is no folder to write in ({error.strerror or error}); choose another."
+        ) from error
+    if names:
+        raise UserError(
+            f"--out {folder.path} holds {len(names)} files or folders that are no run, such as {names[0]}; "
+            "choose another --out."
+        )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
+    def shown(settings: Mapping[str, Any], key: str) -> str:
+        return json.dumps(settings[key]) if key in settings else "absent"
+
+    keys = sorted((old.keys() | new.keys()) - set(may_change))
+    pairs = [(key, shown(old, key), shown(new, key)) for key in keys]
+    return [f"{_flag(key)} was {before}, now {after}" for key, before, after in pairs if before != after]
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _make_and_lock(folder: RunFolder) -> None:
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"--out {folder.path} cannot be written ({error.strerror or error}); choose another --out."
+        ) from error
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while not _locked(descriptor):
+        if time.monotonic() > deadline:
+            os.close(descriptor)
+            raise UserError(f"--out {folder.path} is in use by another process; wait for it or choose another --out.")
+        time.sleep(0.2)
+
+
+def _locked(descriptor: int) -> bool:
+    """Try the lock once. The descriptor stays open: the lock goes when the process ends, however it ends.
+
+    A POSIX lock, because children do not inherit it: loader workers that outlive a killed rank do not hold the folder.
+    """
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks: the user has to see to it
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- state and metrics
+
+
+def write_state(folder: RunFolder, status: str, **facts: Any) -> None:
+    """Note how the run stands: `status` is one of STATUSES, `facts` such as step=, epoch=, message=.
+
+    time (UTC, ISO 8601), pid and host are added, so a reader can tell a silent run from a living one. Raises UserError
+    when the disk is full: a caller that notes a failure suppresses it, to let the first failure be the one told.
+    """
+    if status not in STATUSES:
+        raise ValueError(f"status {status!r} is none of {STATUSES}")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    _write_json(
+        folder.state, {"status": status, **facts, "time": now, "pid": os.getpid(), "host": socket.gethostname()}
+    )
+
+
+def read_state(folder: RunFolder) -> dict[str, Any] | None:
+    """What `write_state` noted last, None where it never did."""
+    try:
+        return json.loads(folder.state.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder.state} cannot be read ({error}).") from error
+
+
+def append_metrics(folder: RunFolder, row: Mapping[str, Any]) -> None:
+    """Add one epoch's row, which has "step".
+
+    Append before saving the checkpoint of that step: a resume cuts what comes after its checkpoint, so each epoch
+    stands there once, whichever of the two was the last to reach the disk.
+    """
+    line = json.dumps(dict(row)) + "\n"
+    with _writing(folder.metrics), open(folder.metrics, "a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def truncate_metrics(folder: RunFolder, step: int) -> None:
+    """Keep the rows up to `step`, the step of the checkpoint that a run goes on from (0: none)."""
+    if folder.metrics.exists():
+        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
+        with _writing(folder.metrics):
+            write_atomically(folder.metrics, lambda file: file.write(kept.encode()))
+
+
+def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    """All rows, oldest first; a last line without its end (a writer killed, or at work) is passed over."""
+    try:
+        lines = folder.metrics.read_bytes().split(b"\n")[:-1]
+        return [json.loads(line) for line in lines]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{folder.metrics} is damaged ({error}); restore it or delete it.") from error
+
+
+# ---- checkpoints and weights
+
+
+def save_checkpoint(folder: RunFolder, step: int, payload: Mapping[str, Any]) -> Path:
+    """Publish a checkpoint of `step` and keep it with the one before it; rank 0 only.
+
+    `payload` holds tensors, numbers, strings and containers of them (what torch.load(weights_only=True) takes). Raises
+    UserError when it cannot be written, with the older checkpoints untouched.
+    """
+    path = folder.checkpoint(step)
+    older = [saved for saved in folder.saved_steps() if saved < step]
+    last = f"from {folder.checkpoint(older[-1])}" if older else "from the start, for there is no checkpoint yet"
+    with _writing(path, goes_on=last):
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        _write_torch(path, {"format": _CHECKPOINT, "version": _VERSION, "step": step, "payload": dict(payload)})
+    # A later step than this one is a damaged file that was passed over on resuming: it does not count as one to keep.
+    for saved in set(folder.saved_steps()) - {step, *older[-1:]}:
+        folder.checkpoint(saved).unlink(missing_ok=True)
+    return path
+
+
+def newest_checkpoint(
+    folder: RunFolder, warn: Callable[[str], None] | None = None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint as (path, payload with "step"), on the CPU; None where there is no file at all.
+
+    Damaged ones are passed over, and `warn` gets a sentence for each. Raises UserError when all are damaged.
+    """
+    damaged = []
+    for step in reversed(folder.saved_steps()):
+        path = folder.checkpoint(step)
+        try:
+            return path, load_checkpoint(path)
+        except UserError as error:
+            damaged.append(str(path))
+            if warn:
+                warn(f"passing over a checkpoint: {error}")
+    if damaged:
+        names = ", ".join(damaged)
+        raise UserError(f"no checkpoint can be read ({names}); restore one, or add --start-over to begin anew.")
+    return None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The payload of one checkpoint and its "step", on the CPU. Raises UserError: missing, damaged, not ours."""
+    document = _read_torch(path, _CHECKPOINT)
+    return {**document["payload"], "step": document["step"]}
+
+
+def save_model(folder: RunFolder, payload: Mapping[str, Any]) -> Path:
+    """Publish the run's final weights and what is worth knowing of them; `payload` as in save_checkpoint."""
+    with _writing(folder.model):
+        _write_torch(folder.model, {"format": _MODEL, "version": _VERSION, "payload": dict(payload)})
+    return folder.model
+
+
+def load_model(path: Path) -> dict[str, Any]:
+    """What save_model wrote, on the CPU. Raises UserError: missing, damaged, or not written by this program."""
+    return _read_torch(path, _MODEL)["payload"]
+
+
+def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Hex SHA-256 over the weights in name order; it names a model, whatever file it is stored in.
+
+    For each tensor, sorted by name: its name ("conv1.weight"), dtype ("float32") and shape ("64,3,7,7", "" for a
+    scalar), each in UTF-8 after its length in bytes as 8 little-endian bytes, then the elements in C order,
+    little-endian.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        plain = tensor.detach().cpu().contiguous()
+        for text in (name, str(plain.dtype).removeprefix("torch."), ",".join(map(str, plain.shape))):
+            digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write_torch(path: Path, document: dict[str, Any]) -> None:
+    data = _sealed(document)
+    write_atomically(path, lambda file: file.write(data.getbuffer()))
+
+
+def _sealed(document: dict[str, Any]) -> io.BytesIO:
+    """What torch.save writes, a zip archive, with the SHA-256 of all its bytes as the archive's comment at the end.
+
+    torch.load reads it as ever. The records' own CRC-32 are not enough: torch.load does not look at them, and a flipped
+    byte in the archive's directory leads it to other bytes of the file without an error.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(document, buffer)
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write(_SEAL_LENGTH.to_bytes(2, "little"))  # an archive ends with its comment's length, then the comment
+    buffer.write(_seal_of(buffer.getbuffer()))
+    return buffer
+
+
+def _seal_of(data: memoryview) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
+
+
+def _read_torch(path: Path, format_name: str) -> dict[str, Any]:
+    """A document of ours; UserError says in what way the file is none."""
+    import torch
+
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; train first, or name the right file.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+    if data[-_SEAL_LENGTH:] != _seal_of(memoryview(data)[:-_SEAL_LENGTH]):
+        raise UserError(f"{path} is cut short, damaged or no file of ours: its SHA-256 is not the one at its end.")
+    try:
+        document = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds more than weights and plain values, so it was not loaded.") from error
+    if not isinstance(document, dict) or document.get("format") != format_name or document.get("version") != _VERSION:
+        raise UserError(f"{path} was not written by this program as {format_name} version {_VERSION}.")
+    return document
+
+
+# ---- the student's logits on val
+
+
+def write_val_logits(
+    path: Path, logits_NK: np.ndarray, labels_N: np.ndarray, paths: Sequence[str], fingerprint: str, **attrs: Any
+) -> None:
+    """Publish a model's raw logits on val as HDF5: /logits [N, K] float32, /label [N] int64, /path [N] UTF-8.
+
+    Rows stand in the order of the sample list that `fingerprint` names; `attrs`, such as top1= in [0, 1], become
+    attributes.
+    """
+    import h5py
+
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.attrs.update({"format": _VAL_LOGITS, "version": _VERSION, "fingerprint": fingerprint, **attrs})
+        file.create_dataset("logits", data=np.asarray(logits_NK, np.float32), fletcher32=True)
+        file.create_dataset("label", data=np.asarray(labels_N, np.int64), fletcher32=True)
+        file.create_dataset("path", data=np.array([name.encode() for name in paths]))
+    with _writing(path):
+        write_atomically(path, lambda target: target.write(buffer.getbuffer()))
+
+
+@dataclass(frozen=True)
+class ValLogits:
+    """A val_logits.h5 in memory: logits_NK float32, labels_N int64, the sample list's fingerprint, all attributes."""
+
+    logits_NK: np.ndarray
+    labels_N: np.ndarray
+    paths: tuple[str, ...]
+    fingerprint: str
+    attrs: dict[str, Any]
+
+
+def read_val_logits(path: Path) -> ValLogits:
+    """What write_val_logits wrote. Raises UserError: missing, damaged, or not written by this program."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            attrs = dict(file.attrs)
+            if attrs.get("format") != _VAL_LOGITS or attrs.get("version") != _VERSION:
+                raise UserError(f"{path} was not written by this program as {_VAL_LOGITS} version {_VERSION}.")
+            paths = tuple(name.decode() for name in file["path"][()])
+            return ValLogits(file["logits"][()], file["label"][()], paths, attrs["fingerprint"], attrs)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; run the student to its end first.") from None
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError) as error:
+        raise UserError(f"{path} is cut short, damaged or no file of ours.") from error
+
+
+# ---- writing
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    data = (json.dumps(document, indent=2) + "\n").encode()
+    with _writing(path):
+        write_atomically(path, lambda file: file.write(data))
+
+
+@contextmanager
+def _writing(path: Path, goes_on: str = "where it stopped") -> Iterator[None]:
+    """Turn what the system says on a failed write into a UserError that names the path and how to go on."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if disk_full(error):
+            message = f"no space left to write {path}; free some and type the same command again: it goes on {goes_on}."
+        elif isinstance(error, OSError):
+            message = (
+                f"{path} cannot be written ({error.strerror or error}); mend that and type the same command again."
+            )
+        else:
+            raise
+        raise UserError(message) from error

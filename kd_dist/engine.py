@@ -1,0 +1,411 @@
+"""The one training loop. Teacher, hard-label twin and distilled student differ in the data and the loss handed in, not in here.
+
+Exactness. Order, views and blends are functions of (seed, epoch, image). A rank's loss is its part of the sum over the whole batch divided by the
+batch's size, so N ranks' averaged gradients are one rank's gradients; BatchNorm alone sees each rank's part. Running statistics are
+rank 0's. On a CPU a resumed run ends with the bits of the uninterrupted one at the same number of ranks; GPU kernels that add in no
+fixed order do not promise that, nor does another number of ranks, which adds in another order.
+"""
+
+import contextlib
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kd_dist import checkpoint, views
+from kd_dist.batches import Batch, EpochBatches, TrainData
+from kd_dist.checkpoint import RunFolder
+from kd_dist.errors import UserError
+from kd_dist.inference import autocast
+from kd_dist.monitor import Monitor
+from kd_dist.runtime import Interrupted, Runtime, StopRequest
+
+LossTerms = Callable[[nn.Module, Batch], dict[str, Tensor]]
+"""(model, batch with normalised pictures) -> named losses [B] of every sample, "total" among them."""
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+"""Validation: metrics by name, equal on all ranks, "val_top1" among them."""
+
+MOMENTUM = 0.9
+GPU_STEPS_BETWEEN_AGREEMENTS = 20
+HEARTBEAT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to learn. Epochs are passes over the data, fractions allowed for the warm-up."""
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    warmup_epochs: float
+    ema: float
+    seed: int
+    checkpoint_minutes: float = 10.0
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017)."""
+        warmup, total = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
+        if step < warmup:
+            return self.lr * (step + 1) / (warmup + 1)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+class Ema:
+    """A moving average of a model's weights and running statistics, with a short memory at first: min(decay, (1 + t) / (10 + t))."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards `model` after its update number `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        own, new = list(self.model.state_dict().values()), list(model.state_dict().values())
+        averaged = [pair for pair in zip(own, new, strict=True) if pair[0].is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in averaged], [b for _, b in averaged], 1 - decay)
+        for counter, newer in zip(own, new, strict=True):
+            if not counter.is_floating_point():
+                counter.copy_(newer)
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; weights of two and more dimensions decay, norms and biases do not."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    free = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True, fused=True)
+
+
+class Trainer:
+    """Trains `model` on `data` under `schedule`, saves as it goes, and resumes what its folder holds.
+
+    `identity` names what the weights depend on besides the settings (data and cache digests); a checkpoint of another identity is
+    refused. After `run`, `evaluated_model` is the result: the moving average where there is one, else the last weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TrainData,
+        loss_terms: LossTerms,
+        evaluate: Evaluate,
+        schedule: Schedule,
+        runtime: Runtime,
+        folder: RunFolder,
+        *,
+        identity: Mapping[str, str],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        workers: int = 0,
+    ):
+        self.data, self.loss_terms, self.evaluate, self.schedule = data, loss_terms, evaluate, schedule
+        self.runtime, self.folder, self.identity, self.workers = runtime, folder, dict(identity), workers
+        self.mean, self.std = mean, std
+        self.model = model.to(runtime.device, memory_format=torch.channels_last)
+        self.dtype = next(model.parameters()).dtype
+        self.ema = Ema(self.model, schedule.ema) if schedule.ema else None
+        self.optimizer = make_optimizer(self.model, schedule.weight_decay)
+        self.parallel = self._parallel()
+        self.steps_per_epoch = data.steps_per_epoch
+        self.total_steps = schedule.epochs * self.steps_per_epoch
+        self.agree_every = GPU_STEPS_BETWEEN_AGREEMENTS if runtime.device.type == "cuda" else 1
+        self.step = 0
+        self.sums = EpochSums()
+        self.last_saved_step: int | None = None
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        return self.ema.model if self.ema else self.model
+
+    def _parallel(self) -> nn.Module:
+        """The model under DDP, its buckets settled.
+
+        DDP regroups its gradient buckets after the first step, which changes the order of addition: a resumed run would differ from an
+        uninterrupted one in the last bits at three ranks and more. Two steps whose result is thrown away bring both to the same buckets.
+        """
+        if self.runtime.world_size == 1:
+            return self.model
+        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else None
+        with warnings.catch_warnings():  # newer releases rename broadcast_buffers, older ones know no other name
+            warnings.simplefilter("ignore", FutureWarning)
+            parallel = DistributedDataParallel(self.model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        untouched = copy.deepcopy(self.model.state_dict())
+        batch = self._prepare(EpochBatches(self.data, 0, self.runtime.rank, self.runtime.world_size)[0])
+        for _ in range(2):
+            self.loss_terms(parallel, batch)["total"].mean().backward()
+            self.model.zero_grad(set_to_none=True)
+        self.model.load_state_dict(untouched)
+        return parallel
+
+    # ---- the loop
+
+    def run(self) -> dict[str, float]:
+        """Train to the end and give the last epoch's metrics. Raises UserError (diverged, cannot save), Interrupted (asked to stop)."""
+        self._resume()
+        self.stop = StopRequest()
+        self.bad = FirstBadStep(self.runtime.device)
+        self.saved_at = self.beat_at = time.monotonic()
+        with Monitor(self.folder.path, enabled=self.runtime.is_main, resume_step=self.step) as self.monitor:
+            if self.step:
+                self.monitor.line(f"going on from step {self.step} of {self.total_steps}")
+            while self.step < self.total_steps:
+                self._epoch()
+        return checkpoint.read_metrics(self.folder)[-1] if self.runtime.is_main else {}
+
+    def _epoch(self) -> None:
+        epoch, first_step = divmod(self.step, self.steps_per_epoch)
+        batches = self.data.epoch(epoch, self.runtime, self.workers, first_step)
+        with self.monitor.epoch(epoch + 1, self.schedule.epochs, self.steps_per_epoch, first_step) as progress:
+            started = time.monotonic()
+            while self.step < (epoch + 1) * self.steps_per_epoch:
+                waiting = time.monotonic()
+                batch = next(batches)
+                self.sums.wait_seconds += time.monotonic() - waiting
+                self._train_step(self._prepare(batch))
+                done = self.step - epoch * self.steps_per_epoch
+                if self.step % self.agree_every == 0 or done == self.steps_per_epoch:
+                    self.sums.seconds += time.monotonic() - started
+                    started = time.monotonic()
+                    self._agree(last_of_epoch=done == self.steps_per_epoch)
+                    progress.update(done, self.sums.mean("total"), self.sums.images_per_second)
+        self._close_epoch(epoch)
+
+    def _prepare(self, batch: Batch) -> Batch:
+        batch = batch.to(self.runtime.device)
+        return replace(batch, images_BCHW=views.normalise(batch.images_BCHW, self.mean, self.std, self.dtype))
+
+    def _train_step(self, batch: Batch) -> None:
+        self._seed_step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr_at(self.step, self.steps_per_epoch)
+        with autocast(self.runtime.device):
+            terms = {name: values_B.sum() for name, values_B in self.loss_terms(self.parallel, batch).items()}
+        # DDP averages over ranks; each rank's sum over the whole batch's size, times the ranks, averages to the batch's mean.
+        (terms["total"] * self.runtime.world_size / batch.global_size).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.model, self.step)
+        self.sums.add(terms, len(batch.labels_B))
+        self.bad.look(self.step, terms)
+
+    def _seed_step(self) -> None:
+        """Dropout and its like draw from (seed, step, rank), so that a resumed run draws the same."""
+        words = np.random.SeedSequence([self.schedule.seed, self.step, self.runtime.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0]))
+
+    # ---- what the ranks agree on
+
+    def _agree(self, last_of_epoch: bool) -> None:
+        """Put the ranks' sums together and act together: end on a bad loss, save when it is time, stop when anyone was asked to.
+
+        At the end of an epoch the last two wait until its evaluation has been noted.
+        """
+        minutes = (time.monotonic() - self.saved_at) / 60
+        flags = [self.stop.signal is not None, self.runtime.is_main and minutes > self.schedule.checkpoint_minutes, self.bad.seen()]
+        stop, save, bad = self._shared(flags)
+        if bad:
+            self._report_divergence()
+        self._beat()
+        if not last_of_epoch:
+            if stop or save:
+                self._save()
+            if self.step % GPU_STEPS_BETWEEN_AGREEMENTS == 0:
+                self._log_step()
+            if stop:
+                self._stop()
+
+    def _shared(self, flags: list[bool]) -> list[bool]:
+        shared = self.runtime.sum(torch.cat([torch.tensor(flags, dtype=torch.float64), self.sums.take_local()]))
+        self.sums.add_shared(shared[len(flags) :])
+        return [bool(count > 0) for count in shared[: len(flags)]]
+
+    def _report_divergence(self) -> None:
+        records = [record for record in self.runtime.gather(self.bad.record()) if record]
+        step, terms = min(records, key=lambda record: record[0])
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in sorted(terms.items()))
+        raise UserError(
+            f"training diverged at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}), loss terms {shown}; {self._last_good()} "
+            "lower --lr or raise --warmup-epochs, in another --out or with --start-over."
+        )
+
+    def _last_good(self) -> str:
+        steps = self.folder.saved_steps()
+        return f"the last good checkpoint is {self.folder.checkpoint(steps[-1])};" if steps else "there was no checkpoint yet;"
+
+    def _stop(self) -> None:
+        number = max(self.runtime.gather(self.stop.signal or 0))
+        if self.runtime.is_main:
+            self._write_state("interrupted", message=f"stopped on request at step {self.step}, saved")
+        raise Interrupted(number)
+
+    # ---- epochs' ends, checkpoints
+
+    def _close_epoch(self, epoch: int) -> None:
+        self.runtime.take_from_main(list(self.evaluated_model.buffers()))
+        metrics = self.evaluate(self.evaluated_model)
+        row = {"step": self.step, "epoch": epoch + 1, **metrics, **self.sums.row(), "lr": self.optimizer.param_groups[0]["lr"]}
+        self.sums = EpochSums()
+        if self.runtime.is_main:
+            self._note_epoch(row)
+        self._save()
+        if self.step < self.total_steps and any(self.runtime.gather(self.stop.signal)):
+            self._stop()
+
+    def _note_epoch(self, row: dict[str, Any]) -> None:
+        checkpoint.append_metrics(self.folder, row)
+        names = {name: name.replace("_", "/", 1) for name in row if name.startswith(("val_", "train_"))}
+        self.monitor.scalars(self.step, {shown: row[name] for name, shown in names.items()})
+        speed = {"speed/images_per_s": row["images_per_s"], "speed/data_wait_s": row["data_wait_s"], "lr": row["lr"]}
+        self.monitor.scalars(self.step, speed)
+        shown = ", ".join(f"{name.removeprefix('val_')} {row[name]:.4f}" for name in row if name.startswith("val_"))
+        self.monitor.line(
+            f"epoch {row['epoch']}/{self.schedule.epochs}: loss {row['train_total']:.4f}, val {shown}, "
+            f"{row['images_per_s']:.0f} images/s, waited {row['data_wait_s']:.1f} s for data"
+        )
+
+    def _log_step(self) -> None:
+        rows = {f"step/{name}": self.sums.mean(name) for name in self.sums.names}
+        self.monitor.scalars(self.step, {**rows, "step/lr": self.optimizer.param_groups[0]["lr"]})
+
+    def _save(self) -> None:
+        """Write a checkpoint on rank 0; a failure there is raised on all ranks."""
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
+            raise UserError(
+                f"training diverged: weights are not finite after step {self.step}; {self._last_good()} "
+                "lower --lr or raise --warmup-epochs, in another --out or with --start-over."
+            )
+        self.runtime.on_main(self._write_checkpoint)
+        self.saved_at = time.monotonic()
+
+    def _write_checkpoint(self) -> None:
+        self.monitor.flush()
+        payload = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "epoch_sums": self.sums.state(),
+            "identity": self.identity,
+            "world_size": self.runtime.world_size,
+        }
+        checkpoint.save_checkpoint(self.folder, self.step, payload)
+        self._write_state("running")
+
+    def _resume(self) -> None:
+        warn = (lambda text: print(f"kd_dist: {text}", flush=True)) if self.runtime.is_main else None
+        newest = checkpoint.newest_checkpoint(self.folder, warn)
+        step = newest[1]["step"] if newest else 0
+        if len(set(self.runtime.gather(step))) > 1:
+            raise UserError(f"the ranks see different checkpoints in {self.folder.path}; put --out on a disk that all nodes share.")
+        if self.runtime.is_main:
+            checkpoint.truncate_metrics(self.folder, step)
+        if newest is None:
+            return
+        _, payload = newest
+        self._refuse_other_identity(payload["identity"])
+        self.model.load_state_dict(payload["model"])
+        if self.ema:
+            self.ema.model.load_state_dict(payload["ema"])
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.sums = EpochSums(**payload["epoch_sums"])
+        self.step = step
+
+    def _refuse_other_identity(self, saved: Mapping[str, str]) -> None:
+        for name in saved.keys() | self.identity.keys():
+            if saved.get(name) != self.identity.get(name):
+                raise UserError(
+                    f"the run in {self.folder.path} was trained with {name} {saved.get(name)}, now it is {self.identity.get(name)}; "
+                    "give back the old one, choose another --out, or add --start-over."
+                )
+
+    def _beat(self) -> None:
+        if self.runtime.is_main and time.monotonic() - self.beat_at > HEARTBEAT_SECONDS:
+            self.beat_at = time.monotonic()
+            with contextlib.suppress(UserError):  # a heartbeat may fail; the next checkpoint will say why
+                self._write_state("running")
+
+    def _write_state(self, status: str, **facts: Any) -> None:
+        epoch = self.step / self.steps_per_epoch
+        checkpoint.write_state(self.folder, status, step=self.step, epoch=epoch, epochs=self.schedule.epochs, **facts)
+
+
+class EpochSums:
+    """Sums over the current epoch: of images and loss terms over all ranks, and of this rank's clock.
+
+    Terms are added up on the device and fetched only when the ranks agree, so that no step waits for the device.
+    """
+
+    def __init__(self, names=(), totals=(), seconds: float = 0.0, wait_seconds: float = 0.0):
+        self.names, self.totals = list(names), list(totals)  # totals[0] counts images, the rest go with names
+        self.seconds, self.wait_seconds = seconds, wait_seconds
+        self._local: Tensor | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that an epoch cut in two reports the sums of the whole."""
+        return {"names": self.names, "totals": self.totals, "seconds": self.seconds, "wait_seconds": self.wait_seconds}
+
+    def add(self, terms: Mapping[str, Tensor], count: int) -> None:
+        """Add one step: loss terms summed over this rank's `count` images."""
+        self.names = sorted(terms)
+        values = torch.stack([terms[name].detach().double() for name in self.names])
+        values = torch.cat([values.new_tensor([count]), values])
+        self._local = values if self._local is None else self._local + values
+
+    def take_local(self) -> Tensor:
+        """What this rank added since the last call, float64 [1 + terms] on the CPU."""
+        local = self._local.cpu() if self._local is not None else torch.zeros(len(self.totals), dtype=torch.float64)
+        self._local = None
+        return local
+
+    def add_shared(self, sums: Tensor) -> None:
+        """Take in what all ranks added."""
+        self.totals = [old + new for old, new in zip(self.totals or [0.0] * len(sums), sums.tolist(), strict=True)]
+
+    @property
+    def images_per_second(self) -> float:
+        return self.totals[0] / max(self.seconds, 1e-9)
+
+    def mean(self, name: str) -> float:
+        """The mean of a loss term over the images so far."""
+        return self.totals[1 + self.names.index(name)] / max(self.totals[0], 1)
+
+    def row(self) -> dict[str, float]:
+        """The epoch's training metrics."""
+        means = {f"train_{name}": self.mean(name) for name in self.names}
+        return {**means, "images_per_s": self.images_per_second, "data_wait_s": self.wait_seconds}
+
+
+class FirstBadStep:
+    """Keeps, on the device, the first step whose loss was not finite and its terms: looking costs no wait."""
+
+    def __init__(self, device: torch.device):
+        self.step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.names: list[str] = []
+        self.terms: Tensor | None = None
+
+    def look(self, step: int, terms: Mapping[str, Tensor]) -> None:
+        """Remember this step if it is the first whose total is not finite."""
+        self.names = sorted(terms)
+        values = torch.stack([terms[name].detach().double() for name in self.names])
+        first = ~torch.isfinite(terms["total"]) & (self.step < 0)
+        self.terms = values if self.terms is None else torch.where(first, values, self.terms)
+        self.step = torch.where(first, step, self.step)
+
+    def seen(self) -> bool:
+        """Whether there was one; waits for the device."""
+        return int(self.step) >= 0
+
+    def record(self) -> tuple[int, dict[str, float]] | None:
+        """The step and this rank's summed loss terms there, None where this rank saw none."""
+        return (int(self.step), dict(zip(self.names, self.terms.tolist(), strict=True))) if self.seen() else None

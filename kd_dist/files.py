@@ -1,0 +1,66 @@
+"""Files that are either whole or absent: atomic publishing, digests, and what a full disk looks like."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place with one rename.
+
+    A reader sees the old file or the new one, never half of either; a crash leaves the old one. On any error the temporary
+    file is removed and the error goes on.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished file or folder to its name and make the rename itself durable."""
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's content, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error means that no more can be written: disk full, quota used up, or file size limit.
+
+    h5py and torch raise errors of their own around the system's, so the chain of causes and the text are looked at too.
+    """
+    while error is not None:
+        if getattr(error, "errno", None) in _NO_SPACE:
+            return True
+        text = str(error)
+        if any(os.strerror(number) in text or f"errno = {number}," in text for number in _NO_SPACE):
+            return True
+        if "unexpected pos" in text:  # torch.save's words when a write came back short
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,271 @@
+"""What both jobs do alike around the engine: read the command line, find and decode the data, claim the run folder, train, keep the result."""
+
+import contextlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from kd_dist import checkpoint, config, views
+from kd_dist.batches import CachedCrops, FreshCrops, TrainData
+from kd_dist.checkpoint import RunFolder
+from kd_dist.config import Settings
+from kd_dist.dataset import Dataset, locate, scan
+from kd_dist.engine import LossTerms, Schedule, Trainer
+from kd_dist.errors import UserError
+from kd_dist.inference import Forward
+from kd_dist.pixels import Pixels, build_pixels, default_folder, open_pixels
+from kd_dist.runtime import Interrupted, Runtime, launched_rank
+
+PROGRESS_SECONDS = 10.0
+GPU_WORKERS = 8
+
+
+def read_settings(kind: type[Settings], prog: str, description: str, epilog: str) -> Settings:
+    """The settings this process was started with. --help prints once, however many ranks."""
+    parser = config.parser_for(kind, prog, description, epilog)
+    if {"-h", "--help"} & set(sys.argv[1:]) and launched_rank() != 0:
+        sys.exit(0)
+    return config.resolve(kind, config.read_command_line(parser), torch.cuda.is_available())
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set with its decoded pictures."""
+
+    samples: Dataset
+    pixels: dict[str, Pixels]
+
+    def split(self, name: str):
+        """(sample list, pixels) of "train" or "val"."""
+        return self.samples.split(name), self.pixels[name]
+
+
+def say(runtime: Runtime, text: str) -> None:
+    """One line of progress from rank 0, headed by the time of day."""
+    if runtime.is_main:
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def progress_lines(runtime: Runtime, what: str) -> Callable[[int, int], None]:
+    """A callback (done, all) that prints a line now and then on rank 0."""
+    said_at = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at > PROGRESS_SECONDS:
+            said_at = time.monotonic()
+            say(runtime, f"{what}: {done:,} of {total:,}")
+
+    return progress
+
+
+def open_data(settings: Settings, runtime: Runtime) -> Data:
+    """Find the data (fetching it where that is allowed), list it, and decode it once a node."""
+    typed = settings.data or os.environ.get("KD_DIST_DATA")
+    folder, threads = Path(typed or "data"), max(1, (os.cpu_count() or 1) // 2)
+    roots, lists = [], []
+
+    def find() -> None:
+        roots.append(
+            locate(folder, settings.release, settings.archive, settings.sha256, explicit=bool(typed), progress=progress_lines_of(runtime))
+        )
+
+    runtime.once_a_node("find data", find)
+    if not roots:
+        find()
+    root = roots[0]
+    store = Path(settings.pixels_dir) if settings.pixels_dir else default_folder(root)
+
+    def prepare() -> None:
+        samples = scan(root, manifest_folder=store, workers=threads)
+        for split in ("train", "val"):
+            build_pixels(samples.split(split), store, threads, progress_lines(runtime, f"decoding {split} images"))
+        lists.append(samples)
+
+    runtime.once_a_node("decode data", prepare)
+    samples = lists[0] if lists else scan(root, manifest_folder=store, workers=1)
+    pixels = {split: open_pixels(samples.split(split), store) for split in ("train", "val")}
+    if None in pixels.values():
+        raise UserError(f"the decoded pictures in {store} vanished or belong to other data; run the same command again.")
+    return Data(samples, pixels)
+
+
+def progress_lines_of(runtime: Runtime):
+    """As progress_lines, for work that names its own steps: a callback (what, done, all)."""
+    lines: dict[str, Callable[[int, int], None]] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        lines.setdefault(what, progress_lines(runtime, what))(done, total)
+
+    return progress
+
+
+def claim(settings: Settings, runtime: Runtime) -> RunFolder:
+    """Take the run folder for this run; raises UserError on every rank where it holds something else."""
+    folder = RunFolder(settings.run_folder)
+    may_change, start_over = settings.may_change, settings.start_over
+    runtime.on_main(lambda: checkpoint.claim(folder, settings.kind, settings.stored(), may_change, start_over))
+    return folder
+
+
+@contextlib.contextmanager
+def recorded(folder: RunFolder, runtime: Runtime) -> Iterator[None]:
+    """Note in the run folder how the run ended, whatever way it does."""
+    try:
+        yield
+    except Interrupted:
+        raise  # noted where it was saved
+    except BaseException as error:
+        if runtime.is_main:
+            with contextlib.suppress(Exception):  # a full disk must not hide the reason
+                checkpoint.write_state(folder, "failed", message=str(error) or type(error).__name__)
+        raise
+    if runtime.is_main:
+        checkpoint.write_state(folder, "finished", message="")
+
+
+def workers_for(settings: Settings, runtime: Runtime) -> int:
+    """Loader processes of a rank: as typed, else none on a CPU, which has no core to spare, and up to 8 on a GPU."""
+    if settings.workers is not None:
+        return settings.workers
+    if runtime.device.type == "cpu":
+        return 0
+    return min(GPU_WORKERS, max(1, (os.cpu_count() or 1) // runtime.local_world_size - 1))
+
+
+def software() -> str:
+    """What wrote a file, in one line."""
+    return f"kd_dist, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def fresh_crops(settings: Settings, data: Data) -> FreshCrops:
+    """A new crop of every training image in every epoch."""
+    return FreshCrops(data.pixels["train"].sizes_N2, settings.crop_scale, settings.seed)
+
+
+def train(
+    settings: Settings,
+    data: Data,
+    runtime: Runtime,
+    folder: RunFolder,
+    model: nn.Module,
+    loss_terms: LossTerms,
+    views_of_epoch: FreshCrops | CachedCrops,
+    *,
+    logits_NVK: np.ndarray | None = None,
+    identity: Mapping[str, str],
+    teacher_val_NK: np.ndarray | None = None,
+) -> tuple[nn.Module, np.ndarray]:
+    """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its val logits float32 [N, K].
+
+    `identity` is what the weights depend on besides settings and data; `teacher_val_NK` adds agreement with the teacher to the metrics.
+    """
+    samples, pixels = data.split("train")
+    train_data = TrainData(
+        pixels=pixels,
+        labels_N=samples.labels_N,
+        views_of_epoch=views_of_epoch,
+        image_size=settings.image_size,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        mixup=settings.mixup,
+        cutmix=settings.cutmix,
+        logits_NVK=logits_NVK,
+    )
+    _require_fitting_batch(settings.batch_size, len(samples), runtime.world_size)
+    validation = Validation(data, settings.image_size, runtime, teacher_val_NK)
+    schedule = Schedule(
+        settings.epochs, settings.lr, settings.weight_decay, settings.warmup_epochs, settings.ema, settings.seed, settings.checkpoint_minutes
+    )
+    trainer = Trainer(
+        model,
+        train_data,
+        loss_terms,
+        validation.metrics,
+        schedule,
+        runtime,
+        folder,
+        identity={"train data": data.samples.train.fingerprint, "val data": data.samples.val.fingerprint, **identity},
+        mean=config.MEAN,
+        std=config.STD,
+        workers=workers_for(settings, runtime),
+    )
+    trainer.run()
+    return trainer.evaluated_model, validation.logits(trainer.evaluated_model)
+
+
+def _require_fitting_batch(batch_size: int, images: int, ranks: int) -> None:
+    if batch_size > images:
+        raise UserError(f"--batch-size {batch_size} is larger than the {images} training images; use --batch-size {images} or less.")
+    steps = -(-images // batch_size)
+    if images // steps < 2 * ranks:
+        raise UserError(f"--batch-size {batch_size} over {ranks} ranks leaves some with fewer than two images a step; use --batch-size {4 * ranks} or more.")
+
+
+class Validation:
+    """The val split in its evaluation view: each image counted once, at any number of ranks."""
+
+    def __init__(self, data: Data, image_size: int, runtime: Runtime, teacher_val_NK: np.ndarray | None = None):
+        self.samples, self.pixels = data.split("val")
+        self.image_size, self.runtime, self.teacher_val_NK = image_size, runtime, teacher_val_NK
+        self.box_N4 = views.evaluation_boxes(self.pixels.sizes_N2)
+        self.flip_N = np.zeros(len(self.box_N4), np.uint8)
+
+    def logits(self, model: nn.Module) -> np.ndarray:
+        """Logits float32 [N, K], the same on every rank."""
+        forward = Forward(model, self.pixels, self.image_size, config.MEAN, config.STD, self.runtime.device)
+        return forward.all_logits(self.box_N4, self.flip_N, len(self.samples.classes), self.runtime)
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """val_top1, val_loss (cross-entropy in nats), and val_agreement with the teacher's top class where a teacher is cached."""
+        return self.metrics_of(self.logits(model))
+
+    def metrics_of(self, logits_NK: np.ndarray) -> dict[str, float]:
+        """The metrics of given val logits."""
+        loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits_NK).double(), torch.from_numpy(self.samples.labels_N))
+        metrics = {"val_top1": top1(logits_NK, self.samples.labels_N), "val_loss": float(loss)}
+        if self.teacher_val_NK is not None:
+            metrics["val_agreement"] = top1(logits_NK, self.teacher_val_NK.argmax(axis=1))
+        return metrics
+
+
+def top1(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
+    """Share of samples whose highest logit is their label's, in [0, 1]."""
+    return float((logits_NK.argmax(axis=1) == labels_N).mean())
+
+
+def keep(
+    folder: RunFolder, settings: Settings, arch: str, data: Data, model: nn.Module, val_logits_NK: np.ndarray, **facts: object
+) -> None:
+    """Write the result of a run, on rank 0: its val logits, then the weights with what one must know to use them."""
+    val = data.samples.val
+    val_top1 = top1(val_logits_NK, val.labels_N)
+    checkpoint.write_val_logits(folder.val_logits, val_logits_NK, val.labels_N, val.paths, val.fingerprint, top1=val_top1)
+    checkpoint.save_model(
+        folder,
+        {
+            "kind": settings.kind,
+            "arch": arch,
+            "weights": {name: value.cpu().contiguous() for name, value in model.state_dict().items()},
+            "classes": list(data.samples.classes),
+            "image_size": settings.image_size,
+            "mean": list(config.MEAN),
+            "std": list(config.STD),
+            "seed": settings.seed,
+            "val_top1": val_top1,
+            "data": {"name": data.samples.name, "train": data.samples.train.fingerprint, "val": val.fingerprint},
+            "settings": settings.stored(),
+            "software": software(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            **facts,
+        },
+    )

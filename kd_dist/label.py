@@ -1,0 +1,126 @@
+"""Writing the cache: a trained teacher's logits on views of every image, by all ranks in blocks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from kd_dist import checkpoint, views
+from kd_dist.cache import BlockWriter, Cache, Header, Table, TeacherRow
+from kd_dist.dataset import SampleList
+from kd_dist.errors import UserError
+from kd_dist.inference import Forward, compute_dtype
+from kd_dist.job import Data, software
+from kd_dist.models import TEACHERS
+from kd_dist.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained teacher as its run folder's model.pt holds it."""
+
+    model: nn.Module
+    row: TeacherRow
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[str, ...]
+    finished: str
+
+
+def load_teacher(path: Path, device: torch.device) -> Teacher:
+    """Read a teacher's final weights. Raises UserError where the file is missing, damaged, or not a teacher's."""
+    saved = checkpoint.load_model(path)
+    if saved.get("kind") != "teacher":
+        raise UserError(f"{path} holds a {saved.get('kind')}, not a teacher; name a teacher's model.pt.")
+    model = TEACHERS[saved["arch"]](len(saved["classes"]))
+    model.load_state_dict(saved["weights"])
+    row = TeacherRow(
+        sha256=checkpoint.weights_digest(saved["weights"]),
+        arch=saved["arch"],
+        seed=saved["seed"],
+        fold=-1,
+        image_size=saved["image_size"],
+        val_top1=saved["val_top1"],
+    )
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    return Teacher(model, row, tuple(saved["mean"]), tuple(saved["std"]), tuple(saved["classes"]), saved["finished"])
+
+
+def plan(
+    teacher: Teacher, data: Data, views_V: int, crop_scale: tuple[float, float], seed: int, device: torch.device
+) -> tuple[Header, dict[str, Table]]:
+    """Everything of a cache but the logits: its header and, for each split, its table."""
+    if teacher.classes != data.samples.classes:
+        raise UserError(
+            f"the teacher knows {len(teacher.classes)} classes ({teacher.classes[0]}, ...), {data.samples.root} has "
+            f"{len(data.samples.classes)} ({data.samples.classes[0]}, ...); name the data it was trained on with --data."
+        )
+    header = Header(
+        classes=teacher.classes,
+        dataset=data.samples.name,
+        image_size=teacher.row.image_size,
+        mean=teacher.mean,
+        std=teacher.std,
+        renderer=views.RENDERER,
+        compute_dtype=compute_dtype(device),
+        view_sampler=views.sampler_name(crop_scale),
+        seed=seed,
+        created=teacher.finished,
+        software=software(),
+        teachers=(teacher.row,),
+    )
+    tables = {
+        split: _table(samples, views.cached_views(seed, split, data.pixels[split].sizes_N2, range(views_V), crop_scale))
+        for split, samples in (("train", data.samples.train), ("val", data.samples.val))
+    }
+    return header, tables
+
+
+def _table(samples: SampleList, boxes_and_flips: tuple[np.ndarray, np.ndarray]) -> Table:
+    box_NV4, flip_NV = boxes_and_flips
+    teacher_N = np.zeros(len(samples), np.int16)
+    return Table(samples.paths, samples.labels_N, samples.bytes_N, samples.sha256_N32, teacher_N, box_NV4, flip_NV)
+
+
+def write_cache(
+    target: Path,
+    teacher: Teacher,
+    data: Data,
+    header: Header,
+    tables: Mapping[str, Table],
+    runtime: Runtime,
+    progress: Callable[[int, int], None],
+    known: Cache | None = None,
+) -> None:
+    """Label what is missing, share by share on all ranks, and publish. Raises UserError where it cannot be written.
+
+    `known` is a cache of the same teacher and data with fewer views, whose rows are taken over. Blocks written before an interruption
+    are kept, whatever the number of ranks was then.
+    """
+    # Rank 0 makes the parts folder before the others look into it.
+    runtime.on_main(lambda: BlockWriter(target, header, tables) and None)
+    writer = BlockWriter(target, header, tables)
+    missing = runtime.on_main(writer.missing)
+    forward = {
+        split: Forward(teacher.model, data.pixels[split], header.image_size, header.mean, header.std, runtime.device)
+        for split in tables
+    }
+    mine = runtime.shard(len(missing))
+    for done, position in enumerate(mine, start=1):
+        block = missing[position]
+        writer.put(block, _labels(block, forward, tables, known))
+        progress(done, len(mine))
+    runtime.barrier()
+    runtime.on_main(lambda: writer.publish() and None)
+
+
+def _labels(block, forward: Mapping[str, Forward], tables: Mapping[str, Table], known: Cache | None) -> np.ndarray:
+    if known is not None and block.view < known.split(block.split).views:
+        return known.split(block.split).logits_NVK[block.start : block.stop, block.view]
+    table = tables[block.split]
+    box_N4, flip_N = table.box_NV4[:, block.view], table.flip_NV[:, block.view]
+    with np.errstate(over="ignore"):  # the writer refuses what does not fit float16, naming the image
+        return forward[block.split].logits(box_N4, flip_N, block.start, block.stop).astype(np.float16)

@@ -1,0 +1,193 @@
+"""Runs side by side: `python -m kd_dist.report RUN [RUN ...]` prints a table of teachers and students, finished or not.
+
+Top-1 and images/s come from each run's metrics. Agreement is the share of val images on which a student's class is the
+cached teacher's, from the logits that the student saved and view 0 of the cache: comparing needs no network and no GPU.
+"""
+
+import argparse
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_dist.cache import Cache, open_cache
+from kd_dist.checkpoint import RunFolder, read_metrics, read_settings, read_state, read_val_logits
+from kd_dist.errors import UserError
+
+COLUMNS = ("run", "kind", "alpha", "temperature", "epochs", "top-1", "agreement", "images/s", "status")
+_ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says of it, and the name to show it under. Raises UserError where it is no run's folder."""
+
+    folder: RunFolder
+    name: str
+
+    @cached_property
+    def kind(self) -> str:
+        return read_settings(self.folder)[0]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return read_settings(self.folder)[1]
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.folder)
+
+    @property
+    def cache(self) -> Path | None:
+        """The cache this run wrote or was told to read."""
+        named = self.settings.get("cache")
+        return Path(named) if named else self.folder.cache if self.kind == "teacher" else None
+
+    def row(self, agreement: float | None) -> tuple[str, ...]:
+        """The run's cells, one for each of COLUMNS."""
+        last = self.metrics[-1] if self.metrics else {}  # a row an epoch
+        rates = [row["images_per_s"] for row in self.metrics if row.get("images_per_s")]
+        return (
+            self.name,
+            self.kind,
+            _text(self.settings.get("alpha")),
+            _text(self.settings.get("temperature")),
+            f"{len(self.metrics)}/{_text(self.settings.get('epochs'))}",
+            _percent(last.get("val_top1")),
+            _percent(last.get("val_agreement") if agreement is None else agreement),
+            f"{statistics.median(rates):.0f}" if rates else _ABSENT,
+            _status(read_state(self.folder)),
+        )
+
+
+class Caches:
+    """Opens the cache each run is compared with, each file once. `named` (--cache) replaces what the runs recorded."""
+
+    def __init__(self, runs: Sequence[Run], named: Path | None) -> None:
+        self.named = named
+        # A student on hard labels alone has no cache of its own: it is compared with the one of the runs beside it.
+        self.beside = [run.cache for run in runs if run.cache is not None]
+        self._opened: dict[Path, Cache] = {}
+
+    def of(self, run: Run) -> Cache | None:
+        """None where there is none to be found; UserError where there is one that cannot be used."""
+        if self.named is not None:
+            return self._open(self.named)
+        found = (path for path in [run.cache, *self.beside] if path is not None and path.exists())
+        path = next(found, None)
+        return self._open(path) if path is not None else None
+
+    def _open(self, path: Path) -> Cache:
+        if path not in self._opened:
+            self._opened[path] = open_cache(path)
+        return self._opened[path]
+
+
+def agreement_of(run: Run, cache: Cache) -> float:
+    """Share of val images, in [0, 1], that the student and the teacher put in one class; UserError on other data."""
+    val = read_val_logits(run.folder.val_logits)
+    teacher_NK = cache.split("val").logits_NVK[:, 0]
+    if val.fingerprint != cache.fingerprint("val"):
+        raise UserError(
+            f"{run.folder.val_logits} is of other val images ({val.fingerprint[:12]}) than {cache.path} "
+            f"({cache.fingerprint('val')[:12]}); name the cache of the same data with --cache."
+        )
+    return float(np.mean(val.logits_NK.argmax(axis=1) == teacher_NK.argmax(axis=1)))
+
+
+def table_of(runs: Sequence[Run], caches: Caches) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The rows, headed by COLUMNS, and a note on each run of which something could not be told."""
+    rows, notes = [COLUMNS], []
+    for run in runs:
+        agreement = None
+        if run.kind == "student" and run.folder.val_logits.exists():
+            try:
+                cache = caches.of(run)
+                agreement = agreement_of(run, cache) if cache else None
+            except UserError as error:
+                if caches.named is not None:
+                    raise
+                notes.append(f"{run.name}: {error}")
+        rows.append(run.row(agreement))
+        message = (read_state(run.folder) or {}).get("message")
+        if message:
+            notes.append(f"{run.name}: {message}")
+    return rows, notes
+
+
+def plain(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a Markdown table."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m kd_dist.report`; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what the terminal cannot show
+    try:
+        print(report(options.runs, options.cache, options.markdown))
+    except UserError as error:
+        print(f"kd_dist.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(folders: Sequence[Path], cache: Path | None = None, as_markdown: bool = False) -> str:
+    """The table of the runs in these folders, what is to be said of them, and the command that shows their curves."""
+    parent = Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+    runs = [Run(RunFolder(folder), str(folder.resolve().relative_to(parent))) for folder in folders]
+    rows, notes = table_of(runs, Caches(runs, cache))
+    curves = f"tensorboard --logdir {shlex.quote(_shown(parent))}"
+    return "\n\n".join(
+        [markdown(rows) if as_markdown else plain(rows), *notes, f"`{curves}`" if as_markdown else f"curves: {curves}"]
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m kd_dist.report", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as runs/student")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="compare all students with this file of soft labels")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    return parser
+
+
+def _text(value: object) -> str:
+    return _ABSENT if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _percent(share: float | None) -> str:
+    return _ABSENT if share is None else f"{100 * share:.1f} %"
+
+
+def _status(state: dict[str, Any] | None) -> str:
+    if state is None:
+        return "not started"
+    if state["status"] != "running":
+        return state["status"]
+    silent = datetime.now(UTC) - datetime.fromisoformat(state["time"])
+    return f"running, last heard of {silent.total_seconds() / 60:.0f} min ago"
+
+
+def _shown(folder: Path) -> str:
+    """The folder as one would type it here."""
+    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""Where this process stands among its peers: ranks, device, exact sharding, reductions, and how all of them end together.
+
+Ranks come from torch's own variables (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which torchrun sets and our
+SLURM launcher too. With none of them set this is one process and no process group is made.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kd_dist.errors import UserError
+
+EXIT_USER_ERROR = 2
+GRACE_SECONDS = 5.0
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's place in the group, and what it can ask of the group."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    store: dist.Store | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def shard(self, count: int) -> range:
+        """This rank's part of range(count): every number on exactly one rank."""
+        return range(self.rank, count, self.world_size)
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """This rank's contiguous part of [start, stop), in rank order; parts differ by one at most."""
+        count = stop - start
+        return tuple(start + count * edge // self.world_size for edge in (self.rank, self.rank + 1))
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a CPU tensor, on every rank, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.sum(torch.zeros(1))
+
+    def take_from_main(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Overwrite tensors by rank 0's, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Let rank 0 do something short, and give its result, or raise its UserError, on every rank."""
+        result, message = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as error:
+                message = str(error)
+        result, message = self.gather((result, message))[0]
+        if message is not None:
+            raise UserError(message)
+        return result
+
+    def once_a_node(self, task: str, work: Callable[[], None]) -> None:
+        """Let one process a node do something long while its peers wait outside any collective, where no time-out runs.
+
+        A UserError there is raised here on every rank of the node.
+        """
+        if self.store is None:
+            return work()
+        key = f"kd_dist/{task}/{self.rank - self.local_rank}"
+        if self.local_rank == 0:
+            try:
+                work()
+            except UserError as error:
+                self.store.set(key, json.dumps(str(error)))
+                raise
+            self.store.set(key, json.dumps(None))
+        else:
+            while not self.store.check([key]):
+                time.sleep(POLL_SECONDS)
+            if message := json.loads(self.store.get(key)):
+                raise UserError(message)
+
+
+def _environment(name: str) -> int | None:
+    value = os.environ.get(name)
+    return int(value) if value and value.isdigit() else None
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher told it, 0 where there is none; needs no process group."""
+    return _environment("RANK") or 0
+
+
+@contextlib.contextmanager
+def joined(device: str = "auto", timeout_seconds: float = 1800.0) -> Iterator[Runtime]:
+    """Join the process group that the environment describes, and leave it at the end.
+
+    Raises UserError for a device that is not there, more ranks than GPUs, or a rendezvous that cannot be reached.
+    """
+    rank, world_size = launched_rank(), _environment("WORLD_SIZE") or 1
+    local_rank = _environment("LOCAL_RANK") or 0
+    local_world_size = _environment("LOCAL_WORLD_SIZE") or 1
+    chosen = choose_device(device, local_rank, local_world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    store = None
+    if world_size > 1:
+        _end_with_parent()
+        store = _make_group(chosen, timeout_seconds)
+    runtime = Runtime(rank, world_size, local_rank, local_world_size, chosen, store)
+    _refuse_shared_gpus(runtime)
+    yield runtime
+    if store is not None:
+        dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of a rank: its own GPU, or the CPU. Raises UserError where the GPUs asked for are not there."""
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and visible == 0):
+        return torch.device("cpu")
+    if visible == 0:
+        raise UserError("--device cuda, but no GPU is visible here; use --device cpu, or look at nvidia-smi and CUDA_VISIBLE_DEVICES.")
+    if visible == 1:  # the machine's only GPU, or the one this rank was given of several: told apart once the ranks can talk
+        return torch.device("cuda", 0)
+    if visible < local_world_size:
+        raise UserError(
+            f"{local_world_size} ranks on this machine but {visible} GPUs; use --nproc_per_node={visible}, or --device cpu to run without GPUs."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _make_group(device: torch.device, timeout_seconds: float) -> dist.Store:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except (dist.DistError, ValueError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            raise UserError(f"the port of {address} is in use; choose another by --master_port, or use torchrun --standalone.") from error
+        raise UserError(
+            f"the ranks could not meet at {address} (MASTER_ADDR:MASTER_PORT): {str(error).splitlines()[0]}; check that every node can reach it."
+        ) from error
+    return dist.distributed_c10d._get_default_store()
+
+
+def _refuse_shared_gpus(runtime: Runtime) -> None:
+    if runtime.device.type != "cuda" or runtime.world_size == 1:
+        return
+    uuid = str(torch.cuda.get_device_properties(runtime.device).uuid)
+    mine = (socket.gethostname(), uuid)
+    everyone = runtime.gather(mine)
+    here = {gpu for host, gpu in everyone if host == mine[0]}
+    if len(set(everyone)) < len(everyone):
+        raise UserError(
+            f"{runtime.local_world_size} ranks on this machine but {len(here)} GPUs; use --nproc_per_node={len(here)}, or --device cpu."
+        )
+
+
+def _end_with_parent() -> None:
+    """End this rank when the process that started it is gone: a launcher killed outright cannot tell its ranks."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+class StopRequest:
+    """Remembers that a signal asked this process to stop, so that the loop can finish its step first.
+
+    SIGTERM and SIGINT (Ctrl-C) and SIGUSR2 (a scheduler's warning) count alike; a second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal = number
+
+
+class Interrupted(Exception):
+    """A run that stopped on request with everything saved."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+def ignore_stop_signals(_worker: int = 0) -> None:
+    """For helper processes: they get the group's signals too, and must work on until their rank has finished its step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def run_entry(main: Callable[[], None]) -> None:
+    """Run an entry point and end the process: code 0, 2 after a UserError's one sentence, 128 + signal after a stop, 1 after a defect.
+
+    However many ranks fail, and in whatever order, one of them speaks; the others wait for the launcher to end them.
+    """
+    try:
+        main()
+    except UserError as error:
+        _end(EXIT_USER_ERROR, f"kd_dist: {error}")
+    except Interrupted as stop:
+        _end(stop.exit_code, f"kd_dist: {stop}; run the same command again to go on.")
+    except (KeyboardInterrupt, BrokenPipeError):
+        os._exit(128 + signal.SIGINT)
+    except Exception as error:
+        if _peer_is_gone(error):
+            sentence = "another rank died or stopped answering; see its output above. Run the same command again to go on from the last checkpoint."
+            _end(1, f"kd_dist: {sentence}", patience=1.0)
+        _end(1, traceback.format_exc())
+
+
+def _peer_is_gone(error: Exception) -> bool:
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo")
+    return isinstance(error, (dist.DistError, RuntimeError)) and any(word in str(error) for word in words)
+
+
+def _end(code: int, message: str, patience: float = 0.0) -> None:
+    time.sleep(patience)  # a rank that only lost its peer lets the one with the reason speak first
+    if _may_speak():
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(GRACE_SECONDS)  # ending first would have the launcher stop the speaker in mid-sentence
+    os._exit(code)  # no clean-up: peers may be waiting in a collective that will never end
+
+
+def _may_speak() -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return launched_rank() == 0
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"kd_dist/spoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except Exception:
+        return launched_rank() == 0

@@ -1,0 +1,112 @@
+"""What a view is, how views are drawn, and the one renderer that teacher and student share.
+
+A view of an image is (top, left, height, width, flip): a box in pixels of the stored image, and whether the crop is mirrored.
+Rendering it at a size S gives uint8 [3, S, S]: the box is cut out, resized with antialiased bilinear interpolation, then mirrored. The
+numbers of a view say nothing of S, so a student may render the very crop its teacher saw at another size.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+RENDERER = "crop-bilinear-antialias-uint8-flip/1"
+SAMPLER = "random-resized-crop/1"
+ATTEMPTS = 10
+LOG_RATIO = np.log([3 / 4, 4 / 3])
+
+
+def sampler_name(crop_scale: tuple[float, float]) -> str:
+    """How views are drawn, in the words that a cache stores: the rule and its area shares."""
+    low, high = crop_scale
+    return f"{SAMPLER} scale {low} {high}"
+
+
+def crop_scale_of(name: str) -> tuple[float, float] | None:
+    """The area shares in a stored sampler name, None for a rule that is not ours."""
+    rule, _, scale = name.partition(" scale ")
+    return tuple(map(float, scale.split())) if rule == SAMPLER else None
+
+
+def evaluation_boxes(sizes_N2: np.ndarray) -> np.ndarray:
+    """The centre square of the shorter side: int16 [N, 4] from heights and widths int [N, 2]."""
+    side_N = sizes_N2.min(axis=1)
+    top_left_N2 = (sizes_N2 - side_N[:, None]) // 2
+    return np.concatenate([top_left_N2, side_N[:, None], side_N[:, None]], axis=1).astype(np.int16)
+
+
+def draw_boxes(rng: np.random.Generator, sizes_N2: np.ndarray, crop_scale: tuple[float, float]) -> np.ndarray:
+    """One random resized crop for each image: int16 [N, 4] from heights and widths int [N, 2].
+
+    Area share uniform in `crop_scale`, aspect ratio log-uniform in [3/4, 4/3], ten attempts, else the largest centred box whose ratio
+    is allowed: the rule of Inception training (Szegedy et al. 2015) as torchvision's RandomResizedCrop has it.
+    """
+    n = len(sizes_N2)
+    height_N, width_N = sizes_N2[:, :1], sizes_N2[:, 1:]
+    area_NA = height_N * width_N * rng.uniform(*crop_scale, (n, ATTEMPTS))
+    ratio_NA = np.exp(rng.uniform(*LOG_RATIO, (n, ATTEMPTS)))
+    h_NA = np.rint(np.sqrt(area_NA / ratio_NA)).astype(np.int64)
+    w_NA = np.rint(np.sqrt(area_NA * ratio_NA)).astype(np.int64)
+    fits_NA = (h_NA > 0) & (w_NA > 0) & (h_NA <= height_N) & (w_NA <= width_N)
+    first_N1 = fits_NA.argmax(axis=1)[:, None]
+    h_N, w_N = (np.take_along_axis(side, first_N1, axis=1)[:, 0] for side in (h_NA, w_NA))
+    top_N = (rng.random(n) * (sizes_N2[:, 0] - h_N + 1)).astype(np.int64)
+    left_N = (rng.random(n) * (sizes_N2[:, 1] - w_N + 1)).astype(np.int64)
+    box_N4 = np.stack([top_N, left_N, h_N, w_N], axis=1)
+    return np.where(fits_NA.any(axis=1)[:, None], box_N4, _fallback_boxes(sizes_N2)).astype(np.int16)
+
+
+def _fallback_boxes(sizes_N2: np.ndarray) -> np.ndarray:
+    low, high = np.exp(LOG_RATIO)
+    height_N, width_N = sizes_N2.T
+    h_N = np.minimum(height_N, np.maximum(np.rint(width_N / low), 1)).astype(np.int64)
+    w_N = np.minimum(width_N, np.maximum(np.rint(height_N * high), 1)).astype(np.int64)
+    return np.stack([(height_N - h_N) // 2, (width_N - w_N) // 2, h_N, w_N], axis=1)
+
+
+def draw_flips(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Mirror or not, at even odds: uint8 [N]."""
+    return rng.integers(0, 2, n, dtype=np.uint8)
+
+
+def cached_views(
+    seed: int, split: str, sizes_N2: np.ndarray, views: Sequence[int], crop_scale: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The views with these numbers of every image of a split: boxes int16 [N, V, 4] and flips uint8 [N, V].
+
+    View 0 is the evaluation view; view v > 0 is a function of (seed, split, v, image) alone, so more views are added by appending and
+    the order of the work does not matter.
+    """
+    drawn = [_view(seed, split, sizes_N2, view, crop_scale) for view in views]
+    return np.stack([box for box, _ in drawn], axis=1), np.stack([flip for _, flip in drawn], axis=1)
+
+
+def _view(seed, split, sizes_N2, view, crop_scale):
+    if view == 0:
+        return evaluation_boxes(sizes_N2), np.zeros(len(sizes_N2), np.uint8)
+    rng = np.random.default_rng([seed, view, *split.encode()])
+    return draw_boxes(rng, sizes_N2, crop_scale), draw_flips(rng, len(sizes_N2))
+
+
+def render(image_HWC: torch.Tensor, box: Sequence[int], flip: bool, size: int) -> torch.Tensor:
+    """One view of one image: uint8 [3, size, size] from uint8 [H, W, 3]."""
+    top, left, height, width = map(int, box)
+    crop_1CHW = image_HWC[top : top + height, left : left + width].permute(2, 0, 1)[None]
+    picture_CHW = interpolate(crop_1CHW, (size, size), mode="bilinear", antialias=True)[0]
+    return picture_CHW.flip(-1) if flip else picture_CHW
+
+
+def render_batch(images: Sequence[torch.Tensor], box_B4: np.ndarray, flip_B: np.ndarray, size: int) -> torch.Tensor:
+    """One view each of B images of any sizes: uint8 [B, 3, size, size], channels_last in memory."""
+    shape = (len(images), 3, size, size)
+    pictures_BCHW = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    for picture_CHW, image_HWC, box, flip in zip(pictures_BCHW, images, box_B4, flip_B, strict=True):
+        picture_CHW.copy_(render(image_HWC, box, flip, size))
+    return pictures_BCHW
+
+
+def normalise(images_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """Network input from uint8 pictures, on their device: (pixels / 255 - mean) / std for each channel."""
+    mean_C11, std_C11 = (torch.tensor(values, dtype=dtype, device=images_BCHW.device)[:, None, None] for values in (mean, std))
+    return (images_BCHW.to(dtype) / 255 - mean_C11) / std_C11
