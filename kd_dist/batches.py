@@ -1,7 +1,7 @@
 """Training batches: which images in which order, in which view, blended with which other, and on which rank.
 
-All of it is a function of (seed, epoch, image), so an interrupted run goes on from one integer, at any number of ranks, and the
-ranks' parts of a batch put together are the batch a single process would have had.
+All of it is a function of (seed, epoch, image), so an interrupted run goes on from one integer, at any number of ranks,
+and the ranks' parts of a batch put together are the batch a single process would have had.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,9 @@ MIXUP_BETA = 0.2
 class Batch:
     """One rank's part of one step. Pictures leave here as uint8; the engine normalises them on the device.
 
-    `global_size` counts the images of the step over all ranks. `weights_B` is the share of each image's own label; the rest belongs to
-    `partner_labels_B` (1 and the own label where nothing was blended). `teacher_logits_BK` is None where no cache is read.
+    `global_size` counts the images of the step over all ranks. `weights_B` is the share of each image's own label; the
+    rest belongs to `partner_labels_B` (1 and the own label where nothing was blended). `teacher_logits_BK` is None
+    where no cache is read.
     """
 
     index_B: torch.Tensor
@@ -48,7 +49,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class EpochViews:
-    """The view that every image is seen in during one epoch; `choice_N` is its number in the cache, None for a fresh crop."""
+    """The view that every image is seen in during one epoch; `choice_N` is its number in the cache, None for a fresh
+    crop.
+    """
 
     box_N4: np.ndarray
     flip_N: np.ndarray
@@ -70,7 +73,8 @@ class FreshCrops:
 
 @dataclass(frozen=True)
 class CachedCrops:
-    """The cache's own views: in each epoch every image gets one of its views, without replacement until all have been seen.
+    """The cache's own views: in each epoch every image gets one of its views, without replacement until all have been
+    seen.
 
     With more than one view the evaluation view, number 0, is left out.
     """
@@ -99,7 +103,9 @@ class Blends:
 
 
 def draw_blends(seed: int, epoch: int, n: int, mixup: float, cutmix: float) -> Blends:
-    """Blend a share `mixup` of the images by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, weight uniform)."""
+    """Blend a share `mixup` of the images by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, weight
+    uniform).
+    """
     rng = _rng(seed, epoch, BLEND)
     lot_N = rng.random(n)
     partner_N = rng.integers(0, n, n)
@@ -121,7 +127,9 @@ def order_of(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def steps_in_epoch(n: int, batch_size: int) -> int:
-    """Steps that one pass takes. Each image is visited once; batches differ by one image at most and never exceed batch_size."""
+    """Steps that one pass takes. Each image is visited once; batches differ by one image at most and never exceed
+    batch_size.
+    """
     return -(-n // batch_size)
 
 
@@ -192,7 +200,9 @@ class EpochBatches(Dataset):
 
     def _render(self, index_B: np.ndarray) -> torch.Tensor:
         pictures = [self.data.pixels[index] for index in index_B]
-        return views.render_batch(pictures, self.views.box_N4[index_B], self.views.flip_N[index_B], self.data.image_size)
+        return views.render_batch(
+            pictures, self.views.box_N4[index_B], self.views.flip_N[index_B], self.data.image_size
+        )
 
     def _pictures(self, index_B: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         images_BCHW = self._render(index_B)
@@ -213,7 +223,9 @@ class EpochBatches(Dataset):
 
 
 def paste(image_CHW: torch.Tensor, partner_CHW: torch.Tensor, weight: float, centre: Sequence[float]) -> float:
-    """CutMix in place: a box of area share 1 - weight around `centre`, cut off at the border. Gives the share that remained."""
+    """CutMix in place: a box of area share 1 - weight around `centre`, cut off at the border. Gives the share that
+    remained.
+    """
     size = image_CHW.shape[-1]
     half = size * np.sqrt(1 - weight) / 2
     top, left = (int(np.clip(round(size * c - half), 0, size)) for c in centre)

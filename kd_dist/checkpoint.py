@@ -379,7 +379,7 @@ def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
 
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
-        plain = tensor.detach().cpu().contiguous()
+        plain = tensor.detach().cpu()
         for text in (name, str(plain.dtype).removeprefix("torch."), ",".join(map(str, plain.shape))):
             digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy())

@@ -1,7 +1,8 @@
 """Settings of the two jobs: frozen dataclasses, presets, and the flat flags that fill them.
 
-A setting is a field of a dataclass; its flag is its name with dashes. The value a run uses is, first found: what was typed, what the
-preset says, the field's default. No torch is imported here, so that a login node reads the settings fast.
+A setting is a field of a dataclass; its flag is its name with dashes. The value a run uses is, first found: what was
+typed, what the preset says, the field's default. No torch is imported here, so that a login node reads the settings
+fast.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from kd_dist.errors import UserError
@@ -30,11 +30,27 @@ class Settings:
 
     kind: ClassVar[str]
     may_change: ClassVar[frozenset[str]] = frozenset(
-        {"data", "out", "cache", "workers", "device", "checkpoint_minutes", "pixels_dir", "archive", "sha256", "preset", "start_over"}
+        {
+            "data",
+            "out",
+            "cache",
+            "workers",
+            "device",
+            "checkpoint_minutes",
+            "pixels_dir",
+            "archive",
+            "sha256",
+            "preset",
+            "start_over",
+        }
     )
 
-    preset: str | None = flag(None, "a named set of defaults; without it gpu-128px on a GPU and cpu-64px on a CPU", "NAME")
-    data: str | None = flag(None, "folder with train/ and val/, or one to fetch the release into [$KD_DIST_DATA or data]", "DIR")
+    preset: str | None = flag(
+        None, "a named set of defaults; without it gpu-128px on a GPU and cpu-64px on a CPU", "NAME"
+    )
+    data: str | None = flag(
+        None, "folder with train/ and val/, or one to fetch the release into [$KD_DIST_DATA or data]", "DIR"
+    )
     release: str | None = flag(None, "data set to fetch when it is not there yet [imagewoof2-160]", "NAME")
     archive: str | None = flag(None, "fetch the release from this file or address instead", "FILE")
     sha256: str | None = flag(None, "digest that the archive must have", "HEX")
@@ -49,12 +65,18 @@ class Settings:
     label_smoothing: float = flag(0.0, "share of the hard target spread over all classes")
     ema: float = flag(0.0, "decay of the moving average of weights that is evaluated and kept; 0: none")
     crop_scale: tuple[float, float] = flag((0.35, 1.0), "smallest and largest area share of a random crop")
-    mixup: float = flag(0.0, "share of training images blended with another (weight from Beta(0.2, 0.2)); fresh crops only", "SHARE")
+    mixup: float = flag(
+        0.0, "share of training images blended with another (weight from Beta(0.2, 0.2)); fresh crops only", "SHARE"
+    )
     cutmix: float = flag(0.0, "share of training images with a box pasted from another; fresh crops only", "SHARE")
     seed: int = flag(0, "of weights, order, crops and flips")
-    workers: int | None = flag(None, "processes a rank that prepare pictures; 0: the rank itself [0 on a CPU, up to 8 on a GPU]", "N")
+    workers: int | None = flag(
+        None, "processes a rank that prepare pictures; 0: the rank itself [0 on a CPU, up to 8 on a GPU]", "N"
+    )
     device: str = flag("auto", "cpu, cuda, or auto: a GPU for each rank where there are any", "NAME")
-    pixels_dir: str | None = flag(None, "where decoded pictures are kept, a node-local disk say [inside the data folder]", "DIR")
+    pixels_dir: str | None = flag(
+        None, "where decoded pictures are kept, a node-local disk say [inside the data folder]", "DIR"
+    )
     checkpoint_minutes: float = flag(10.0, "a checkpoint at least this often, besides one an epoch", "M")
     start_over: bool = flag(False, "forget this run folder's earlier run instead of resuming it")
 
@@ -70,19 +92,34 @@ class Settings:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
         for name in ("mixup", "cutmix"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie in [0, 1]")
-        _require(self.mixup + self.cutmix <= 1, "mixup", self.mixup, f"and --cutmix {self.cutmix} must not exceed 1 together")
+        _require(
+            self.mixup + self.cutmix <= 1, "mixup", self.mixup, f"and --cutmix {self.cutmix} must not exceed 1 together"
+        )
         low, high = self.crop_scale
-        _require(0 < low <= high <= 1, "crop_scale", f"{low} {high}", "must be two shares with 0 < smallest <= largest <= 1")
-        _require(self.warmup_epochs < self.epochs, "warmup_epochs", self.warmup_epochs, f"must be below --epochs {self.epochs}")
+        _require(
+            0 < low <= high <= 1, "crop_scale", f"{low} {high}", "must be two shares with 0 < smallest <= largest <= 1"
+        )
+        _require(
+            self.warmup_epochs < self.epochs,
+            "warmup_epochs",
+            self.warmup_epochs,
+            f"must be below --epochs {self.epochs}",
+        )
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
 
-    @property
-    def run_folder(self) -> Path:
-        return Path(self.out)
+    def source(self) -> dict[str, str | None]:
+        """The settings that say where the data comes from."""
+        return {name: getattr(self, name) for name in ("data", "release", "archive", "sha256", "pixels_dir")}
+
+    def resolved(self) -> Self:
+        """The same settings with what follows from others filled in."""
+        return self
 
     def stored(self) -> dict[str, Any]:
         """The settings as plain JSON values, for the run folder and the checkpoint."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -94,16 +131,14 @@ class TeacherSettings(Settings):
 
     out: str = flag("runs/teacher", "folder of this run; running the same command again resumes it", "DIR")
     cache: str | None = flag(None, "where the soft labels go [OUT/logits.h5]", "FILE")
-    teacher: str = flag("resnet18", "network to train: resnet18, or resnet18_s1 with a stride-1 stem for small pictures", "NAME")
+    teacher: str = flag(
+        "resnet18", "network to train: resnet18, or resnet18_s1 with a stride-1 stem for small pictures", "NAME"
+    )
     views: int = flag(16, "views of every image in the cache: the evaluation view and V - 1 random crops", "V")
 
     def __post_init__(self):
         super().__post_init__()
         _require(self.views >= 1, "views", self.views, "must be at least 1")
-
-    @property
-    def cache_path(self) -> Path:
-        return Path(self.cache) if self.cache else self.run_folder / "logits.h5"
 
 
 @dataclass(frozen=True)
@@ -118,7 +153,11 @@ class DistillSettings(Settings):
     alpha: float = flag(0.9, "weight of the soft loss: total = alpha * soft + (1 - alpha) * hard; 0: hard labels alone")
     temperature: float = flag(4.0, "softens both distributions in the soft loss", "T")
     loss: str = flag("kl", "the soft loss: kl (times T squared), ce, or mse", "NAME")
-    crops: str | None = flag(None, "cached: the cache's own views; fresh: new crops, hard labels alone [cached, or fresh at --alpha 0]", "KIND")
+    crops: str | None = flag(
+        None,
+        "cached: the cache's own views; fresh: new crops, hard labels alone [cached, or fresh at --alpha 0]",
+        "KIND",
+    )
     views: int | None = flag(None, "use only the first V views of the cache [all]", "V")
 
     def __post_init__(self):
@@ -126,23 +165,32 @@ class DistillSettings(Settings):
         _require(0 <= self.alpha <= 1, "alpha", self.alpha, "must lie in [0, 1]")
         _require(0 < self.temperature < math.inf, "temperature", self.temperature, "must be above 0")
         _require(self.views is None or self.views >= 1, "views", self.views, "must be at least 1")
-        _one_of("crops", self.resolved_crops, ("cached", "fresh"))
-        if self.resolved_crops == "fresh":
-            _require(self.alpha == 0, "alpha", self.alpha, "needs --crops cached: a fresh crop has no row in the cache; or use --alpha 0")
+        if self.crops is not None:
+            _one_of("crops", self.crops, ("cached", "fresh"))
+        if self.uses_fresh_crops:
+            _require(
+                self.alpha == 0,
+                "alpha",
+                self.alpha,
+                "needs --crops cached: a fresh crop has no row in the cache; or use --alpha 0",
+            )
         else:
             blended = self.mixup + self.cutmix
-            _require(blended == 0, "mixup", blended, "and --cutmix need --crops fresh: a cached row describes its own view only")
+            _require(
+                blended == 0,
+                "mixup",
+                blended,
+                "and --cutmix need --crops fresh: a cached row describes its own view only",
+            )
 
     @property
-    def resolved_crops(self) -> str:
-        return self.crops or ("fresh" if self.alpha == 0 else "cached")
+    def uses_fresh_crops(self) -> bool:
+        return self.crops == "fresh" or (self.crops is None and self.alpha == 0)
 
-    @property
-    def cache_path(self) -> Path | None:
-        """The cache this run reads, or None: hard labels on fresh crops need none, and read one only where it was named."""
-        if self.cache:
-            return Path(self.cache)
-        return None if self.resolved_crops == "fresh" else Path("runs/teacher/logits.h5")
+    def resolved(self) -> Self:
+        """Crops as they follow from alpha; the usual cache, but none for fresh crops unless one was named."""
+        cache = self.cache or (None if self.uses_fresh_crops else "runs/teacher/logits.h5")
+        return dataclasses.replace(self, crops="fresh" if self.uses_fresh_crops else "cached", cache=cache)
 
 
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
@@ -168,19 +216,43 @@ PRESETS: dict[str, Preset] = {
     # One box of GPUs or a cluster node; the figures of this recipe are not measured yet.
     "gpu-128px": Preset(
         about="for GPUs: 128 px, long schedules",
-        teacher={"image_size": 128, "epochs": 100, "lr": 0.2, "batch_size": 256, "views": 100, "ema": 0.999, "cutmix": 0.5},
+        teacher={
+            "image_size": 128,
+            "epochs": 100,
+            "lr": 0.2,
+            "batch_size": 256,
+            "views": 100,
+            "ema": 0.999,
+            "cutmix": 0.5,
+        },
         distill={"image_size": 128, "epochs": 200, "lr": 0.2, "batch_size": 256, "temperature": 2.0},
     ),
     # A CPU box: the teacher sees 96 px, the student the same boxes at 64 px.
     "cpu-64px": Preset(
         about="for a CPU box: teacher at 96 px, student at 64 px, about an hour in all on two cores",
-        teacher={"image_size": 96, "epochs": 18, "lr": 0.05, "batch_size": 64, "warmup_epochs": 2.0, "views": 8, "ema": 0.998},
+        teacher={
+            "image_size": 96,
+            "epochs": 18,
+            "lr": 0.05,
+            "batch_size": 64,
+            "warmup_epochs": 2.0,
+            "views": 8,
+            "ema": 0.998,
+        },
         distill={"image_size": 64, "epochs": 16, "lr": 0.05, "batch_size": 64, "warmup_epochs": 2.0},
     ),
     # The generated set, in minutes.
     "demo": Preset(
         about="for the generated set of `make demo`: 32 px, a few minutes on two cores",
-        teacher={"release": "demo", "image_size": 48, "epochs": 10, "lr": 0.1, "batch_size": 64, "warmup_epochs": 1.0, "views": 8},
+        teacher={
+            "release": "demo",
+            "image_size": 48,
+            "epochs": 10,
+            "lr": 0.1,
+            "batch_size": 64,
+            "warmup_epochs": 1.0,
+            "views": 8,
+        },
         distill={"release": "demo", "image_size": 32, "epochs": 10, "lr": 0.1, "batch_size": 64, "warmup_epochs": 1.0},
     ),
 }
@@ -196,7 +268,12 @@ class _HelpOnce(argparse.HelpFormatter):
 def parser_for(kind: type[Settings], prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser whose flags are the fields of `kind`; only what was typed ends up in the namespace."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, epilog=epilog, formatter_class=_HelpOnce, argument_default=argparse.SUPPRESS, allow_abbrev=False
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=_HelpOnce,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     parser.error = _raise_user_error(prog)
     hints = get_type_hints(kind)
@@ -232,14 +309,16 @@ def _shown_default(default: Any) -> str:
 
 
 def resolve(kind: type[Settings], typed: dict[str, Any], has_gpu: bool) -> Settings:
-    """Settings from what was typed, over the preset's values, over the defaults. Raises UserError for an unknown preset."""
+    """Settings from what was typed, over the preset's values, over the defaults. Raises UserError for an unknown
+    preset.
+    """
     name = typed.get("preset") or ("gpu-128px" if has_gpu and typed.get("device") != "cpu" else "cpu-64px")
     _one_of("preset", name, tuple(PRESETS))
     preset = PRESETS[name].teacher if kind.kind == "teacher" else PRESETS[name].distill
     values = {**preset, **typed, "preset": name}
     if "crop_scale" in values:
         values["crop_scale"] = tuple(values["crop_scale"])
-    return kind(**values)
+    return kind(**values).resolved()
 
 
 def read_command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 torchrun --nproc_per_node=4 -m kd_dist.distill
 """
 
+from pathlib import Path
+
 import torch
 
 from kd_dist import job, objectives
@@ -12,14 +14,14 @@ from kd_dist.checkpoint import RunFolder
 from kd_dist.config import DistillSettings
 from kd_dist.engine import LossTerms
 from kd_dist.errors import UserError
-from kd_dist.job import Data
+from kd_dist.job import Data, DataSource
 from kd_dist.losses import SOFT_LOSSES
 from kd_dist.models import STUDENTS
 from kd_dist.runtime import Runtime, joined, run_entry
 from kd_dist.views import RENDERER
 
-DESCRIPTION = """Train a student from a cache of soft labels and the hard labels: total = alpha * soft + (1 - alpha) * hard. The
-teacher is not loaded; only its cache is read. Running the same command again resumes."""
+DESCRIPTION = """Train a student from a cache of soft labels and the hard labels: total = alpha * soft + (1 - alpha) *
+hard. The teacher is not loaded; only its cache is read. Running the same command again resumes."""
 EPILOG = """Examples: torchrun --nproc_per_node=4 -m kd_dist.distill --cache runs/teacher/logits.h5 --alpha 0.9
 --temperature 4; the hard-label twin of the same student, no cache needed: add --alpha 0 --out runs/twin."""
 
@@ -30,10 +32,10 @@ def main() -> None:
         if getattr(settings, name) not in table:
             raise UserError(f"--{name} {getattr(settings, name)} is not known; choose from {', '.join(table)}.")
     with joined(settings.device) as runtime:
-        cache = open_for(settings, runtime)
+        cache = open_for(settings)
         folder = job.claim(settings, runtime)
         with job.recorded(folder, runtime):
-            data = job.open_data(settings, runtime)
+            data = job.open_data(DataSource(**settings.source()), runtime)
             if cache is not None:
                 samples = data.samples
                 cache.check_fits(samples.name, samples.classes, {"train": samples.train, "val": samples.val})
@@ -42,19 +44,21 @@ def main() -> None:
             job.say(runtime, f"finished: {folder.model}; compare runs by python -m kd_dist.report {folder.path}")
 
 
-def open_for(settings: DistillSettings, runtime: Runtime) -> Cache | None:
+def open_for(settings: DistillSettings) -> Cache | None:
     """The cache this run reads, checked; None where it reads none. Raises UserError where it cannot be used."""
-    if settings.cache_path is None:
+    if settings.cache is None:
         return None
-    cache = open_cache(settings.cache_path)
+    cache = open_cache(Path(settings.cache))
     if cache.header.renderer != RENDERER:
         raise UserError(
-            f"{cache.path} was rendered by {cache.header.renderer}, this version renders by {RENDERER}: the student would see other crops; "
+            f"{cache.path} was rendered by {cache.header.renderer}, this version renders by {RENDERER}: the student "
+            "would see other crops; "
             "write the cache anew or use the version that wrote it."
         )
     if settings.views is not None and settings.views > cache.views:
         raise UserError(
-            f"--views {settings.views}, but {cache.path} holds {cache.views}; use --views {cache.views} or less, or add views by "
+            f"--views {settings.views}, but {cache.path} holds {cache.views}; use --views {cache.views} or less, or "
+            "add views by "
             f"`python -m kd_dist.cache extend {cache.path} --views {settings.views}`."
         )
     return cache
@@ -92,7 +96,7 @@ def loss_of(settings: DistillSettings, classes: int) -> LossTerms:
 
 def crops_of(settings: DistillSettings, data: Data, cache: Cache | None):
     """The rule for crops, and the soft labels [N, V, K] that go with them (None where no soft loss is computed)."""
-    if settings.resolved_crops == "fresh":
+    if settings.uses_fresh_crops:
         return job.fresh_crops(settings, data), None
     rows = cache.split("train")
     used = slice(settings.views)

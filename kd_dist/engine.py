@@ -1,9 +1,11 @@
-"""The one training loop. Teacher, hard-label twin and distilled student differ in the data and the loss handed in, not in here.
+"""The one training loop. Teacher, hard-label twin and distilled student differ in the data and the loss handed in, not
+in here.
 
-Exactness. Order, views and blends are functions of (seed, epoch, image). A rank's loss is its part of the sum over the whole batch divided by the
-batch's size, so N ranks' averaged gradients are one rank's gradients; BatchNorm alone sees each rank's part. Running statistics are
-rank 0's. On a CPU a resumed run ends with the bits of the uninterrupted one at the same number of ranks; GPU kernels that add in no
-fixed order do not promise that, nor does another number of ranks, which adds in another order.
+Exactness. Order, views and blends are functions of (seed, epoch, image). A rank's loss is its part of the sum over the
+whole batch divided by the batch's size, so N ranks' averaged gradients are one rank's gradients; BatchNorm alone sees
+each rank's part. Running statistics are rank 0's. On a CPU a resumed run ends with the bits of the uninterrupted one at
+the same number of ranks; GPU kernels that add in no fixed order do not promise that, nor does another number of ranks,
+which adds in another order.
 """
 
 import contextlib
@@ -37,6 +39,7 @@ Evaluate = Callable[[nn.Module], dict[str, float]]
 MOMENTUM = 0.9
 GPU_STEPS_BETWEEN_AGREEMENTS = 20
 HEARTBEAT_SECONDS = 30.0
+SETTLING_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class Schedule:
 
 
 class Ema:
-    """A moving average of a model's weights and running statistics, with a short memory at first: min(decay, (1 + t) / (10 + t))."""
+    """A moving average of a model's weights and running statistics, with a short memory at first: min(decay, (1 + t) /
+    (10 + t)).
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -89,8 +94,9 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.SGD:
 class Trainer:
     """Trains `model` on `data` under `schedule`, saves as it goes, and resumes what its folder holds.
 
-    `identity` names what the weights depend on besides the settings (data and cache digests); a checkpoint of another identity is
-    refused. After `run`, `evaluated_model` is the result: the moving average where there is one, else the last weights.
+    `identity` names what the weights depend on besides the settings (data and cache digests); a checkpoint of another
+    identity is refused. After `run`, `evaluated_model` is the result: the moving average where there is one, else the
+    last weights.
     """
 
     def __init__(
@@ -130,18 +136,21 @@ class Trainer:
     def _parallel(self) -> nn.Module:
         """The model under DDP, its buckets settled.
 
-        DDP regroups its gradient buckets after the first step, which changes the order of addition: a resumed run would differ from an
-        uninterrupted one in the last bits at three ranks and more. Two steps whose result is thrown away bring both to the same buckets.
+        DDP regroups its gradient buckets after the first step, which changes the order of addition: a resumed run would
+        differ from an uninterrupted one in the last bits at three ranks and more. Two steps whose result is thrown away
+        bring both to the same buckets.
         """
         if self.runtime.world_size == 1:
             return self.model
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else None
         with warnings.catch_warnings():  # newer releases rename broadcast_buffers, older ones know no other name
             warnings.simplefilter("ignore", FutureWarning)
-            parallel = DistributedDataParallel(self.model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            parallel = DistributedDataParallel(
+                self.model, devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         untouched = copy.deepcopy(self.model.state_dict())
         batch = self._prepare(EpochBatches(self.data, 0, self.runtime.rank, self.runtime.world_size)[0])
-        for _ in range(2):
+        for _ in range(SETTLING_STEPS):
             self.loss_terms(parallel, batch)["total"].mean().backward()
             self.model.zero_grad(set_to_none=True)
         self.model.load_state_dict(untouched)
@@ -150,12 +159,14 @@ class Trainer:
     # ---- the loop
 
     def run(self) -> dict[str, float]:
-        """Train to the end and give the last epoch's metrics. Raises UserError (diverged, cannot save), Interrupted (asked to stop)."""
+        """Train to the end and give the last epoch's metrics. Raises UserError (diverged, cannot save), Interrupted
+        (asked to stop).
+        """
         self._resume()
-        self.stop = StopRequest()
         self.bad = FirstBadStep(self.runtime.device)
         self.saved_at = self.beat_at = time.monotonic()
-        with Monitor(self.folder.path, enabled=self.runtime.is_main, resume_step=self.step) as self.monitor:
+        curves = Monitor(self.folder.path, enabled=self.runtime.is_main, resume_step=self.step)
+        with curves as self.monitor, StopRequest() as self.stop:
             if self.step:
                 self.monitor.line(f"going on from step {self.step} of {self.total_steps}")
             while self.step < self.total_steps:
@@ -190,7 +201,8 @@ class Trainer:
             group["lr"] = self.schedule.lr_at(self.step, self.steps_per_epoch)
         with autocast(self.runtime.device):
             terms = {name: values_B.sum() for name, values_B in self.loss_terms(self.parallel, batch).items()}
-        # DDP averages over ranks; each rank's sum over the whole batch's size, times the ranks, averages to the batch's mean.
+        # DDP averages over ranks; each rank's sum over the whole batch's size, times the ranks, averages to the batch's
+        # mean.
         (terms["total"] * self.runtime.world_size / batch.global_size).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -208,12 +220,17 @@ class Trainer:
     # ---- what the ranks agree on
 
     def _agree(self, last_of_epoch: bool) -> None:
-        """Put the ranks' sums together and act together: end on a bad loss, save when it is time, stop when anyone was asked to.
+        """Put the ranks' sums together and act together: end on a bad loss, save when it is time, stop when anyone was
+        asked to.
 
         At the end of an epoch the last two wait until its evaluation has been noted.
         """
         minutes = (time.monotonic() - self.saved_at) / 60
-        flags = [self.stop.signal is not None, self.runtime.is_main and minutes > self.schedule.checkpoint_minutes, self.bad.seen()]
+        flags = [
+            self.stop.signal is not None,
+            self.runtime.is_main and minutes > self.schedule.checkpoint_minutes,
+            self.bad.seen(),
+        ]
         stop, save, bad = self._shared(flags)
         if bad:
             self._report_divergence()
@@ -236,26 +253,34 @@ class Trainer:
         step, terms = min(records, key=lambda record: record[0])
         shown = ", ".join(f"{name} {value:.4g}" for name, value in sorted(terms.items()))
         raise UserError(
-            f"training diverged at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}), loss terms {shown}; {self._last_good()} "
+            f"training diverged at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}), loss terms {shown}; "
+            f"{self._last_good()} "
             "lower --lr or raise --warmup-epochs, in another --out or with --start-over."
         )
 
     def _last_good(self) -> str:
         steps = self.folder.saved_steps()
-        return f"the last good checkpoint is {self.folder.checkpoint(steps[-1])};" if steps else "there was no checkpoint yet;"
+        return (
+            f"the last good checkpoint is {self.folder.checkpoint(steps[-1])};"
+            if steps
+            else "there was no checkpoint yet;"
+        )
 
     def _stop(self) -> None:
-        number = max(self.runtime.gather(self.stop.signal or 0))
-        if self.runtime.is_main:
-            self._write_state("interrupted", message=f"stopped on request at step {self.step}, saved")
-        raise Interrupted(number)
+        raise Interrupted(max(self.runtime.gather(self.stop.signal or 0)))
 
     # ---- epochs' ends, checkpoints
 
     def _close_epoch(self, epoch: int) -> None:
         self.runtime.take_from_main(list(self.evaluated_model.buffers()))
         metrics = self.evaluate(self.evaluated_model)
-        row = {"step": self.step, "epoch": epoch + 1, **metrics, **self.sums.row(), "lr": self.optimizer.param_groups[0]["lr"]}
+        row = {
+            "step": self.step,
+            "epoch": epoch + 1,
+            **metrics,
+            **self.sums.row(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
         self.sums = EpochSums()
         if self.runtime.is_main:
             self._note_epoch(row)
@@ -307,7 +332,9 @@ class Trainer:
         newest = checkpoint.newest_checkpoint(self.folder, warn)
         step = newest[1]["step"] if newest else 0
         if len(set(self.runtime.gather(step))) > 1:
-            raise UserError(f"the ranks see different checkpoints in {self.folder.path}; put --out on a disk that all nodes share.")
+            raise UserError(
+                f"the ranks see different checkpoints in {self.folder.path}; put --out on a disk that all nodes share."
+            )
         if self.runtime.is_main:
             checkpoint.truncate_metrics(self.folder, step)
         if newest is None:
@@ -325,7 +352,8 @@ class Trainer:
         for name in saved.keys() | self.identity.keys():
             if saved.get(name) != self.identity.get(name):
                 raise UserError(
-                    f"the run in {self.folder.path} was trained with {name} {saved.get(name)}, now it is {self.identity.get(name)}; "
+                    f"the run in {self.folder.path} was trained with {name} {saved.get(name)}, now it is "
+                    f"{self.identity.get(name)}; "
                     "give back the old one, choose another --out, or add --start-over."
                 )
 

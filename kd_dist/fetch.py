@@ -274,12 +274,10 @@ def download(url: str, part: Path, progress: Progress | None = None) -> None:
 
 def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
     origin = _read_origin(part, url)
-    if origin is None:
-        _discard(part)
-    elif origin.total == _size(part):
+    if origin and origin.total == _size(part):
         return
     with _request(url, part, origin) as response:
-        if response.status == 206:
+        if origin and response.status == 206:
             _check_range(response, part, origin)
         else:
             origin = _start_over(url, response, part)

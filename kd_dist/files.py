@@ -13,8 +13,8 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place with one rename.
 
-    A reader sees the old file or the new one, never half of either; a crash leaves the old one. On any error the temporary
-    file is removed and the error goes on.
+    A reader sees the old file or the new one, never half of either; a crash leaves the old one. On any error the
+    temporary file is removed and the error goes on.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,10 +1,11 @@
 """Logits of a model on given views: one forward path for validation, the cache's rows and their re-check.
 
-Pictures go through the network in fixed batches of FORWARD_BATCH consecutive samples, counted from the first of the split, so that a row does
-not depend on how many ranks there are or where a run was cut.
+Pictures go through the network in fixed batches of FORWARD_BATCH consecutive samples, counted from the first of the
+split, so that a row does not depend on how many ranks there are or where a run was cut.
 """
 
 import contextlib
+import itertools
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ def compute_dtype(device: torch.device) -> str:
 
 
 class Forward:
-    """A model in evaluation mode with the pictures of a split, rendered at `image_size` and normalised by `mean` and `std`."""
+    """A model in evaluation mode with the pictures of a split, rendered at `image_size` and normalised by `mean` and
+    `std`.
+    """
 
     def __init__(self, model: nn.Module, pixels: Pixels, image_size: int, mean, std, device: torch.device):
         self.model, self.pixels, self.image_size, self.device = model, pixels, image_size, device
@@ -36,9 +39,11 @@ class Forward:
         self.dtype = next(model.parameters()).dtype
 
     def logits(self, box_N4: np.ndarray, flip_N: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Logits float32 [stop - start, K] of samples start..stop of the split in the given views. `start` is a multiple of FORWARD_BATCH."""
+        """Logits float32 [stop - start, K] of samples start..stop of the split in the given views. `start` is a
+        multiple of FORWARD_BATCH.
+        """
         edges = [*range(start, stop, FORWARD_BATCH), stop]
-        pieces = [self._batch(box_N4, flip_N, low, high) for low, high in zip(edges, edges[1:], strict=False)]
+        pieces = [self._batch(box_N4, flip_N, low, high) for low, high in itertools.pairwise(edges)]
         return torch.cat(pieces).float().cpu().numpy()
 
     @torch.inference_mode()

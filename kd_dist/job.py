@@ -1,6 +1,9 @@
-"""What both jobs do alike around the engine: read the command line, find and decode the data, claim the run folder, train, keep the result."""
+"""What both jobs do alike around the engine: read the command line, find and decode the data, claim the run folder,
+train, keep the result.
+"""
 
 import contextlib
+import copy
 import os
 import platform
 import sys
@@ -68,38 +71,50 @@ def progress_lines(runtime: Runtime, what: str) -> Callable[[int, int], None]:
     return progress
 
 
-def open_data(settings: Settings, runtime: Runtime) -> Data:
-    """Find the data (fetching it where that is allowed), list it, and decode it once a node."""
-    typed = settings.data or os.environ.get("KD_DIST_DATA")
-    folder, threads = Path(typed or "data"), max(1, (os.cpu_count() or 1) // 2)
-    roots, lists = [], []
+@dataclass(frozen=True)
+class DataSource:
+    """Where the data is, or is to be fetched from, as the flags of the same names say."""
 
-    def find() -> None:
-        roots.append(
-            locate(folder, settings.release, settings.archive, settings.sha256, explicit=bool(typed), progress=progress_lines_of(runtime))
-        )
+    data: str | None = None
+    release: str | None = None
+    archive: str | None = None
+    sha256: str | None = None
+    pixels_dir: str | None = None
 
-    runtime.once_a_node("find data", find)
-    if not roots:
-        find()
-    root = roots[0]
-    store = Path(settings.pixels_dir) if settings.pixels_dir else default_folder(root)
+
+def open_data(source: DataSource, runtime: Runtime) -> Data:
+    """Find the data (fetching it where that is allowed), list it, and decode it, each once a node.
+
+    Raises UserError on every rank for data that is not there, damaged, or cannot be fetched or decoded.
+    """
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    root = Path(runtime.once_a_node("find data", lambda: str(_find(source, runtime))))
+    store = Path(source.pixels_dir) if source.pixels_dir else default_folder(root)
 
     def prepare() -> None:
         samples = scan(root, manifest_folder=store, workers=threads)
         for split in ("train", "val"):
             build_pixels(samples.split(split), store, threads, progress_lines(runtime, f"decoding {split} images"))
-        lists.append(samples)
 
     runtime.once_a_node("decode data", prepare)
-    samples = lists[0] if lists else scan(root, manifest_folder=store, workers=1)
+    samples = scan(root, manifest_folder=store)
     pixels = {split: open_pixels(samples.split(split), store) for split in ("train", "val")}
     if None in pixels.values():
-        raise UserError(f"the decoded pictures in {store} vanished or belong to other data; run the same command again.")
+        raise UserError(
+            f"the decoded pictures in {store} vanished or belong to other data; run the same command again."
+        )
     return Data(samples, pixels)
 
 
-def progress_lines_of(runtime: Runtime):
+def _find(source: DataSource, runtime: Runtime) -> Path:
+    typed = source.data or os.environ.get("KD_DIST_DATA")
+    progress = _progress_by_name(runtime)
+    return locate(
+        Path(typed or "data"), source.release, source.archive, source.sha256, explicit=bool(typed), progress=progress
+    )
+
+
+def _progress_by_name(runtime: Runtime):
     """As progress_lines, for work that names its own steps: a callback (what, done, all)."""
     lines: dict[str, Callable[[int, int], None]] = {}
 
@@ -111,7 +126,7 @@ def progress_lines_of(runtime: Runtime):
 
 def claim(settings: Settings, runtime: Runtime) -> RunFolder:
     """Take the run folder for this run; raises UserError on every rank where it holds something else."""
-    folder = RunFolder(settings.run_folder)
+    folder = RunFolder(Path(settings.out))
     may_change, start_over = settings.may_change, settings.start_over
     runtime.on_main(lambda: checkpoint.claim(folder, settings.kind, settings.stored(), may_change, start_over))
     return folder
@@ -122,15 +137,20 @@ def recorded(folder: RunFolder, runtime: Runtime) -> Iterator[None]:
     """Note in the run folder how the run ended, whatever way it does."""
     try:
         yield
-    except Interrupted:
-        raise  # noted where it was saved
     except BaseException as error:
+        status = "interrupted" if isinstance(error, Interrupted) else "failed"
         if runtime.is_main:
             with contextlib.suppress(Exception):  # a full disk must not hide the reason
-                checkpoint.write_state(folder, "failed", message=str(error) or type(error).__name__)
+                _note_end(folder, status, str(error) or type(error).__name__)
         raise
     if runtime.is_main:
-        checkpoint.write_state(folder, "finished", message="")
+        _note_end(folder, "finished", "")
+
+
+def _note_end(folder: RunFolder, status: str, message: str) -> None:
+    last = checkpoint.read_state(folder) or {}
+    reached = {name: last[name] for name in ("step", "epoch", "epochs") if name in last}
+    checkpoint.write_state(folder, status, **reached, message=message)
 
 
 def workers_for(settings: Settings, runtime: Runtime) -> int:
@@ -165,9 +185,11 @@ def train(
     identity: Mapping[str, str],
     teacher_val_NK: np.ndarray | None = None,
 ) -> tuple[nn.Module, np.ndarray]:
-    """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its val logits float32 [N, K].
+    """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its val logits float32
+    [N, K].
 
-    `identity` is what the weights depend on besides settings and data; `teacher_val_NK` adds agreement with the teacher to the metrics.
+    `identity` is what the weights depend on besides settings and data; `teacher_val_NK` adds agreement with the teacher
+    to the metrics.
     """
     samples, pixels = data.split("train")
     train_data = TrainData(
@@ -182,9 +204,16 @@ def train(
         logits_NVK=logits_NVK,
     )
     _require_fitting_batch(settings.batch_size, len(samples), runtime.world_size)
+    _require_fitting_size(model, settings.image_size)
     validation = Validation(data, settings.image_size, runtime, teacher_val_NK)
     schedule = Schedule(
-        settings.epochs, settings.lr, settings.weight_decay, settings.warmup_epochs, settings.ema, settings.seed, settings.checkpoint_minutes
+        settings.epochs,
+        settings.lr,
+        settings.weight_decay,
+        settings.warmup_epochs,
+        settings.ema,
+        settings.seed,
+        settings.checkpoint_minutes,
     )
     trainer = Trainer(
         model,
@@ -205,10 +234,25 @@ def train(
 
 def _require_fitting_batch(batch_size: int, images: int, ranks: int) -> None:
     if batch_size > images:
-        raise UserError(f"--batch-size {batch_size} is larger than the {images} training images; use --batch-size {images} or less.")
+        raise UserError(
+            f"--batch-size {batch_size} is larger than the {images} training images; use --batch-size {images} or less."
+        )
     steps = -(-images // batch_size)
     if images // steps < 2 * ranks:
-        raise UserError(f"--batch-size {batch_size} over {ranks} ranks leaves some with fewer than two images a step; use --batch-size {4 * ranks} or more.")
+        raise UserError(
+            f"--batch-size {batch_size} over {ranks} ranks leaves some with fewer than two images a step; use "
+            f"--batch-size {4 * ranks} or more."
+        )
+
+
+def _require_fitting_size(model: nn.Module, image_size: int) -> None:
+    try:
+        with torch.inference_mode():
+            copy.deepcopy(model).eval()(torch.zeros(1, 3, image_size, image_size))
+    except RuntimeError as error:
+        raise UserError(
+            f"--image-size {image_size} does not suit this network ({str(error).splitlines()[0]}); choose a larger one."
+        ) from error
 
 
 class Validation:
@@ -226,12 +270,16 @@ class Validation:
         return forward.all_logits(self.box_N4, self.flip_N, len(self.samples.classes), self.runtime)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """val_top1, val_loss (cross-entropy in nats), and val_agreement with the teacher's top class where a teacher is cached."""
+        """val_top1, val_loss (cross-entropy in nats), and val_agreement with the teacher's top class where a teacher is
+        cached.
+        """
         return self.metrics_of(self.logits(model))
 
     def metrics_of(self, logits_NK: np.ndarray) -> dict[str, float]:
         """The metrics of given val logits."""
-        loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits_NK).double(), torch.from_numpy(self.samples.labels_N))
+        loss = torch.nn.functional.cross_entropy(
+            torch.from_numpy(logits_NK).double(), torch.from_numpy(self.samples.labels_N)
+        )
         metrics = {"val_top1": top1(logits_NK, self.samples.labels_N), "val_loss": float(loss)}
         if self.teacher_val_NK is not None:
             metrics["val_agreement"] = top1(logits_NK, self.teacher_val_NK.argmax(axis=1))
@@ -244,12 +292,20 @@ def top1(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
 
 
 def keep(
-    folder: RunFolder, settings: Settings, arch: str, data: Data, model: nn.Module, val_logits_NK: np.ndarray, **facts: object
+    folder: RunFolder,
+    settings: Settings,
+    arch: str,
+    data: Data,
+    model: nn.Module,
+    val_logits_NK: np.ndarray,
+    **facts: object,
 ) -> None:
     """Write the result of a run, on rank 0: its val logits, then the weights with what one must know to use them."""
     val = data.samples.val
     val_top1 = top1(val_logits_NK, val.labels_N)
-    checkpoint.write_val_logits(folder.val_logits, val_logits_NK, val.labels_N, val.paths, val.fingerprint, top1=val_top1)
+    checkpoint.write_val_logits(
+        folder.val_logits, val_logits_NK, val.labels_N, val.paths, val.fingerprint, top1=val_top1
+    )
     checkpoint.save_model(
         folder,
         {

@@ -1,7 +1,7 @@
 """Writing the cache: a trained teacher's logits on views of every image, by all ranks in blocks."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,10 @@ from kd_dist import checkpoint, views
 from kd_dist.cache import BlockWriter, Cache, Header, Table, TeacherRow
 from kd_dist.dataset import SampleList
 from kd_dist.errors import UserError
-from kd_dist.inference import Forward, compute_dtype
+from kd_dist.inference import FORWARD_BATCH, Forward, compute_dtype
 from kd_dist.job import Data, software
 from kd_dist.models import TEACHERS
-from kd_dist.runtime import Runtime
+from kd_dist.runtime import Interrupted, Runtime, StopRequest
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Teacher:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     classes: tuple[str, ...]
+    crop_scale: tuple[float, float]
     finished: str
 
 
@@ -46,7 +47,15 @@ def load_teacher(path: Path, device: torch.device) -> Teacher:
         val_top1=saved["val_top1"],
     )
     model = model.to(device, memory_format=torch.channels_last).eval()
-    return Teacher(model, row, tuple(saved["mean"]), tuple(saved["std"]), tuple(saved["classes"]), saved["finished"])
+    return Teacher(
+        model,
+        row,
+        mean=tuple(saved["mean"]),
+        std=tuple(saved["std"]),
+        classes=tuple(saved["classes"]),
+        crop_scale=tuple(saved["settings"]["crop_scale"]),
+        finished=saved["finished"],
+    )
 
 
 def plan(
@@ -56,7 +65,8 @@ def plan(
     if teacher.classes != data.samples.classes:
         raise UserError(
             f"the teacher knows {len(teacher.classes)} classes ({teacher.classes[0]}, ...), {data.samples.root} has "
-            f"{len(data.samples.classes)} ({data.samples.classes[0]}, ...); name the data it was trained on with --data."
+            f"{len(data.samples.classes)} ({data.samples.classes[0]}, ...); name the data it was trained on with "
+            "--data."
         )
     header = Header(
         classes=teacher.classes,
@@ -97,8 +107,8 @@ def write_cache(
 ) -> None:
     """Label what is missing, share by share on all ranks, and publish. Raises UserError where it cannot be written.
 
-    `known` is a cache of the same teacher and data with fewer views, whose rows are taken over. Blocks written before an interruption
-    are kept, whatever the number of ranks was then.
+    `known` is a cache of the same teacher and data with fewer views, whose rows are taken over. Blocks written before
+    an interruption are kept, whatever the number of ranks was then.
     """
     # Rank 0 makes the parts folder before the others look into it.
     runtime.on_main(lambda: BlockWriter(target, header, tables) and None)
@@ -109,10 +119,13 @@ def write_cache(
         for split in tables
     }
     mine = runtime.shard(len(missing))
-    for done, position in enumerate(mine, start=1):
-        block = missing[position]
-        writer.put(block, _labels(block, forward, tables, known))
-        progress(done, len(mine))
+    with StopRequest() as stop:
+        for done, position in enumerate(mine, start=1):
+            block = missing[position]
+            writer.put(block, _labels(block, forward, tables, known))
+            progress(done, len(mine))
+            if stop.signal is not None:  # no need to agree: every block that was put is safe
+                raise Interrupted(stop.signal)
     runtime.barrier()
     runtime.on_main(lambda: writer.publish() and None)
 
@@ -124,3 +137,40 @@ def _labels(block, forward: Mapping[str, Forward], tables: Mapping[str, Table], 
     box_N4, flip_N = table.box_NV4[:, block.view], table.flip_NV[:, block.view]
     with np.errstate(over="ignore"):  # the writer refuses what does not fit float16, naming the image
         return forward[block.split].logits(box_N4, flip_N, block.start, block.stop).astype(np.float16)
+
+
+def keep_views(table: Table, known: Table) -> Table:
+    """A longer table whose first views are a cache's own, whatever this version's generator would draw for them."""
+    v = known.views
+    box_NV4 = np.concatenate([known.box_NV4, table.box_NV4[:, v:]], axis=1)
+    return replace(table, box_NV4=box_NV4, flip_NV=np.concatenate([known.flip_NV, table.flip_NV[:, v:]], axis=1))
+
+
+def largest_difference(cache: Cache, teacher: Teacher, data: Data, rows: int, runtime: Runtime) -> tuple[float, int]:
+    """Recompute about `rows` rows, drawn in whole forward batches over splits and views: the largest |new - stored| /
+    max(1, |stored|), and how many rows were compared.
+    """
+    batches = [
+        (split, view, start)
+        for split, table in cache.splits.items()
+        for view in range(table.views)
+        for start in range(0, len(table), FORWARD_BATCH)
+    ]
+    drawn = np.random.default_rng(0).permutation(len(batches))[: max(1, round(rows / FORWARD_BATCH))]
+    differences = [
+        _difference(cache, teacher, data, *batches[drawn[i]], runtime.device) for i in runtime.shard(len(drawn))
+    ]
+    everyone = [pair for mine in runtime.gather(differences) for pair in mine]
+    return max(worst for worst, _ in everyone), sum(count for _, count in everyone)
+
+
+def _difference(
+    cache: Cache, teacher: Teacher, data: Data, split: str, view: int, start: int, device
+) -> tuple[float, int]:
+    table, header = cache.split(split), cache.header
+    stop = min(len(table), start + FORWARD_BATCH)
+    forward = Forward(teacher.model, data.pixels[split], header.image_size, header.mean, header.std, device)
+    new_BK = forward.logits(table.box_NV4[:, view], table.flip_NV[:, view], start, stop)
+    stored_BK = table.logits_NVK[start:stop, view].astype(np.float32)
+    difference_BK = np.abs(new_BK - stored_BK) / np.maximum(1, np.abs(stored_BK))
+    return float(difference_BK.max()), stop - start

@@ -1,7 +1,8 @@
 """Loss functions of logits, one value per sample.
 
-Everything is computed in float32 or better, whatever the logits came in. `total = alpha * soft + (1 - alpha) * hard`: alpha weighs the
-soft loss. A new soft loss is a function (student_logits_BK, teacher_logits_BK, temperature) -> loss_B and a line in SOFT_LOSSES.
+Everything is computed in float32 or better, whatever the logits came in. `total = alpha * soft + (1 - alpha) * hard`:
+alpha weighs the soft loss. A new soft loss is a function (student_logits_BK, teacher_logits_BK, temperature) -> loss_B
+and a line in SOFT_LOSSES.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,14 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 def hard_targets(
-    labels_B: Tensor, classes: int, smoothing: float = 0.0, partners_B: Tensor | None = None, weight_B: Tensor | None = None
+    labels_B: Tensor,
+    classes: int,
+    smoothing: float = 0.0,
+    partners_B: Tensor | None = None,
+    weight_B: Tensor | None = None,
 ) -> Tensor:
-    """Target probabilities [B, K]: one-hot labels, blended with a partner's (mixup, CutMix) and smoothed (Szegedy et al. 2016).
+    """Target probabilities [B, K]: one-hot labels, blended with a partner's (mixup, CutMix) and smoothed (Szegedy et
+    al. 2016).
 
     weight_B is the share of the sample's own label in [0, 1]; partners_B holds the partners' labels.
     """
@@ -34,14 +40,18 @@ def cross_entropy(logits_BK: Tensor, targets_BK: Tensor) -> Tensor:
 
 
 def kl(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)): [B]  (Hinton, Vinyals, Dean 2015, with the T^2 of their section 2.1)."""
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)): [B]  (Hinton, Vinyals, Dean 2015, with the T^2 of their
+    section 2.1).
+    """
     log_student_BK = log_softmax(_at_least_float32(student_BK) / temperature, dim=1)
     log_teacher_BK = log_softmax(_at_least_float32(teacher_BK) / temperature, dim=1)
     return temperature**2 * (log_teacher_BK.exp() * (log_teacher_BK - log_student_BK)).sum(dim=1)
 
 
 def soft_cross_entropy(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
-    """T^2 * -sum_k softmax(teacher / T) * log softmax(student / T): [B]; KL's gradient, its value higher by the teacher's entropy."""
+    """T^2 * -sum_k softmax(teacher / T) * log softmax(student / T): [B]; KL's gradient, its value higher by the
+    teacher's entropy.
+    """
     log_student_BK = log_softmax(_at_least_float32(student_BK) / temperature, dim=1)
     teacher_probabilities_BK = torch.softmax(_at_least_float32(teacher_BK) / temperature, dim=1)
     return temperature**2 * -(teacher_probabilities_BK * log_student_BK).sum(dim=1)

@@ -1,7 +1,7 @@
 """The networks by name: TEACHERS and STUDENTS, each a function of the number of classes.
 
-To add one, write a function `classes -> nn.Module` that takes images [B, 3, S, S] and gives logits [B, K], and put it in a table. Only
-the teachers need torchvision, and it is imported when one is built: a student's process never does.
+To add one, write a function `classes -> nn.Module` that takes images [B, 3, S, S] and gives logits [B, K], and put it
+in a table. Only the teachers need torchvision, and it is imported when one is built: a student's process never does.
 """
 
 import torch
@@ -10,7 +10,9 @@ from torch.nn.functional import relu
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that keeps out of autocast, so that logits are not rounded to bfloat16. For the last layer of every network."""
+    """A linear layer that keeps out of autocast, so that logits are not rounded to bfloat16. For the last layer of
+    every network.
+    """
 
     def forward(self, features_BD: Tensor) -> Tensor:
         with torch.autocast(features_BD.device.type, enabled=False):
@@ -18,9 +20,11 @@ class Float32Linear(nn.Linear):
 
 
 class Cnn5(nn.Module):
-    """Five 3x3 convolutions, each conv -> 2x2 max pool -> BatchNorm -> ReLU, then global average pooling and one linear layer.
+    """Five 3x3 convolutions, each conv -> 2x2 max pool -> BatchNorm -> ReLU, then global average pooling and one linear
+    layer.
 
-    With the default channels and ten classes: 1,574,698 weights. Pooling comes first so that the normalisation works on a quarter of the pixels.
+    With the default channels and ten classes: 1,574,698 weights. Pooling comes first so that the normalisation works on
+    a quarter of the pixels.
     """
 
     def __init__(self, classes: int, channels: tuple[int, ...] = (32, 64, 128, 256, 512)):
@@ -43,7 +47,8 @@ class Cnn5(nn.Module):
 def origin_cnn(classes: int) -> nn.Module:
     """The student of the project this one descends from, rebuilt from its description: 5.28 M weights at ten classes.
 
-    Its flattened map is 6x6 at 224 px. The pooling to 6x6 is the identity there, and lets the network run at other sizes.
+    Its flattened map is 6x6 at 224 px. The pooling to 6x6 is the identity there, and lets the network run at other
+    sizes.
     """
     return nn.Sequential(
         *[nn.Conv2d(3, 64, 5), nn.ReLU(), nn.MaxPool2d(2)],
@@ -64,7 +69,9 @@ def resnet18(classes: int) -> nn.Module:
 
 
 def resnet18_s1(classes: int) -> nn.Module:
-    """ResNet18 with a stride-1 3x3 first convolution, its max pool kept: half the reduction, four times the work at a given size."""
+    """ResNet18 with a stride-1 3x3 first convolution, its max pool kept: half the reduction, four times the work at a
+    given size.
+    """
     model = resnet18(classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -107,7 +107,7 @@ class Monitor:
         with tqdm(total=steps, initial=done, desc=title, file=self._screen, leave=False, dynamic_ncols=True) as bar:
             yield EpochProgress(self, title, steps, bar)
 
-    def due(self) -> bool:
+    def _due(self) -> bool:
         """Whether it is time to show something again; True starts the next wait."""
         if not self.enabled or self._clock() < self._next_s:
             return False
@@ -127,25 +127,25 @@ class Monitor:
 class EpochProgress:
     """One bar on a terminal, else a plain line now and then. Made by Monitor.epoch."""
 
-    _monitor: Monitor
-    _title: str
-    _steps: int
-    _bar: tqdm | None = None
+    monitor: Monitor
+    title: str
+    steps: int
+    bar: tqdm | None = None
 
     def update(self, step: int, loss: SupportsFloat, images_per_s: SupportsFloat) -> None:
         """Say that `step` steps of the epoch are done. `loss` may be a tensor on a device, read only where shown."""
-        if not self._monitor.due():
+        if not self.monitor._due():
             return
         facts = f"loss {float(loss):.4f}, {float(images_per_s):.0f} images/s"
-        if self._bar is None:
-            self._monitor.line(f"{self._title}, step {step}/{self._steps}, {facts}")
+        if self.bar is None:
+            self.monitor.line(f"{self.title}, step {step}/{self.steps}, {facts}")
         else:
-            self._bar.n = step
-            self._bar.set_postfix_str(facts)
+            self.bar.n = step
+            self.bar.set_postfix_str(facts)
 
 
 class _Screen:
-    """A text stream that shows what it can: what its encoding lacks is escaped, and its failures cost the text alone."""
+    """A text stream that shows what it can: what its encoding lacks is escaped, what it fails to write is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

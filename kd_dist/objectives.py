@@ -18,7 +18,9 @@ def hard(classes: int, smoothing: float) -> LossTerms:
 
 
 def distilled(classes: int, smoothing: float, soft_loss: SoftLoss, alpha: float, temperature: float) -> LossTerms:
-    """alpha * soft + (1 - alpha) * hard, the soft loss against the batch's cached teacher logits: {"total", "soft", "hard"}."""
+    """alpha * soft + (1 - alpha) * hard, the soft loss against the batch's cached teacher logits: {"total", "soft",
+    "hard"}.
+    """
 
     def terms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits_BK = model(batch.images_BCHW)

@@ -1,8 +1,8 @@
 """Decode once: every picture of a split as uint8 RGB in one file, mapped read-only and shared by all ranks of a node.
 
-Two files a split, named after the split's fingerprint, so a store of other data is never picked up: `<split>-<fingerprint>.u8` holds the
-pictures one after another as [H, W, 3] bytes, `<split>-<fingerprint>.npy` their heights and widths, int64 [N, 2]. The sizes are written last: where
-they are, the pictures are whole.
+Two files a split, named after the split's fingerprint, so a store of other data is never picked up:
+`<split>-<fingerprint>.u8` holds the pictures one after another as [H, W, 3] bytes, `<split>-<fingerprint>.npy` their
+heights and widths, int64 [N, 2]. The sizes are written last: where they are, the pictures are whole.
 """
 
 import os
@@ -84,7 +84,8 @@ def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Call
     except OSError as error:
         reason = "the disk is full" if disk_full(error) else error.strerror
         raise UserError(
-            f"cannot write the decoded pictures to {folder} ({reason}); name a folder with {_needed(samples)} free by --pixels-dir."
+            f"cannot write the decoded pictures to {folder} ({reason}); name a folder with {_needed(samples)} free "
+            "by --pixels-dir."
         ) from error
 
 
@@ -93,7 +94,9 @@ def _needed(samples: SampleList) -> str:
 
 
 def default_folder(root: Path) -> Path:
-    """Where a data set's store goes when nobody says: inside the data folder, or the user's cache folder when that is read-only."""
+    """Where a data set's store goes when nobody says: inside the data folder, or the user's cache folder when that is
+    read-only.
+    """
     if os.access(root, os.W_OK):
         return root / ".kd_dist"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kd_dist"

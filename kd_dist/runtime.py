@@ -1,7 +1,8 @@
-"""Where this process stands among its peers: ranks, device, exact sharding, reductions, and how all of them end together.
+"""Where this process stands among its peers: ranks, device, exact sharding, reductions, and how all of them end
+together.
 
-Ranks come from torch's own variables (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which torchrun sets and our
-SLURM launcher too. With none of them set this is one process and no process group is made.
+Ranks come from torch's own variables (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which
+torchrun sets and our SLURM launcher too. With none of them set this is one process and no process group is made.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,11 @@ import torch.distributed as dist
 from kd_dist.errors import UserError
 
 EXIT_USER_ERROR = 2
+PEER_IS_GONE = (
+    "kd_dist: another rank died or stopped answering, see its output; run the same command again to go on from the "
+    "last checkpoint."
+)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.2
 
@@ -78,37 +84,36 @@ class Runtime:
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Let rank 0 do something short, and give its result, or raise its UserError, on every rank."""
-        result, message = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except UserError as error:
-                message = str(error)
-        result, message = self.gather((result, message))[0]
-        if message is not None:
-            raise UserError(message)
-        return result
+        outcome = self.gather(self._outcome(work) if self.is_main else None)[0]
+        if outcome["error"] is not None:
+            raise UserError(outcome["error"])
+        return outcome["result"]
 
-    def once_a_node(self, task: str, work: Callable[[], None]) -> None:
+    def once_a_node(self, task: str, work: Callable[[], Any]) -> Any:
         """Let one process a node do something long while its peers wait outside any collective, where no time-out runs.
 
-        A UserError there is raised here on every rank of the node.
+        Gives its result, which must be plain JSON, on every rank of the node, and raises its UserError there.
         """
         if self.store is None:
             return work()
         key = f"kd_dist/{task}/{self.rank - self.local_rank}"
         if self.local_rank == 0:
-            try:
-                work()
-            except UserError as error:
-                self.store.set(key, json.dumps(str(error)))
-                raise
-            self.store.set(key, json.dumps(None))
+            outcome = self._outcome(work)
+            self.store.set(key, json.dumps(outcome))
         else:
             while not self.store.check([key]):
                 time.sleep(POLL_SECONDS)
-            if message := json.loads(self.store.get(key)):
-                raise UserError(message)
+            outcome = json.loads(self.store.get(key))
+        if outcome["error"] is not None:
+            raise UserError(outcome["error"])
+        return outcome["result"]
+
+    @staticmethod
+    def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
+        try:
+            return {"result": work(), "error": None}
+        except UserError as error:
+            return {"result": None, "error": str(error)}
 
 
 def _environment(name: str) -> int | None:
@@ -150,12 +155,18 @@ def choose_device(device: str, local_rank: int, local_world_size: int) -> torch.
     if device == "cpu" or (device == "auto" and visible == 0):
         return torch.device("cpu")
     if visible == 0:
-        raise UserError("--device cuda, but no GPU is visible here; use --device cpu, or look at nvidia-smi and CUDA_VISIBLE_DEVICES.")
-    if visible == 1:  # the machine's only GPU, or the one this rank was given of several: told apart once the ranks can talk
+        raise UserError(
+            "--device cuda, but no GPU is visible here; use --device cpu, or look at nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    if (
+        visible == 1
+    ):  # the machine's only GPU, or the one this rank was given of several: told apart once the ranks can talk
         return torch.device("cuda", 0)
     if visible < local_world_size:
         raise UserError(
-            f"{local_world_size} ranks on this machine but {visible} GPUs; use --nproc_per_node={visible}, or --device cpu to run without GPUs."
+            f"{local_world_size} ranks on this machine but {visible} GPUs; use --nproc_per_node={visible}, or "
+            "--device cpu to run without GPUs."
         )
     return torch.device("cuda", local_rank)
 
@@ -167,9 +178,12 @@ def _make_group(device: torch.device, timeout_seconds: float) -> dist.Store:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     except (dist.DistError, ValueError, RuntimeError) as error:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
-            raise UserError(f"the port of {address} is in use; choose another by --master_port, or use torchrun --standalone.") from error
+            raise UserError(
+                f"the port of {address} is in use; choose another by --master_port, or use torchrun --standalone."
+            ) from error
         raise UserError(
-            f"the ranks could not meet at {address} (MASTER_ADDR:MASTER_PORT): {str(error).splitlines()[0]}; check that every node can reach it."
+            f"the ranks could not meet at {address} (MASTER_ADDR:MASTER_PORT): {str(error).splitlines()[0]}; check "
+            "that every node can reach it."
         ) from error
     return dist.distributed_c10d._get_default_store()
 
@@ -183,7 +197,8 @@ def _refuse_shared_gpus(runtime: Runtime) -> None:
     here = {gpu for host, gpu in everyone if host == mine[0]}
     if len(set(everyone)) < len(everyone):
         raise UserError(
-            f"{runtime.local_world_size} ranks on this machine but {len(here)} GPUs; use --nproc_per_node={len(here)}, or --device cpu."
+            f"{runtime.local_world_size} ranks on this machine but {len(here)} GPUs; use "
+            f"--nproc_per_node={len(here)}, or --device cpu."
         )
 
 
@@ -202,13 +217,20 @@ def _end_with_parent() -> None:
 class StopRequest:
     """Remembers that a signal asked this process to stop, so that the loop can finish its step first.
 
-    SIGTERM and SIGINT (Ctrl-C) and SIGUSR2 (a scheduler's warning) count alike; a second Ctrl-C ends the process at once.
+    SIGTERM and SIGINT (Ctrl-C) and SIGUSR2 (a scheduler's warning) count alike; a second Ctrl-C ends the process at
+    once.
     """
 
     def __init__(self):
         self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
@@ -225,13 +247,14 @@ class Interrupted(Exception):
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:
-    """For helper processes: they get the group's signals too, and must work on until their rank has finished its step."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    """For loader processes: they get the group's signals too, and must work on until their rank's step is done."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def run_entry(main: Callable[[], None]) -> None:
-    """Run an entry point and end the process: code 0, 2 after a UserError's one sentence, 128 + signal after a stop, 1 after a defect.
+    """Run an entry point and end the process: code 0, 2 after a UserError's one sentence, 128 + signal after a stop, 1
+    after a defect.
 
     However many ranks fail, and in whatever order, one of them speaks; the others wait for the launcher to end them.
     """
@@ -245,13 +268,19 @@ def run_entry(main: Callable[[], None]) -> None:
         os._exit(128 + signal.SIGINT)
     except Exception as error:
         if _peer_is_gone(error):
-            sentence = "another rank died or stopped answering; see its output above. Run the same command again to go on from the last checkpoint."
-            _end(1, f"kd_dist: {sentence}", patience=1.0)
+            _end(1, PEER_IS_GONE, patience=1.0)
         _end(1, traceback.format_exc())
 
 
 def _peer_is_gone(error: Exception) -> bool:
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo")
+    words = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+        "NCCL",
+        "gloo",
+    )
     return isinstance(error, (dist.DistError, RuntimeError)) and any(word in str(error) for word in words)
 
 

@@ -1,8 +1,9 @@
 """What a view is, how views are drawn, and the one renderer that teacher and student share.
 
-A view of an image is (top, left, height, width, flip): a box in pixels of the stored image, and whether the crop is mirrored.
-Rendering it at a size S gives uint8 [3, S, S]: the box is cut out, resized with antialiased bilinear interpolation, then mirrored. The
-numbers of a view say nothing of S, so a student may render the very crop its teacher saw at another size.
+A view of an image is (top, left, height, width, flip): a box in pixels of the stored image, and whether the crop is
+mirrored. Rendering it at a size S gives uint8 [3, S, S]: the box is cut out, resized with antialiased bilinear
+interpolation, then mirrored. The numbers of a view say nothing of S, so a student may render the very crop its teacher
+saw at another size.
 """
 
 from collections.abc import Sequence
@@ -39,8 +40,9 @@ def evaluation_boxes(sizes_N2: np.ndarray) -> np.ndarray:
 def draw_boxes(rng: np.random.Generator, sizes_N2: np.ndarray, crop_scale: tuple[float, float]) -> np.ndarray:
     """One random resized crop for each image: int16 [N, 4] from heights and widths int [N, 2].
 
-    Area share uniform in `crop_scale`, aspect ratio log-uniform in [3/4, 4/3], ten attempts, else the largest centred box whose ratio
-    is allowed: the rule of Inception training (Szegedy et al. 2015) as torchvision's RandomResizedCrop has it.
+    Area share uniform in `crop_scale`, aspect ratio log-uniform in [3/4, 4/3], ten attempts, else the largest centred
+    box whose ratio is allowed: the rule of Inception training (Szegedy et al. 2015) as torchvision's RandomResizedCrop
+    has it.
     """
     n = len(sizes_N2)
     height_N, width_N = sizes_N2[:, :1], sizes_N2[:, 1:]
@@ -75,8 +77,8 @@ def cached_views(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The views with these numbers of every image of a split: boxes int16 [N, V, 4] and flips uint8 [N, V].
 
-    View 0 is the evaluation view; view v > 0 is a function of (seed, split, v, image) alone, so more views are added by appending and
-    the order of the work does not matter.
+    View 0 is the evaluation view; view v > 0 is a function of (seed, split, v, image) alone, so more views are added by
+    appending and the order of the work does not matter.
     """
     drawn = [_view(seed, split, sizes_N2, view, crop_scale) for view in views]
     return np.stack([box for box, _ in drawn], axis=1), np.stack([flip for _, flip in drawn], axis=1)
@@ -106,7 +108,11 @@ def render_batch(images: Sequence[torch.Tensor], box_B4: np.ndarray, flip_B: np.
     return pictures_BCHW
 
 
-def normalise(images_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+def normalise(
+    images_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> torch.Tensor:
     """Network input from uint8 pictures, on their device: (pixels / 255 - mean) / std for each channel."""
-    mean_C11, std_C11 = (torch.tensor(values, dtype=dtype, device=images_BCHW.device)[:, None, None] for values in (mean, std))
+    mean_C11, std_C11 = (
+        torch.tensor(values, dtype=dtype, device=images_BCHW.device)[:, None, None] for values in (mean, std)
+    )
     return (images_BCHW.to(dtype) / 255 - mean_C11) / std_C11

@@ -42,8 +42,8 @@ class LabelCard:
             return None
         return (
             f"warning: {self.near_one_hot:.0%} of the rows give one class more than {ONE_HOT} (the limit is "
-            f"{WARNING_SHARE:.0%} of rows), so they say little more than hard labels: raise --temperature, or label with "
-            "an earlier checkpoint, a teacher trained with --mixup or --label-smoothing, or out-of-fold teachers."
+            f"{WARNING_SHARE:.0%} of rows), so they say little more than hard labels: raise --temperature, or label "
+            "with an earlier checkpoint, a teacher trained with --mixup or --label-smoothing, or out-of-fold teachers."
         )
 
 
@@ -147,9 +147,9 @@ def _describe_split(split: LabelledTable) -> str:
 
 
 def _describe_teacher(row: TeacherRow) -> str:
-    fold = "all of train" if row.fold < 0 else f"all folds but {row.fold}"
+    origin = "on all of train" if row.fold < 0 else f"without fold {row.fold}"
     figures = f"seed {row.seed}, {row.image_size} px, val top-1 {row.val_top1:.2%}"
-    return f"{row.arch}, trained on {fold}, {figures}, sha256 {row.sha256[:12]}..."
+    return f"{row.arch} {origin}, {figures}, sha256 {row.sha256[:12]}..."
 
 
 def _describe_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> str:

@@ -1,5 +1,6 @@
 """The blocks of a cache that is not finished yet: a small file each, in a folder that says what they belong to."""
 
+import errno
 import hashlib
 import json
 import os
@@ -77,7 +78,7 @@ class Parts:
 
     def start(self) -> None:
         """Make the folder and note the plan in it."""
-        with full_disk_named(self.folder):
+        with writing(self.folder):
             shutil.rmtree(self._dropped, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._plan_file, lambda file: file.write(_text(self.plan)))
@@ -97,7 +98,7 @@ class Parts:
     def write(self, block: Block, logits_BK: np.ndarray) -> None:
         """Store a block durably, in place of an earlier one."""
         rows = logits_BK.tobytes()
-        with full_disk_named(self.folder):
+        with writing(self.folder):
             write_atomically(self._file(block), lambda file: file.write(self._seal(block, rows) + rows))
 
     def read(self, block: Block) -> np.ndarray | None:
@@ -132,17 +133,25 @@ def _difference(noted: object, plan: dict) -> str:
     if not isinstance(noted, dict):
         return "its plan.json is no plan"
     key = next(key for key in plan | noted if noted.get(key) != plan.get(key))
-    return f"its {key} is {noted.get(key)!r:.100}, here it is {plan.get(key)!r:.100}"
+    old, new = noted.get(key), plan.get(key)
+    if isinstance(old, dict) and isinstance(new, dict):
+        return f"{key}: {_difference(old, new)}"
+    return f"its {key} is {old!r:.100}, here it is {new!r:.100}"
 
 
 @contextmanager
-def full_disk_named(path: Path) -> Iterator[None]:
-    """Turn "no space", in any of its shapes, into one sentence that names the place."""
+def writing(path: Path) -> Iterator[None]:
+    """Make one sentence, which names the place, of a full disk and of what else the system says against writing."""
     try:
         yield
     except OSError as error:
-        if not disk_full(error):
+        if disk_full(error):
+            wrong, mend = (
+                "no space left to write",
+                "free some and run the same command again; the stored blocks are kept",
+            )
+        elif error.errno:
+            wrong, mend = "cannot write", "choose a folder that can be written"
+        else:  # not the system's word but HDF5's
             raise
-        raise UserError(
-            f"no space left to write {path}: free some and run the same command again; it goes on from the blocks stored."
-        ) from error
+        raise UserError(f"{wrong} {path} ({os.strerror(error.errno or errno.ENOSPC)}): {mend}.") from error

@@ -278,8 +278,9 @@ class _Columns:
         dataset = self._dataset(name)
         _check_type(name, dataset.dtype, dtype)
         if dataset.ndim == len(axes):
-            for axis, size in zip(axes, dataset.shape, strict=True):
-                sizes.setdefault(axis, size)
+            sizes.update(
+                {a: n for a, n in zip(axes, dataset.shape, strict=True) if isinstance(a, str) and a not in sizes}
+            )
         if dataset.ndim != len(axes) or dataset.shape != shape_of(axes, sizes):
             raise ValueError(f"{name} has shape {list(dataset.shape)}, which does not fit the other columns")
         self._refuse_hollow(name, dataset)
@@ -295,9 +296,8 @@ class _Columns:
                 raise ValueError(f"{member} in {name} is a link to elsewhere")
 
     def _node(self, name: str) -> object:
-        *groups, last = name.split("/")
         node = self._file
-        for part in (*groups, last):
+        for part in name.split("/"):
             if not isinstance(node, h5py.Group) or part not in node:
                 raise ValueError(f"{name} is missing")
             node = node[part]

@@ -20,11 +20,11 @@ from kd_dist.cache.format import (
     parts_of,
     top1_of,
 )
-from kd_dist.cache.parts import BLOCK_SAMPLES, Block, Parts, blocks, full_disk_named, plan_of
+from kd_dist.cache.parts import BLOCK_SAMPLES, Block, Parts, blocks, plan_of, writing
 from kd_dist.cache.reader import read_cache
 from kd_dist.cache.skeleton import LAYOUT, skeleton
 from kd_dist.errors import UserError
-from kd_dist.files import publish, sha256_of, write_atomically
+from kd_dist.files import disk_full, publish, sha256_of, write_atomically
 
 INDEX_BYTES = 256  # more than HDF5 takes to find a chunk again: its checksum and its share of the index
 SPARE_BYTES = 1 << 16
@@ -44,11 +44,13 @@ class BlockWriter:
         self.target, self.header, self.replace = Path(target), header, replace
         self.tables = {split: tables[split] for split in SPLITS}
         self._parts = Parts(parts_of(self.target), plan_of(header, self.tables), len(header.classes))
+        with writing(self.target):
+            self._claim()
+
+    def _claim(self) -> None:
         if not self._parts.exist():
-            if self.target.exists() and not replace:
-                raise UserError(
-                    f"{self.target} exists already: move it away, or choose another place for the new cache."
-                )
+            if self.target.exists() and not self.replace:
+                raise UserError(f"{self.target} exists already: move it away, or choose another place for the new one.")
             self._parts.start()
         self._parts.check_plan()
 
@@ -76,13 +78,11 @@ class BlockWriter:
         """
         missing = self.missing()
         if missing:
-            left = (
-                f"{len(missing)} of {len(blocks(self.tables))} blocks of {self.target} are missing, first {missing[0]}"
-            )
-            raise UserError(f"{left}: run the same command again to write them.")
+            share = f"{len(missing)} of {len(blocks(self.tables))} blocks"
+            raise UserError(f"{share} of {self.target} are missing, first {missing[0]}: run the same command again.")
         temporary = self.target.with_name(f".{self.target.name}.tmp")
         try:
-            with full_disk_named(self.target):
+            with writing(self.target):
                 self._assemble(temporary)
                 self._install(temporary)
         finally:
@@ -118,11 +118,16 @@ class BlockWriter:
 
         What HDF5 does not use of it, it gives back when it closes the file.
         """
-        chunk = BLOCK_SAMPLES * len(self.header.classes) * LOGITS.dtype.itemsize + INDEX_BYTES
-        bound = len(start) + len(blocks(self.tables)) * chunk + SPARE_BYTES
+        row_bytes = len(self.header.classes) * LOGITS.dtype.itemsize
+        rows = (min(len(self.tables[block.split]), BLOCK_SAMPLES) for block in blocks(self.tables))
+        bound = len(start) + SPARE_BYTES + sum(chunk * row_bytes + INDEX_BYTES for chunk in rows)
         with open(temporary, "wb") as file:
             file.write(start)
-            os.posix_fallocate(file.fileno(), 0, bound)
+            try:
+                os.posix_fallocate(file.fileno(), 0, bound)
+            except (AttributeError, OSError) as error:  # some systems cannot claim space: then HDF5 takes it as it goes
+                if disk_full(error):
+                    raise
 
     def _install(self, temporary: Path) -> None:
         with open(temporary, "rb") as file:
