@@ -19,9 +19,12 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def flag(default: Any, help: str, metavar: str | None = None) -> Any:
-    """A setting with its default and the sentence that --help prints for it."""
-    return field(default=default, metadata={"help": help, "metavar": metavar})
+DATA, NETWORK, TRAINING, CROPS, RUN = "data", "network and loss", "training", "crops and blends", "this run"
+
+
+def flag(group: str, default: Any, help: str, metavar: str | None = None) -> Any:
+    """A setting with its default, and where --help lists it and what it says there."""
+    return field(default=default, metadata={"group": group, "help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -46,39 +49,44 @@ class Settings:
     )
 
     preset: str | None = flag(
-        None, "a named set of defaults; without it gpu-128px on a GPU and cpu-64px on a CPU", "NAME"
+        RUN, None, "a named set of defaults; without it gpu-128px on a GPU and cpu-64px on a CPU", "NAME"
     )
     data: str | None = flag(
-        None, "folder with train/ and val/, or one to fetch the release into [$KD_DIST_DATA or data]", "DIR"
+        DATA, None, "folder with train/ and val/, or one to fetch the release into [$KD_DIST_DATA or data]", "DIR"
     )
-    release: str | None = flag(None, "data set to fetch when it is not there yet [imagewoof2-160]", "NAME")
-    archive: str | None = flag(None, "fetch the release from this file or address instead", "FILE")
-    sha256: str | None = flag(None, "digest that the archive must have", "HEX")
-    out: str = flag("runs", "folder of this run; running the same command again resumes it", "DIR")
-    cache: str | None = flag(None, "the file of soft labels", "FILE")
-    image_size: int = flag(128, "side of the square pictures the network sees, in pixels", "PX")
-    epochs: int = flag(100, "passes over the training images", "N")
-    batch_size: int = flag(256, "images a step, over all ranks together", "N")
-    lr: float = flag(0.2, "peak learning rate of SGD with Nesterov momentum 0.9")
-    weight_decay: float = flag(5e-4, "on convolution and linear weights, not on norms and biases")
-    warmup_epochs: float = flag(5.0, "epochs of linear warm-up before the cosine decay")
-    label_smoothing: float = flag(0.0, "share of the hard target spread over all classes")
-    ema: float = flag(0.0, "decay of the moving average of weights that is evaluated and kept; 0: none")
-    crop_scale: tuple[float, float] = flag((0.35, 1.0), "smallest and largest area share of a random crop")
+    release: str | None = flag(DATA, None, "data set to fetch when it is not there yet [imagewoof2-160]", "NAME")
+    archive: str | None = flag(DATA, None, "fetch the release from this file or address instead", "FILE")
+    sha256: str | None = flag(DATA, None, "digest that the archive must have", "HEX")
+    out: str = flag(RUN, "runs", "folder of this run; running the same command again resumes it", "DIR")
+    cache: str | None = flag(DATA, None, "the file of soft labels", "FILE")
+    image_size: int = flag(NETWORK, 128, "side of the square pictures the network sees, in pixels", "PX")
+    epochs: int = flag(TRAINING, 100, "passes over the training images", "N")
+    batch_size: int = flag(TRAINING, 256, "images a step, over all ranks together", "N")
+    lr: float = flag(TRAINING, 0.2, "peak learning rate of SGD with Nesterov momentum 0.9")
+    weight_decay: float = flag(TRAINING, 5e-4, "on convolution and linear weights, not on norms and biases")
+    warmup_epochs: float = flag(TRAINING, 5.0, "epochs of linear warm-up before the cosine decay")
+    label_smoothing: float = flag(NETWORK, 0.0, "share of the hard target spread over all classes")
+    ema: float = flag(NETWORK, 0.0, "decay of the moving average of weights that is evaluated and kept; 0: none")
+    crop_scale: tuple[float, float] = flag(CROPS, (0.35, 1.0), "smallest and largest area share of a random crop")
     mixup: float = flag(
-        0.0, "share of training images blended with another (weight from Beta(0.2, 0.2)); fresh crops only", "SHARE"
+        CROPS,
+        0.0,
+        "share of training images blended with another (weight from Beta(0.2, 0.2)); fresh crops only",
+        "SHARE",
     )
-    cutmix: float = flag(0.0, "share of training images with a box pasted from another; fresh crops only", "SHARE")
-    seed: int = flag(0, "of weights, order, crops and flips")
+    cutmix: float = flag(
+        CROPS, 0.0, "share of training images with a box pasted from another; fresh crops only", "SHARE"
+    )
+    seed: int = flag(RUN, 0, "of weights, order, crops and flips")
     workers: int | None = flag(
-        None, "processes a rank that prepare pictures; 0: the rank itself [0 on a CPU, up to 8 on a GPU]", "N"
+        RUN, None, "processes a rank that prepare pictures; 0: the rank itself [0 on a CPU, up to 8 on a GPU]", "N"
     )
-    device: str = flag("auto", "cpu, cuda, or auto: a GPU for each rank where there are any", "NAME")
+    device: str = flag(RUN, "auto", "cpu, cuda, or auto: a GPU for each rank where there are any", "NAME")
     pixels_dir: str | None = flag(
-        None, "where decoded pictures are kept, a node-local disk say [inside the data folder]", "DIR"
+        DATA, None, "where decoded pictures are kept, a node-local disk say [inside the data folder]", "DIR"
     )
-    checkpoint_minutes: float = flag(10.0, "a checkpoint at least this often, besides one an epoch", "M")
-    start_over: bool = flag(False, "forget this run folder's earlier run instead of resuming it")
+    checkpoint_minutes: float = flag(RUN, 10.0, "a checkpoint at least this often, besides one an epoch", "M")
+    start_over: bool = flag(RUN, False, "forget this run folder's earlier run instead of resuming it")
 
     def __post_init__(self):
         for name, low in [("epochs", 1), ("batch_size", 1), ("image_size", 8), ("seed", 0), ("workers", 0)]:
@@ -129,12 +137,15 @@ class TeacherSettings(Settings):
     kind: ClassVar[str] = "teacher"
     may_change: ClassVar[frozenset[str]] = Settings.may_change | {"views"}
 
-    out: str = flag("runs/teacher", "folder of this run; running the same command again resumes it", "DIR")
-    cache: str | None = flag(None, "where the soft labels go [OUT/logits.h5]", "FILE")
+    out: str = flag(RUN, "runs/teacher", "folder of this run; running the same command again resumes it", "DIR")
+    cache: str | None = flag(DATA, None, "where the soft labels go [OUT/logits.h5]", "FILE")
     teacher: str = flag(
-        "resnet18", "network to train: resnet18, or resnet18_s1 with a stride-1 stem for small pictures", "NAME"
+        NETWORK,
+        "resnet18",
+        "network to train: resnet18, or resnet18_s1 with a stride-1 stem for small pictures",
+        "NAME",
     )
-    views: int = flag(16, "views of every image in the cache: the evaluation view and V - 1 random crops", "V")
+    views: int = flag(DATA, 16, "views of every image in the cache: the evaluation view and V - 1 random crops", "V")
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,18 +158,21 @@ class DistillSettings(Settings):
 
     kind: ClassVar[str] = "student"
 
-    out: str = flag("runs/student", "folder of this run; running the same command again resumes it", "DIR")
-    cache: str | None = flag(None, "the file of soft labels [runs/teacher/logits.h5]", "FILE")
-    student: str = flag("cnn5", "network to train: cnn5, or origin", "NAME")
-    alpha: float = flag(0.9, "weight of the soft loss: total = alpha * soft + (1 - alpha) * hard; 0: hard labels alone")
-    temperature: float = flag(4.0, "softens both distributions in the soft loss", "T")
-    loss: str = flag("kl", "the soft loss: kl (times T squared), ce, or mse", "NAME")
+    out: str = flag(RUN, "runs/student", "folder of this run; running the same command again resumes it", "DIR")
+    cache: str | None = flag(DATA, None, "the file of soft labels [runs/teacher/logits.h5]", "FILE")
+    student: str = flag(NETWORK, "cnn5", "network to train: cnn5, or origin", "NAME")
+    alpha: float = flag(
+        NETWORK, 0.9, "weight of the soft loss: total = alpha * soft + (1 - alpha) * hard; 0: hard labels alone"
+    )
+    temperature: float = flag(NETWORK, 4.0, "softens both distributions in the soft loss", "T")
+    loss: str = flag(NETWORK, "kl", "the soft loss: kl (times T squared), ce, or mse", "NAME")
     crops: str | None = flag(
+        CROPS,
         None,
         "cached: the cache's own views; fresh: new crops, hard labels alone [cached, or fresh at --alpha 0]",
         "KIND",
     )
-    views: int | None = flag(None, "use only the first V views of the cache [all]", "V")
+    views: int | None = flag(DATA, None, "use only the first V views of the cache [all]", "V")
 
     def __post_init__(self):
         super().__post_init__()
@@ -210,6 +224,10 @@ class Preset:
     teacher: dict[str, Any]
     distill: dict[str, Any]
 
+    def of(self, kind: type[Settings]) -> dict[str, Any]:
+        """What it changes in jobs of this kind."""
+        return self.teacher if kind.kind == "teacher" else self.distill
+
 
 # Each preset is headed by what it is for; measured scores stand in the README beside their commands.
 PRESETS: dict[str, Preset] = {
@@ -239,7 +257,7 @@ PRESETS: dict[str, Preset] = {
             "views": 8,
             "ema": 0.998,
         },
-        distill={"image_size": 64, "epochs": 16, "lr": 0.05, "batch_size": 64, "warmup_epochs": 2.0},
+        distill={"image_size": 64, "epochs": 12, "lr": 0.05, "batch_size": 64, "warmup_epochs": 2.0},
     ),
     # The generated set, in minutes.
     "demo": Preset(
@@ -258,8 +276,8 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-class _HelpOnce(argparse.HelpFormatter):
-    """Short flags column, sentences beside it."""
+class _Page(argparse.HelpFormatter):
+    """A narrow column of flags, sentences beside it."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30, width=110)
@@ -271,14 +289,19 @@ def parser_for(kind: type[Settings], prog: str, description: str, epilog: str) -
         prog=prog,
         description=description,
         epilog=epilog,
-        formatter_class=_HelpOnce,
+        formatter_class=_Page,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.error = _raise_user_error(prog)
+    parser.usage = f"torchrun --nproc_per_node=N -m {prog} [FLAG ...]"
     hints = get_type_hints(kind)
-    for setting in dataclasses.fields(kind):
-        add_flag(parser, setting, hints[setting.name])
+    settings = dataclasses.fields(kind)
+    for title in (RUN, DATA, NETWORK, TRAINING, CROPS):
+        group = parser.add_argument_group(title)
+        for setting in settings:
+            if setting.metadata["group"] == title:
+                _add_flag(group, setting, hints[setting.name], _shown_default(kind, setting))
     return parser
 
 
@@ -289,23 +312,25 @@ def _raise_user_error(prog: str):
     return error
 
 
-def add_flag(parser: argparse.ArgumentParser, setting: dataclasses.Field, hint: Any) -> None:
-    """Add the flag of one setting: its type from the annotation, its help from the field."""
-    name = "--" + setting.name.replace("_", "-")
-    text = setting.metadata["help"].replace("%", "%%") + _shown_default(setting.default)
+def _add_flag(group: Any, setting: dataclasses.Field, hint: Any, default: str) -> None:
+    name, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"] + default
     if hint is bool:
-        parser.add_argument(name, action="store_true", help=text)
+        group.add_argument(name, action="store_true", help=text)
         return
     is_pair = hint == tuple[float, float]
     kind = float if is_pair else next((part for part in get_args(hint) if part is not type(None)), hint)
-    metavar = ("LOW", "HIGH") if is_pair else setting.metadata["metavar"] or setting.name.upper().replace("_", "-")
-    parser.add_argument(name, type=kind, nargs=2 if is_pair else None, metavar=metavar, help=text)
+    metavar = ("LOW", "HIGH") if is_pair else setting.metadata["metavar"] or ("N" if kind is int else "X")
+    group.add_argument(name, type=kind, nargs=2 if is_pair else None, metavar=metavar, help=text)
 
 
-def _shown_default(default: Any) -> str:
-    if default is None or isinstance(default, bool):
+def _shown_default(kind: type[Settings], setting: dataclasses.Field) -> str:
+    """The default in brackets; where presets differ from it, theirs by name."""
+    presets = {name: preset.of(kind) for name, preset in PRESETS.items()}
+    own = {name: values[setting.name] for name, values in presets.items() if setting.name in values}
+    if setting.default is None or isinstance(setting.default, bool):
         return ""
-    return f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
+    shown = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else str(setting.default)
+    return f" [{', '.join([shown, *(f'{name}: {value}' for name, value in own.items())])}]"
 
 
 def resolve(kind: type[Settings], typed: dict[str, Any], has_gpu: bool) -> Settings:
@@ -314,8 +339,7 @@ def resolve(kind: type[Settings], typed: dict[str, Any], has_gpu: bool) -> Setti
     """
     name = typed.get("preset") or ("gpu-128px" if has_gpu and typed.get("device") != "cpu" else "cpu-64px")
     _one_of("preset", name, tuple(PRESETS))
-    preset = PRESETS[name].teacher if kind.kind == "teacher" else PRESETS[name].distill
-    values = {**preset, **typed, "preset": name}
+    values = {**PRESETS[name].of(kind), **typed, "preset": name}
     if "crop_scale" in values:
         values["crop_scale"] = tuple(values["crop_scale"])
     return kind(**values).resolved()

@@ -212,7 +212,7 @@ def _classes(root: Path) -> tuple[str, ...]:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(name for name in _visible(folder) if (folder / name).is_dir())
+    return sorted(name for name in _visible(folder) if os.path.isdir(folder / name))
 
 
 def _visible(folder: Path) -> list[str]:

@@ -70,17 +70,19 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        # Listed once: both models keep their tensors, and a walk through the modules in every step would cost more than
+        # the update.
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards `model` after its update number `step`."""
+    def update(self, step: int) -> None:
+        """Move towards the model after its update number `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        own, new = list(self.model.state_dict().values()), list(model.state_dict().values())
-        averaged = [pair for pair in zip(own, new, strict=True) if pair[0].is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in averaged], [b for _, b in averaged], 1 - decay)
-        for counter, newer in zip(own, new, strict=True):
-            if not counter.is_floating_point():
-                counter.copy_(newer)
+        torch._foreach_lerp_([own for own, _ in self._averaged], [new for _, new in self._averaged], 1 - decay)
+        for own, new in self._counters:
+            own.copy_(new)
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.SGD:
@@ -116,9 +118,8 @@ class Trainer:
     ):
         self.data, self.loss_terms, self.evaluate, self.schedule = data, loss_terms, evaluate, schedule
         self.runtime, self.folder, self.identity, self.workers = runtime, folder, dict(identity), workers
-        self.mean, self.std = mean, std
         self.model = model.to(runtime.device, memory_format=torch.channels_last)
-        self.dtype = next(model.parameters()).dtype
+        self.normalise = views.Normalise(mean, std, next(model.parameters()).dtype, runtime.device)
         self.ema = Ema(self.model, schedule.ema) if schedule.ema else None
         self.optimizer = make_optimizer(self.model, schedule.weight_decay)
         self.parallel = self._parallel()
@@ -168,7 +169,7 @@ class Trainer:
         curves = Monitor(self.folder.path, enabled=self.runtime.is_main, resume_step=self.step)
         with curves as self.monitor, StopRequest() as self.stop:
             if self.step:
-                self.monitor.line(f"going on from step {self.step} of {self.total_steps}")
+                self.monitor.line(f"going on from step {self.step} of {self.total_steps}{self._other_ranks()}")
             while self.step < self.total_steps:
                 self._epoch()
         return checkpoint.read_metrics(self.folder)[-1] if self.runtime.is_main else {}
@@ -193,7 +194,7 @@ class Trainer:
 
     def _prepare(self, batch: Batch) -> Batch:
         batch = batch.to(self.runtime.device)
-        return replace(batch, images_BCHW=views.normalise(batch.images_BCHW, self.mean, self.std, self.dtype))
+        return replace(batch, images_BCHW=self.normalise(batch.images_BCHW))
 
     def _train_step(self, batch: Batch) -> None:
         self._seed_step()
@@ -208,7 +209,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.ema:
-            self.ema.update(self.model, self.step)
+            self.ema.update(self.step)
         self.sums.add(terms, len(batch.labels_B))
         self.bad.look(self.step, terms)
 
@@ -346,7 +347,11 @@ class Trainer:
             self.ema.model.load_state_dict(payload["ema"])
         self.optimizer.load_state_dict(payload["optimizer"])
         self.sums = EpochSums(**payload["epoch_sums"])
-        self.step = step
+        self.step, self.saved_world_size = step, payload["world_size"]
+
+    def _other_ranks(self) -> str:
+        before, now = self.saved_world_size, self.runtime.world_size
+        return f"; saved by {before} ranks, now {now}: the same batches, but not to the bit" if before != now else ""
 
     def _refuse_other_identity(self, saved: Mapping[str, str]) -> None:
         for name in saved.keys() | self.identity.keys():

@@ -35,8 +35,7 @@ class Forward:
 
     def __init__(self, model: nn.Module, pixels: Pixels, image_size: int, mean, std, device: torch.device):
         self.model, self.pixels, self.image_size, self.device = model, pixels, image_size, device
-        self.mean, self.std = mean, std
-        self.dtype = next(model.parameters()).dtype
+        self.normalise = views.Normalise(mean, std, next(model.parameters()).dtype, device)
 
     def logits(self, box_N4: np.ndarray, flip_N: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Logits float32 [stop - start, K] of samples start..stop of the split in the given views. `start` is a
@@ -50,7 +49,7 @@ class Forward:
     def _batch(self, box_N4: np.ndarray, flip_N: np.ndarray, low: int, high: int) -> torch.Tensor:
         pictures = [self.pixels[index] for index in range(low, high)]
         images_BCHW = views.render_batch(pictures, box_N4[low:high], flip_N[low:high], self.image_size)
-        inputs_BCHW = views.normalise(images_BCHW.to(self.device), self.mean, self.std, self.dtype)
+        inputs_BCHW = self.normalise(images_BCHW.to(self.device))
         was_training = self.model.training
         self.model.eval()
         with autocast(self.device):

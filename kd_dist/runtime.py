@@ -32,6 +32,10 @@ PEER_IS_GONE = (
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.2
+MEETING_SECONDS = 10.0  # how long rank 0's port may stay closed; KD_DIST_MEETING_SECONDS changes it
+# Endings of the names by which parallel starters of all kinds tell a task how many there are, and which one it is.
+TASK_COUNTS = ("_STEP_NUM_TASKS", "_COMM_WORLD_SIZE", "PMI_SIZE")
+TASK_NUMBERS = ("_PROCID", "_COMM_WORLD_RANK", "PMI_RANK")
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ def joined(device: str = "auto", timeout_seconds: float = 1800.0) -> Iterator[Ru
 
     Raises UserError for a device that is not there, more ranks than GPUs, or a rendezvous that cannot be reached.
     """
+    _refuse_strays()
     rank, world_size = launched_rank(), _environment("WORLD_SIZE") or 1
     local_rank = _environment("LOCAL_RANK") or 0
     local_world_size = _environment("LOCAL_WORLD_SIZE") or 1
@@ -141,12 +146,63 @@ def joined(device: str = "auto", timeout_seconds: float = 1800.0) -> Iterator[Ru
     store = None
     if world_size > 1:
         _end_with_parent()
+        _check_meeting_point(rank, local_world_size < world_size)
         store = _make_group(chosen, timeout_seconds)
     runtime = Runtime(rank, world_size, local_rank, local_world_size, chosen, store)
     _refuse_shared_gpus(runtime)
     yield runtime
     if store is not None:
         dist.destroy_process_group()
+
+
+def _task_environment(endings: Sequence[str]) -> int:
+    """The largest number that the environment holds under a name with one of these endings, 0 where there is none."""
+    values = (value for name, value in os.environ.items() if name.endswith(tuple(endings)) and value.isdigit())
+    return max(map(int, values), default=0)
+
+
+def _refuse_strays() -> None:
+    """Refuse to be one of several tasks to which nobody gave a rank: each would be a whole job in the same folder."""
+    tasks = _task_environment(TASK_COUNTS)
+    if tasks > 1 and _environment("WORLD_SIZE") is None:
+        raise UserError(
+            f"{tasks} tasks were started side by side, but none was told its rank, so each would train alone in the "
+            "same folder; start them by `python -m launch.submit`, or one task a node by `srun torchrun` (see slurm/)."
+        )
+
+
+def _check_meeting_point(rank: int, several_machines: bool) -> None:
+    """Raise UserError where rank 0's address does not resolve or its port stays closed, which torch takes for half an
+    hour to say. Under torchrun the ranks have met already.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4]
+    except OSError as error:
+        raise UnreachableError(
+            f"MASTER_ADDR {host}:{port} does not resolve on {socket.gethostname()} ({error.strerror or error}); name "
+            "rank 0's machine as the others know it."
+        ) from error
+    if rank != 0 and not _opens(address):
+        loopback = several_machines and address[0].startswith(("127.", "::1"))
+        hint = ", a loopback address, leads to this machine itself" if loopback else ""
+        raise UnreachableError(
+            f"nothing answers at MASTER_ADDR:MASTER_PORT {host}:{port} ({address[0]}{hint}) as seen from "
+            f"{socket.gethostname()}; check that rank 0 runs there and that no firewall stands between."
+        )
+
+
+def _opens(address: tuple) -> bool:
+    patience = float(os.environ.get("KD_DIST_MEETING_SECONDS", MEETING_SECONDS))
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            socket.create_connection(address[:2], timeout=min(5.0, patience)).close()
+            return True
+        time.sleep(POLL_SECONDS)
+    return False
 
 
 def choose_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
@@ -214,6 +270,10 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
+class UnreachableError(UserError):
+    """Rank 0 cannot be reached, so it cannot be the one to say so: one rank of each machine does."""
+
+
 class StopRequest:
     """Remembers that a signal asked this process to stop, so that the loop can finish its step first.
 
@@ -261,7 +321,8 @@ def run_entry(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        _end(EXIT_USER_ERROR, f"kd_dist: {error}")
+        at_once = isinstance(error, UnreachableError) and not _environment("LOCAL_RANK")
+        _end(EXIT_USER_ERROR, f"kd_dist: {error}", at_once=at_once)
     except Interrupted as stop:
         _end(stop.exit_code, f"kd_dist: {stop}; run the same command again to go on.")
     except (KeyboardInterrupt, BrokenPipeError):
@@ -284,9 +345,9 @@ def _peer_is_gone(error: Exception) -> bool:
     return isinstance(error, (dist.DistError, RuntimeError)) and any(word in str(error) for word in words)
 
 
-def _end(code: int, message: str, patience: float = 0.0) -> None:
+def _end(code: int, message: str, patience: float = 0.0, at_once: bool = False) -> None:
     time.sleep(patience)  # a rank that only lost its peer lets the one with the reason speak first
-    if _may_speak():
+    if at_once or _may_speak():
         sys.stdout.flush()
         print(message, file=sys.stderr, flush=True)
     else:
@@ -296,7 +357,7 @@ def _end(code: int, message: str, patience: float = 0.0) -> None:
 
 def _may_speak() -> bool:
     if not (dist.is_available() and dist.is_initialized()):
-        return launched_rank() == 0
+        return launched_rank() == 0 and ("RANK" in os.environ or _task_environment(TASK_NUMBERS) == 0)
     try:
         store = dist.distributed_c10d._get_default_store()
         return store.add(f"kd_dist/spoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1

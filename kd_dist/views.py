@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from kd_dist.errors import UserError
+
 RENDERER = "crop-bilinear-antialias-uint8-flip/1"
 SAMPLER = "random-resized-crop/1"
 ATTEMPTS = 10
@@ -34,7 +36,14 @@ def evaluation_boxes(sizes_N2: np.ndarray) -> np.ndarray:
     """The centre square of the shorter side: int16 [N, 4] from heights and widths int [N, 2]."""
     side_N = sizes_N2.min(axis=1)
     top_left_N2 = (sizes_N2 - side_N[:, None]) // 2
-    return np.concatenate([top_left_N2, side_N[:, None], side_N[:, None]], axis=1).astype(np.int16)
+    return _stored(np.concatenate([top_left_N2, side_N[:, None], side_N[:, None]], axis=1))
+
+
+def _stored(box_N4: np.ndarray) -> np.ndarray:
+    """Boxes in the type that caches store."""
+    if box_N4.max(initial=0) > np.iinfo(np.int16).max:
+        raise UserError(f"an image of the set has a side of more than {np.iinfo(np.int16).max} pixels; scale it down.")
+    return box_N4.astype(np.int16)
 
 
 def draw_boxes(rng: np.random.Generator, sizes_N2: np.ndarray, crop_scale: tuple[float, float]) -> np.ndarray:
@@ -56,7 +65,7 @@ def draw_boxes(rng: np.random.Generator, sizes_N2: np.ndarray, crop_scale: tuple
     top_N = (rng.random(n) * (sizes_N2[:, 0] - h_N + 1)).astype(np.int64)
     left_N = (rng.random(n) * (sizes_N2[:, 1] - w_N + 1)).astype(np.int64)
     box_N4 = np.stack([top_N, left_N, h_N, w_N], axis=1)
-    return np.where(fits_NA.any(axis=1)[:, None], box_N4, _fallback_boxes(sizes_N2)).astype(np.int16)
+    return _stored(np.where(fits_NA.any(axis=1)[:, None], box_N4, _fallback_boxes(sizes_N2)))
 
 
 def _fallback_boxes(sizes_N2: np.ndarray) -> np.ndarray:
@@ -108,11 +117,15 @@ def render_batch(images: Sequence[torch.Tensor], box_B4: np.ndarray, flip_B: np.
     return pictures_BCHW
 
 
-def normalise(
-    images_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
-) -> torch.Tensor:
-    """Network input from uint8 pictures, on their device: (pixels / 255 - mean) / std for each channel."""
-    mean_C11, std_C11 = (
-        torch.tensor(values, dtype=dtype, device=images_BCHW.device)[:, None, None] for values in (mean, std)
-    )
-    return (images_BCHW.to(dtype) / 255 - mean_C11) / std_C11
+class Normalise:
+    """Network input from uint8 pictures [B, 3, H, W]: (pixels / 255 - mean) / std for each channel, in `dtype`.
+
+    Mean and deviation are put on the device once: a copy from the host in every step would make the step wait.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device):
+        self.dtype = dtype
+        self.mean_C11, self.std_C11 = (torch.tensor(v, dtype=dtype, device=device)[:, None, None] for v in (mean, std))
+
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return (images_BCHW.to(self.dtype) / 255 - self.mean_C11) / self.std_C11

@@ -213,27 +213,26 @@ def test_kill_9_in_the_middle_of_saves_never_leaves_a_broken_newest(folder):
             if child == 0:
                 save_for_ever(step, writing)
             os.close(writing)
-            time.sleep(random.uniform(0.0, 0.08))
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
             with os.fdopen(reading) as lines:
-                said = [int(line) for line in lines.read().split("\\n")[:-1]]
-            newest = newest_checkpoint(folder)
-            if newest:
-                assert (newest[1]["weights"] == newest[1]["step"]).all()
-                assert newest[1]["step"] >= max(said, default=step), "a finished save was lost"
-                step = newest[1]["step"]
-            assert not (said and newest is None)
+                first = lines.readline()
+                time.sleep(random.uniform(0.0, 0.05))
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                said = [int(line) for line in [first, *lines.read().split("\\n")[:-1]]]
+            path, payload = newest_checkpoint(folder)
+            assert (payload["weights"] == payload["step"]).all()
+            assert payload["step"] >= said[-1], "a finished save was lost"
+            step = payload["step"]
         print(step)
         """,
         folder.path,
     )
-    assert int(seen) > 5
+    assert int(seen) >= 25
     left = [name for name in contents(folder.checkpoints) if name.endswith(".tmp")]
     assert left, "no kill hit a save: the test proves nothing"
     assert begin(folder)
-    assert [name for name in contents(folder.checkpoints) if name.endswith(".tmp")] == []
-    assert len(folder.saved_steps()) == 2
+    save_checkpoint(folder, int(seen) + 1, {})
+    assert sorted(contents(folder.checkpoints)) == [folder.checkpoint(int(seen) + more).name for more in (0, 1)]
 
 
 # ---- a full disk
@@ -597,7 +596,9 @@ def test_val_logits_that_are_none_are_refused(folder):
     with pytest.raises(UserError, match="there is no"):
         read_val_logits(folder.val_logits)
     with h5py.File(folder.val_logits, "w") as file:
-        file["logits"] = np.ones(3)
+        file.attrs.update({"format": "another", "version": 1, "fingerprint": "f"})
+        file["logits"] = file["label"] = np.ones(3)
+        file["path"] = [b"a"]
     with pytest.raises(UserError, match="not written by this program"):
         read_val_logits(folder.val_logits)
     write_val_logits(folder.val_logits, np.full((50, 3), 7.5), np.ones(50), ["a"] * 50, "f")

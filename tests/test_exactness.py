@@ -141,6 +141,7 @@ def test_a_cached_row_is_the_teacher_run_on_that_view(tiny_set, tmp_path):
         write_and_predict(runtime, tiny_set, tmp_path / "logits.h5")
     cache, data = open_cache(tmp_path / "logits.h5"), open_tiny(tiny_set)
     teacher = small_teacher(data.samples.classes)
+    normalise = views.Normalise(MEAN, STD, torch.float32, torch.device("cpu"))
     for split in ("train", "val"):
         table = cache.split(split)
         for i, v in ((0, 0), (7, 1), (40, 2), (len(table) - 1, 2)):
@@ -149,7 +150,7 @@ def test_a_cached_row_is_the_teacher_run_on_that_view(tiny_set, tmp_path):
             whole_view = (0, 0, height, width)
             picture_CHW = views.render(crop_HWC, whole_view, table.flip_NV[i, v], 32)
             with torch.inference_mode():
-                logits_1K = teacher.model(views.normalise(picture_CHW[None], MEAN, STD, torch.float32))
+                logits_1K = teacher.model(normalise(picture_CHW[None]))
             stored_K = table.logits_NVK[i, v].astype(np.float32)
             assert np.allclose(logits_1K[0], stored_K, rtol=2e-3, atol=0.01)
             others = np.delete(table.logits_NVK[:, v], i, axis=0).astype(np.float32)

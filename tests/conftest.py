@@ -1,0 +1,65 @@
+"""What several test modules share: a tiny drawn set made once, pictures kept in memory, and ranks without a process group."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests are many small computations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kd_dist import generated
+from kd_dist.dataset import Dataset, scan
+from kd_dist.pixels import Pixels, build_pixels, open_pixels
+from kd_dist.runtime import Runtime
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory) -> Path:
+    """A set of three classes, 21 train and 9 val images of several sizes. Read it; copy it to change it."""
+    root = tmp_path_factory.mktemp("tiny") / "set"
+    generated.generate(root, train_per_class=7, val_per_class=3, classes=3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_root) -> Dataset:
+    """The sample lists of the tiny set."""
+    return scan(tiny_root)
+
+
+@pytest.fixture(scope="session")
+def tiny_pixels(tiny, tmp_path_factory) -> dict[str, Pixels]:
+    """The decoded pictures of the tiny set by split."""
+    folder = tmp_path_factory.mktemp("pixels")
+    for split in ("train", "val"):
+        build_pixels(tiny.split(split), folder, 1, lambda done, total: None)
+    return {split: open_pixels(tiny.split(split), folder) for split in ("train", "val")}
+
+
+@pytest.fixture(scope="session")
+def pixels_of() -> Callable[[Sequence[np.ndarray]], Pixels]:
+    """Makes a store in memory from pictures uint8 [H, W, 3]."""
+
+    def build(images: Sequence[np.ndarray]) -> Pixels:
+        lengths_N = np.array([image.size for image in images])
+        sizes_N2 = np.array([image.shape[:2] for image in images], np.int64)
+        content = np.concatenate([image.ravel() for image in images])
+        return Pixels(torch.from_numpy(content), sizes_N2, np.cumsum(lengths_N) - lengths_N)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def rank_of() -> Callable[[int, int], Runtime]:
+    """Makes the runtime of (rank, world size) on the CPU; its collectives work only in a world of one."""
+    return lambda rank, world_size: Runtime(rank, world_size, rank, world_size, torch.device("cpu"), None)
+
+
+@pytest.fixture(scope="session")
+def one_process(rank_of) -> Runtime:
+    """The runtime of a job that is a single process."""
+    return rank_of(0, 1)

@@ -1,0 +1,160 @@
+"""Who may import whom, and the size and wording of what is written: read from the source, so a breach fails here."""
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from kd_dist.config import DistillSettings, TeacherSettings
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "kd_dist"
+MOST_LINES = 50
+
+LEAVES = {
+    *("errors", "files", "fetch", "generated", "dataset", "pixels", "views", "models", "losses"),
+    *("cache", "checkpoint", "monitor", "runtime", "batches", "inference"),
+}
+"""They take plain arguments: no settings, no engine, no job. Everything else puts them together."""
+
+ENTRIES = {"teacher", "distill"}
+
+
+def name_of(path: Path) -> str:
+    """The module in a file, without the package's name: "cache.reader", and "cache" for its __init__."""
+    return ".".join(part for part in path.relative_to(PACKAGE).with_suffix("").parts if part != "__init__")
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text())
+
+
+@cache
+def imported(module: str) -> frozenset[str]:
+    """The full names a module imports, inside functions too: "numpy", "kd_dist.views", "kd_dist.cache.reader"."""
+    names = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relative to itself"
+            of_package = {f"{node.module}.{alias.name}" for alias in node.names if node.module == "kd_dist"}
+            names |= of_package or {node.module}
+    return frozenset(names)
+
+
+def own(module: str) -> set[str]:
+    """The modules of kd_dist that a module imports."""
+    return {name.removeprefix("kd_dist.") for name in imported(module) if name.startswith("kd_dist.")} & FILES.keys()
+
+
+def needed(module: str) -> set[str]:
+    """The modules of kd_dist that come along when a module is imported, itself among them."""
+    found, new = set(), {module}
+    while new:
+        found |= new
+        new = set().union(*(own(name) for name in new)) - found
+    return found
+
+
+def is_leaf(module: str) -> bool:
+    return module.partition(".")[0] in LEAVES and not module.endswith("__main__")
+
+
+def functions(module: str) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree(module)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+# ------------------------------------------------------------------------------------------------------------- imports
+
+
+def test_the_leaves_are_there():
+    assert {name.partition(".")[0] for name in FILES if is_leaf(name)} == LEAVES
+    assert own("distill") >= {"job", "losses"}  # imports are seen
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if is_leaf(name)])
+def test_leaf_imports_leaves_only(module):
+    assert [name for name in own(module) if not is_leaf(name)] == []
+
+
+def test_settings_need_no_other_module_than_the_error():
+    assert own("config") == {"errors"}
+
+
+def test_the_engine_knows_no_settings_and_no_job():
+    assert not needed("engine") & {"config", "job", "label", "report", *ENTRIES}
+
+
+def test_nobody_imports_an_entry():
+    assert {
+        module for module in FILES if own(module) & ENTRIES or any("__main__" in name for name in own(module))
+    } == set()
+
+
+def test_the_student_needs_nothing_of_the_teacher():
+    assert not needed("distill") & {"teacher", "label"}
+    assert "job" in needed("distill")
+
+
+def test_only_the_networks_import_torchvision():
+    assert {module for module in FILES for name in imported(module) if name.startswith("torchvision")} == {"models"}
+
+
+def test_imports_have_no_circle():
+    circles = {module for module in FILES for name in own(module) if module in needed(name)}
+    package_parts = {module for module in circles if module.partition(".")[0] == "cache"}  # a package and its parts
+    assert circles - package_parts == set()
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_library_knows_no_scheduler(module):
+    assert not {name for name in imported(module) if name.partition(".")[0] in ("launch", "submitit")}
+    assert "SLURM_" not in FILES[module].read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_function_is_long(module):
+    lengths = {function.name: function.end_lineno - function.lineno + 1 for function in functions(module)}
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_module_and_what_it_offers_is_described(module):
+    """An entry's `main` is described by its module."""
+    offered = [node for node in tree(module).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    nameless = [
+        node.name
+        for node in offered
+        if not node.name.startswith("_") and node.name != "main" and not ast.get_docstring(node)
+    ]
+    assert ast.get_docstring(tree(module))
+    assert nameless == []
+
+
+def test_every_setting_is_read_somewhere():
+    """Being checked for its range does not count; the preset's name is there to be stored."""
+    read = set()
+    for module in FILES:
+        checks = {id(node) for f in functions(module) if f.name == "__post_init__" for node in ast.walk(f)}
+        nodes = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute) and id(node) not in checks]
+        read |= {node.attr for node in nodes}
+    settings = {field.name for kind in (TeacherSettings, DistillSettings) for field in dataclasses.fields(kind)}
+    assert settings - read - {"preset"} == set()
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="there is no README.md yet")
+@pytest.mark.parametrize("module", [name for name in FILES if name and "." not in name])
+def test_readme_has_a_line_for_each_module(module):
+    shown = f"{module}/" if FILES[module].name == "__init__.py" else f"{module}.py"
+    assert shown in (ROOT / "README.md").read_text()

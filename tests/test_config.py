@@ -1,0 +1,272 @@
+"""Settings: a flag for each, the order in which a value is found, and one sentence for each value that cannot be."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kd_dist
+from kd_dist import config
+from kd_dist.config import (
+    PRESETS,
+    DistillSettings,
+    Preset,
+    TeacherSettings,
+    from_stored,
+    parser_for,
+    read_command_line,
+    resolve,
+)
+from kd_dist.errors import UserError
+
+KINDS = (TeacherSettings, DistillSettings)
+BOTH = """--data --out --cache --image-size --epochs --batch-size --lr --weight-decay --warmup-epochs --seed --views
+--crop-scale --mixup --cutmix --label-smoothing --ema --release --archive --sha256 --workers --device --preset""".split()
+OWN = {TeacherSettings: ["--teacher"], DistillSettings: ["--student", "--alpha", "--temperature", "--loss", "--crops"]}
+
+
+def parser(kind: type[config.Settings]):
+    return parser_for(kind, f"kd_dist.{kind.kind}", "What it does.", "An example.")
+
+
+def read(kind: type[config.Settings], *words: str, has_gpu: bool = False) -> config.Settings:
+    """The settings of a command line."""
+    return resolve(kind, read_command_line(parser(kind), words), has_gpu)
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_has_a_flag_and_a_help_text(kind):
+    actions = {action.option_strings[0]: action for action in parser(kind)._actions}
+    names = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
+    assert names == actions.keys() - {"-h"}
+    for name in names:
+        assert len(actions[name].help) > 8, name
+        assert name in parser(kind).format_help()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flags_stand_on_the_jobs_they_belong_to(kind):
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
+    other = next(k for k in KINDS if k is not kind)
+    assert set(BOTH + OWN[kind]) <= flags
+    assert not flags & set(OWN[other])
+
+
+def test_values_are_read_in_their_types():
+    words = "--epochs 7 --lr 1e-2 --crop-scale 0.2 0.9 --workers 3 --views 5 --alpha 0.5 --start-over --data some/where"
+    settings = read(DistillSettings, *words.split())
+    assert (settings.epochs, settings.lr, settings.crop_scale, settings.workers) == (7, 0.01, (0.2, 0.9), 3)
+    assert (settings.views, settings.alpha, settings.start_over, settings.data) == (5, 0.5, True, "some/where")
+    assert type(settings.epochs) is int and type(settings.alpha) is float
+    assert (read(DistillSettings).workers, read(DistillSettings).start_over) == (None, False)
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        read(TeacherSettings).lr = 1.0
+
+
+# ------------------------------------------------------------------------------------------- where a value comes from
+
+
+@pytest.fixture
+def preset(monkeypatch) -> None:
+    """A preset "test" that sets lr and epochs of both jobs."""
+    values = {"lr": 0.31, "epochs": 33}
+    monkeypatch.setitem(PRESETS, "test", Preset("for tests", values, {**values, "temperature": 7.0}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_typed_value_before_presets_before_default(kind, preset):
+    settings = read(kind, "--preset", "test", "--lr", "0.2")
+    default = {field.name: field.default for field in dataclasses.fields(kind)}
+    assert settings.lr == 0.2
+    assert settings.epochs == 33 != default["epochs"]
+    assert settings.weight_decay == default["weight_decay"]
+    assert settings.preset == "test"
+
+
+def test_typed_default_still_beats_the_preset(preset):
+    default = {field.name: field.default for field in dataclasses.fields(DistillSettings)}
+    assert read(DistillSettings, "--preset", "test", "--temperature", str(default["temperature"])).temperature == 4.0
+    assert read(DistillSettings, "--preset", "test").temperature == 7.0
+
+
+@pytest.mark.parametrize(
+    ("words", "has_gpu", "name"),
+    [
+        ((), False, "cpu-64px"),
+        ((), True, "gpu-128px"),
+        (("--device", "cpu"), True, "cpu-64px"),
+        (("--preset", "demo"), True, "demo"),
+    ],
+)
+def test_preset_follows_the_machine_unless_named(words, has_gpu, name):
+    settings = read(TeacherSettings, *words, has_gpu=has_gpu)
+    assert settings.preset == name
+    assert settings.image_size == PRESETS[name].teacher["image_size"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(kind, name):
+    settings = read(kind, "--preset", name)
+    values = PRESETS[name].teacher if kind is TeacherSettings else PRESETS[name].distill
+    assert {key: getattr(settings, key) for key in values} == values
+    assert PRESETS[name].about
+
+
+# ------------------------------------------------------------------------------------------------ what follows from what
+
+
+@pytest.mark.parametrize(
+    ("words", "crops", "cache"),
+    [
+        ("", "cached", "runs/teacher/logits.h5"),
+        ("--cache a.h5", "cached", "a.h5"),
+        ("--alpha 0", "fresh", None),
+        ("--alpha 0 --crops cached", "cached", "runs/teacher/logits.h5"),
+        ("--alpha 0 --cache a.h5", "fresh", "a.h5"),  # for the agreement on val
+        ("--alpha 0 --mixup 0.2 --cutmix 0.5", "fresh", None),
+    ],
+)
+def test_crops_and_cache_follow_from_alpha(words, crops, cache):
+    settings = read(DistillSettings, *words.split())
+    assert (settings.crops, settings.cache) == (crops, cache)
+    assert settings.uses_fresh_crops == (crops == "fresh")
+    assert settings.resolved() == settings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "words", ["", "--seed 3 --crop-scale 0.1 0.7 --workers 2", "--start-over --preset demo --views 3"]
+)
+def test_stored_settings_come_back(kind, words):
+    settings = read(kind, *words.split())
+    stored = json.loads(json.dumps(settings.stored()))
+    assert stored.keys() == {field.name for field in dataclasses.fields(kind)}
+    assert from_stored(kind, stored) == settings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_resume_may_change_are_settings(kind):
+    names = {field.name for field in dataclasses.fields(kind)}
+    assert kind.may_change <= names
+    decisive = {"lr", "epochs", "batch_size", "seed", "image_size", "crop_scale", "ema", "alpha", "temperature", "loss"}
+    assert not kind.may_change & decisive
+
+
+# ---------------------------------------------------------------------------------------------------------- bad values
+
+BAD_ON_BOTH = [
+    "--epochs 0",
+    "--epochs -3",
+    "--epochs 1.5",
+    "--epochs many",
+    "--batch-size 0",
+    "--batch-size -64",
+    "--image-size 0",
+    "--image-size nan",
+    "--lr 0",
+    "--lr -0.1",
+    "--lr nan",
+    "--lr inf",
+    "--weight-decay -1",
+    "--weight-decay nan",
+    "--warmup-epochs -1",
+    "--warmup-epochs nan",
+    "--warmup-epochs 5 --epochs 5",
+    "--label-smoothing 1",
+    "--label-smoothing -0.1",
+    "--label-smoothing nan",
+    "--ema 1",
+    "--ema nan",
+    "--mixup 1.5",
+    "--mixup nan",
+    "--cutmix -0.5",
+    "--cutmix nan",
+    "--crop-scale 0 1",
+    "--crop-scale 0.8 0.2",
+    "--crop-scale 0.5 1.5",
+    "--crop-scale nan 1",
+    "--crop-scale 0.5 nan",
+    "--crop-scale 0.5",
+    "--seed -1",
+    "--seed 18446744073709551616",  # torch takes 64 bits
+    "--workers -1",
+    "--views 0",
+    "--views -2",
+    "--device tpu",
+    "--preset huge",
+    "--checkpoint-minutes 0",
+    "--checkpoint-minutes nan",
+    "--learning-rate 0.1",
+    "--epoch 5",  # an abbreviation
+]
+BAD_ON_TEACHER = ["--mixup 0.6 --cutmix 0.6", "--alpha 0.5", "--temperature 2"]
+BAD_ON_STUDENT = [
+    "--alpha -0.1",
+    "--alpha 1.1",
+    "--alpha nan",
+    "--alpha much",
+    "--temperature 0",
+    "--temperature -4",
+    "--temperature nan",
+    "--temperature inf",
+    "--crops live",
+    "--alpha 0.5 --crops fresh",
+    "--cutmix 0.5",  # cached crops cannot be blended
+    "--mixup 0.5",
+    "--mixup 0.6 --cutmix 0.6 --alpha 0",
+    "--teacher resnet18",
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(kind, words) for kind in KINDS for words in BAD_ON_BOTH]
+    + [(TeacherSettings, words) for words in BAD_ON_TEACHER]
+    + [(DistillSettings, words) for words in BAD_ON_STUDENT],
+)
+def test_bad_value_is_refused_in_one_sentence_that_names_its_flag(kind, words):
+    with pytest.raises(UserError) as caught:
+        read(kind, *words.split())
+    sentence = str(caught.value)
+    assert words.split()[0] in sentence
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("words", "known"),
+    [
+        ("--preset huge", tuple(PRESETS)),
+        ("--device tpu", ("cpu", "cuda", "auto")),
+        ("--crops live", ("cached", "fresh")),
+    ],
+)
+def test_unknown_name_is_answered_by_the_known_ones(words, known):
+    with pytest.raises(UserError) as caught:
+        read(DistillSettings, *words.split())
+    assert all(name in str(caught.value) for name in known)
+
+
+def test_sentence_shows_the_value_that_was_typed():
+    """Not the sum of two flags as the value of one of them."""
+    with pytest.raises(UserError, match=r"--cutmix 0\.5\b"):
+        read(DistillSettings, "--cutmix", "0.5")
+
+
+def test_settings_are_read_without_torch():
+    """A login node reads them fast: nothing but Python's own library is imported."""
+    code = "import sys, kd_dist.config; print(sorted({'torch', 'numpy', 'h5py', 'PIL'} & sys.modules.keys()))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(kd_dist.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

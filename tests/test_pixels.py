@@ -1,0 +1,170 @@
+"""The store of decoded pictures: what it holds, when it is built, and what is not taken for it."""
+
+import errno
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from kd_dist import pixels
+from kd_dist.dataset import decode, scan
+from kd_dist.errors import UserError
+from kd_dist.pixels import Pixels, build_pixels, default_folder, open_pixels
+
+
+def build(samples, folder) -> None:
+    build_pixels(samples, folder, 2, lambda done, total: None)
+
+
+def assert_holds(store: Pixels | None, samples) -> None:
+    assert store is not None
+    assert len(store) == len(samples)
+    for index, path in enumerate(samples.paths):
+        image_HWC = decode(samples.root / path)
+        assert tuple(store.sizes_N2[index]) == image_HWC.shape[:2]
+        assert store[index].dtype == torch.uint8
+        assert np.array_equal(store[index], image_HWC)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """The pictures decoded so far; a few are decoded together, so that a store is made of several pieces."""
+    decoded = []
+
+    def decode_and_count(path):
+        decoded.append(path.name)
+        return decode(path)
+
+    monkeypatch.setattr(pixels, "decode", decode_and_count)
+    monkeypatch.setattr(pixels, "DECODED_TOGETHER", 4)
+    return decoded
+
+
+def test_store_equals_the_decoded_pictures(tiny, tmp_path, counted):
+    told = []
+    for samples in (tiny.train, tiny.val):
+        assert open_pixels(samples, tmp_path / "new") is None
+        build_pixels(samples, tmp_path / "new", 3, lambda done, total: told.append((done, total)))
+        assert_holds(open_pixels(samples, tmp_path / "new"), samples)
+    assert len(np.unique(open_pixels(tiny.train, tmp_path / "new").sizes_N2, axis=0)) > 2  # of several sizes
+    assert told == [(4, 21), (8, 21), (12, 21), (16, 21), (20, 21), (21, 21), (4, 9), (8, 9), (9, 9)]
+    assert len(counted) == 30
+
+
+def test_second_build_does_nothing(tiny, tmp_path, counted):
+    build(tiny.val, tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    counted.clear()
+    build(tiny.val, tmp_path)
+    assert counted == []
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def _damage(folder, how: str) -> None:
+    pictures, sizes = next(folder.glob("*.u8")), next(folder.glob("*.npy"))
+    {
+        "pictures cut short": lambda: os.truncate(pictures, pictures.stat().st_size - 1),
+        "pictures too long": lambda: os.truncate(pictures, pictures.stat().st_size + 1),
+        "pictures gone": pictures.unlink,
+        "sizes cut short": lambda: os.truncate(sizes, sizes.stat().st_size - 1),
+        "sizes empty": lambda: os.truncate(sizes, 0),
+        "sizes gone, as when the build was killed": sizes.unlink,
+        "sizes of fewer pictures": lambda: np.save(sizes, np.load(sizes)[:-1]),
+    }[how]()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "pictures cut short",
+        "pictures too long",
+        "pictures gone",
+        "sizes cut short",
+        "sizes empty",
+        "sizes gone, as when the build was killed",
+        "sizes of fewer pictures",
+    ],
+)
+def test_store_that_is_not_whole_is_built_again(tiny, tmp_path, how):
+    build(tiny.val, tmp_path)
+    _damage(tmp_path, how)
+    assert open_pixels(tiny.val, tmp_path) is None
+    build(tiny.val, tmp_path)
+    assert_holds(open_pixels(tiny.val, tmp_path), tiny.val)
+
+
+def test_changed_data_is_another_store(tiny, tiny_root, tmp_path):
+    root, folder = tmp_path / "set", tmp_path / "store"
+    shutil.copytree(tiny_root, root)
+    build(tiny.val, folder)
+    first, second = (root / path for path in tiny.val.paths[:2])
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    changed = scan(root)
+    assert open_pixels(changed.val, folder) is None
+    build(changed.val, folder)
+    assert_holds(open_pixels(changed.val, folder), changed.val)
+    assert_holds(open_pixels(tiny.val, folder), tiny.val)
+
+
+def test_broken_picture_is_named_and_leaves_nothing(tiny, tiny_root, tmp_path):
+    root, folder = tmp_path / "set", tmp_path / "store"
+    shutil.copytree(tiny_root, root)
+    victim = root / tiny.val.paths[5]
+    victim.write_bytes(victim.read_bytes()[:300])
+    with pytest.raises(UserError, match=str(tiny.val.paths[5])):
+        build(scan(root).val, folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_folder_that_cannot_be_written_is_named(tiny, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="pixels-dir") as caught:
+        build(tiny.val, tmp_path / "file" / "store")
+    assert str(tmp_path / "file" / "store") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_full_disk_is_said(tiny, tmp_path, monkeypatch):
+    def write_to_full_disk(path, write):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pixels, "write_atomically", write_to_full_disk)
+    with pytest.raises(UserError, match="disk is full.*--pixels-dir"):
+        build(tiny.val, tmp_path)
+
+
+def test_writing_to_a_picture_does_not_reach_the_store(tiny, tmp_path):
+    """All ranks of a node map the same file."""
+    build(tiny.val, tmp_path)
+    open_pixels(tiny.val, tmp_path)[0].zero_()
+    assert_holds(open_pixels(tiny.val, tmp_path), tiny.val)
+
+
+def test_default_folder_is_in_the_data_or_else_the_users_cache(tmp_path, monkeypatch):
+    assert default_folder(tmp_path).parent == tmp_path
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere/cache")
+    assert str(default_folder(tmp_path)).startswith("/somewhere/cache/")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/user")
+    assert str(default_folder(tmp_path)).startswith("/home/user/.cache/")
+
+
+def test_two_nodes_may_build_the_same_store_at_once(tiny, tmp_path, monkeypatch):
+    """On a disk that nodes share, their builders may even have the same process id, as they do in containers."""
+    begun = []
+
+    def decode_while_the_other_node_builds(path):
+        if not begun:
+            begun.append(path)
+            build(tiny.val, tmp_path)
+        return decode(path)
+
+    monkeypatch.setattr(pixels, "decode", decode_while_the_other_node_builds)
+    build(tiny.val, tmp_path)
+    assert begun
+    assert_holds(open_pixels(tiny.val, tmp_path), tiny.val)
