@@ -382,7 +382,8 @@ class EpochSums:
     def __init__(self, names=(), totals=(), seconds: float = 0.0, wait_seconds: float = 0.0):
         self.names, self.totals = list(names), list(totals)  # totals[0] counts images, the rest go with names
         self.seconds, self.wait_seconds = seconds, wait_seconds
-        self._local: Tensor | None = None
+        self._local: Tensor | None = None  # on the device
+        self._count = 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that an epoch cut in two reports the sums of the whole."""
@@ -392,13 +393,13 @@ class EpochSums:
         """Add one step: loss terms summed over this rank's `count` images."""
         self.names = sorted(terms)
         values = torch.stack([terms[name].detach().double() for name in self.names])
-        values = torch.cat([values.new_tensor([count]), values])
         self._local = values if self._local is None else self._local + values
+        self._count += count
 
     def take_local(self) -> Tensor:
         """What this rank added since the last call, float64 [1 + terms] on the CPU."""
-        local = self._local.cpu() if self._local is not None else torch.zeros(len(self.totals), dtype=torch.float64)
-        self._local = None
+        local = torch.cat([torch.tensor([self._count], dtype=torch.float64), self._local.cpu()])
+        self._local, self._count = None, 0
         return local
 
     def add_shared(self, sums: Tensor) -> None:

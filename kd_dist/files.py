@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +17,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     A reader sees the old file or the new one, never half of either; a crash leaves the old one. On any error the
     temporary file is removed and the error goes on.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")  # nodes may share the folder
     try:
         with open(temporary, "wb") as file:
             write(file)

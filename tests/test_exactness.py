@@ -1,5 +1,6 @@
 """N ranks give one rank's result, and a resumed run the uninterrupted one's: to the bit where that is promised."""
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 
 from kd_dist import checkpoint, engine, label, objectives, views
 from kd_dist.batches import CachedCrops, FreshCrops, TrainData
-from kd_dist.cache import TeacherRow, open_cache
+from kd_dist.cache import BlockWriter, TeacherRow, open_cache
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import MEAN, STD
 from kd_dist.dataset import scan
@@ -156,6 +157,43 @@ def test_a_cached_row_is_the_teacher_run_on_that_view(tiny_set, tmp_path):
             others = np.delete(table.logits_NVK[:, v], i, axis=0).astype(np.float32)
             closest_other = np.abs(others - logits_1K[0].numpy()).max(axis=1).min()
             assert closest_other > 0.02  # no other image's row would pass
+
+
+def write_and_die(root, target, puts):
+    """Write a cache alone until so many blocks are down, then end as a killed process does."""
+    original = BlockWriter.put
+
+    def put(self, block, logits_BK):
+        nonlocal puts
+        if puts == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        puts -= 1
+        original(self, block, logits_BK)
+
+    BlockWriter.put = put
+    with joined("cpu") as runtime:
+        write_and_predict(runtime, root, target)
+
+
+def test_a_killed_cache_writer_loses_nothing_and_goes_on_at_another_number_of_ranks(tiny_set, tmp_path):
+    whole, cut = tmp_path / "whole.h5", tmp_path / "cut.h5"
+    run_ranks(1, write_and_predict, tiny_set, whole)
+    process = multiprocessing.get_context("spawn").Process(target=write_and_die, args=(tiny_set, cut, 4))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL and not cut.exists()
+    (labelled,) = set(run_ranks(2, count_labelled, tiny_set, cut))
+    assert labelled == 2  # six blocks in all, four were safe
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def count_labelled(runtime, root, target):
+    """Write a cache; gives the number of blocks that had to be computed, over all ranks."""
+    computed = []
+    original = label._labels
+    label._labels = lambda *arguments: computed.append(1) or original(*arguments)
+    write_and_predict(runtime, root, target)
+    return sum(runtime.gather(len(computed)))
 
 
 # ---- resumed = uninterrupted

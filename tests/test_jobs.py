@@ -1,6 +1,8 @@
 """Both jobs as a user starts them: torchrun and plain python, end to end, interrupted, resumed and watched."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +30,8 @@ def torchrun(ranks: int) -> list[str]:
 
 
 def run(command: list[str], check: bool = True, **more) -> subprocess.CompletedProcess:
-    result = subprocess.run(
-        command, env=ENVIRONMENT, cwd=REPO, capture_output=True, text=True, timeout=PATIENCE_SECONDS, **more
-    )
+    how = {"env": ENVIRONMENT, "cwd": REPO, "capture_output": True, "text": True, "timeout": PATIENCE_SECONDS}
+    result = subprocess.run(command, **{**how, **more})
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -67,6 +68,24 @@ def test_teacher_job_writes_a_cache_of_all_images(teacher_run):
     assert cache.val_top1 == saved["val_top1"] == read_metrics(teacher_run)[-1]["val_top1"]
     assert read_state(teacher_run)["status"] == "finished"
     assert not list(teacher_run.path.glob("logits.h5.parts*"))
+
+
+def test_the_two_lines_of_the_readme_as_they_stand(data, tmp_path):
+    """Without arguments, four ranks, the usual folders: here with a few images under the usual name."""
+    for split, kept in (("train", 7), ("val", 2)):
+        for class_folder in (data / split).iterdir():
+            target = tmp_path / "data" / "imagewoof2-160" / split / class_folder.name
+            target.mkdir(parents=True)
+            for path in sorted(class_folder.iterdir())[:kept]:
+                shutil.copy(path, target)
+    lines = re.findall(
+        r"^ +(torchrun --nproc_per_node=4 -m kd_dist\.\w+) ", (REPO / "README.md").read_text(), re.MULTILINE
+    )
+    assert [line.split(".")[-1] for line in lines] == ["teacher", "distill"]
+    for line in lines:
+        run([sys.executable, "-m", "torch.distributed.run", *line.split()[1:]], cwd=tmp_path)
+    teacher, student = RunFolder(tmp_path / "runs/teacher"), RunFolder(tmp_path / "runs/student")
+    assert load_model(student.model)["cache"]["sha256"] == open_cache(teacher.cache).digest
 
 
 def test_student_learns_from_the_cache_alone(data, teacher_run, tmp_path):

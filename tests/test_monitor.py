@@ -157,7 +157,7 @@ def test_a_full_disk_ends_the_curves_in_one_line_and_not_the_run(tmp_path):
         env={**os.environ, "PYTHONPATH": str(Path(monitor.__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     said = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
