@@ -4,9 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 RANKS := 2
-DEMO_JOB := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m
+JOB := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m
 
-.PHONY: setup demo test test-cluster lint format clean-demo
+.PHONY: setup demo imagewoof-cpu test test-cluster lint format clean-demo
 
 setup: .venv/installed
 
@@ -17,13 +17,24 @@ setup: .venv/installed
 
 # Teacher -> cache -> hard-label twin and distilled student, on a generated set. Run it again to resume; clean-demo starts over.
 demo: setup
-	$(DEMO_JOB) kd_dist.teacher --preset demo --out $(DEMO)/teacher
-	$(DEMO_JOB) kd_dist.distill --preset demo --cache $(DEMO)/teacher/logits.h5 --alpha 0 --out $(DEMO)/hard
-	$(DEMO_JOB) kd_dist.distill --preset demo --cache $(DEMO)/teacher/logits.h5 --out $(DEMO)/distilled
+	$(JOB) kd_dist.teacher --preset demo --out $(DEMO)/teacher
+	$(JOB) kd_dist.distill --preset demo --cache $(DEMO)/teacher/logits.h5 --alpha 0 --out $(DEMO)/hard
+	$(JOB) kd_dist.distill --preset demo --cache $(DEMO)/teacher/logits.h5 --out $(DEMO)/distilled
 	$(BIN)/python -m kd_dist.report $(DEMO)/teacher $(DEMO)/hard $(DEMO)/distilled
 
 clean-demo:
 	rm -rf $(DEMO)
+
+# The README's first table: real Imagewoof on a CPU box, some hours; resumes. KD_DIST_DATA names the image folder.
+SEEDS := 0 1 2
+WOOF := runs/imagewoof-cpu
+imagewoof-cpu: setup
+	$(JOB) kd_dist.teacher --preset cpu-64px --out $(WOOF)/teacher
+	set -e; for seed in $(SEEDS); do \
+	  $(JOB) kd_dist.distill --preset cpu-64px --cache $(WOOF)/teacher/logits.h5 --seed $$seed --out $(WOOF)/distilled-$$seed; \
+	  $(JOB) kd_dist.distill --preset cpu-64px --alpha 0 --seed $$seed --out $(WOOF)/hard-$$seed; \
+	done
+	$(BIN)/python -m kd_dist.report $(WOOF)/*
 
 test: setup
 	$(BIN)/python -m pytest tests

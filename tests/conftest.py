@@ -1,4 +1,4 @@
-"""What several test modules share: a tiny drawn set made once, pictures kept in memory, and ranks without a process group."""
+"""What several test modules share: a tiny drawn set made once, pictures in memory, ranks without a process group."""
 
 import os
 

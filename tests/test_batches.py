@@ -1,4 +1,4 @@
-"""Batches: every image once, the same whatever the ranks, workers or interruptions, and soft labels of the very view shown."""
+"""Batches: every image once, the same at any number of ranks and after any stop, with soft labels of the view shown."""
 
 from dataclasses import fields, replace
 
@@ -182,7 +182,7 @@ def test_batch_moves_whole(cached):
 
 @pytest.mark.parametrize("views_V", [2, 3, 6])
 def test_cached_views_come_without_replacement(cached, views_V):
-    """In V - 1 epochs each image is seen in each of its views but the evaluation view, and so again in the next V - 1."""
+    """In V - 1 epochs each image is seen in each view but the evaluation view, and so again in the next V - 1."""
     crops = cached(40, views_V).views_of_epoch
     for cycle in range(2):
         epochs = range(cycle * (views_V - 1), (cycle + 1) * (views_V - 1))

@@ -24,9 +24,23 @@ from kd_dist.config import (
 from kd_dist.errors import UserError
 
 KINDS = (TeacherSettings, DistillSettings)
-BOTH = """--data --out --cache --image-size --epochs --batch-size --lr --weight-decay --warmup-epochs --seed --views
---crop-scale --mixup --cutmix --label-smoothing --ema --release --archive --sha256 --workers --device --preset""".split()
-OWN = {TeacherSettings: ["--teacher"], DistillSettings: ["--student", "--alpha", "--temperature", "--loss", "--crops"]}
+BOTH = {
+    *(
+        "--data",
+        "--release",
+        "--archive",
+        "--sha256",
+        "--out",
+        "--cache",
+        "--views",
+        "--preset",
+        "--workers",
+        "--device",
+    ),
+    *("--image-size", "--epochs", "--batch-size", "--lr", "--weight-decay", "--warmup-epochs", "--seed"),
+    *("--crop-scale", "--mixup", "--cutmix", "--label-smoothing", "--ema"),
+}
+OWN = {TeacherSettings: {"--teacher"}, DistillSettings: {"--student", "--alpha", "--temperature", "--loss", "--crops"}}
 
 
 def parser(kind: type[config.Settings]):
@@ -52,11 +66,19 @@ def test_every_setting_has_a_flag_and_a_help_text(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_help_shows_the_defaults_of_every_preset(kind):
+    """Those are what a run without flags uses."""
+    page = " ".join(parser(kind).format_help().split())
+    for name, preset in PRESETS.items():
+        assert f"{name}: {preset.of(kind)['epochs']}" in page
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_flags_stand_on_the_jobs_they_belong_to(kind):
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     other = next(k for k in KINDS if k is not kind)
-    assert set(BOTH + OWN[kind]) <= flags
-    assert not flags & set(OWN[other])
+    assert BOTH | OWN[kind] <= flags
+    assert not flags & OWN[other]
 
 
 def test_values_are_read_in_their_types():
@@ -118,12 +140,12 @@ def test_preset_follows_the_machine_unless_named(words, has_gpu, name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid(kind, name):
     settings = read(kind, "--preset", name)
-    values = PRESETS[name].teacher if kind is TeacherSettings else PRESETS[name].distill
+    values = PRESETS[name].of(kind)
     assert {key: getattr(settings, key) for key in values} == values
     assert PRESETS[name].about
 
 
-# ------------------------------------------------------------------------------------------------ what follows from what
+# ----------------------------------------------------------------------------------------------- what follows from what
 
 
 @pytest.mark.parametrize(
@@ -262,6 +284,11 @@ def test_sentence_shows_the_value_that_was_typed():
     """Not the sum of two flags as the value of one of them."""
     with pytest.raises(UserError, match=r"--cutmix 0\.5\b"):
         read(DistillSettings, "--cutmix", "0.5")
+
+
+def test_errors_name_a_command_that_can_be_typed():
+    with pytest.raises(UserError, match=r"`python -m kd_dist\.distill --help`"):
+        read_command_line(parser_for(DistillSettings, "kd_dist.distill", "", ""), ["--wrong"])
 
 
 def test_settings_are_read_without_torch():

@@ -1,4 +1,4 @@
-"""The networks: shapes at several sizes, the sizes and orders they promise, logits in float32, and no teacher at the student's."""
+"""The networks: their shapes, sizes and order of layers, logits in float32, and a student that needs no teacher."""
 
 import os
 import subprocess
@@ -114,7 +114,7 @@ def test_cnn5_takes_other_channels():
 
 
 def test_origin_is_the_described_network():
-    """Conv 5x5 of 64, conv 3x3 stride 2 of 128, conv 3x3 stride 2 of 264, then 512, 64 and the classes: 5.28 M weights."""
+    """Conv 5x5 of 64, conv 3x3 stride 2 of 128, the same of 264, then 512, 64 and the classes: 5.28 M weights."""
     model = seeded("origin")
     assert count_weights(model) == pytest.approx(5.28e6, rel=0.002)
     kinds = [layer for layer in model if not isinstance(layer, nn.ReLU)]

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -64,6 +65,7 @@ def test_second_build_does_nothing(tiny, tmp_path, counted):
 
 def _damage(folder, how: str) -> None:
     pictures, sizes = next(folder.glob("*.u8")), next(folder.glob("*.npy"))
+    fewer_N2 = np.load(sizes)[:-1]
     {
         "pictures cut short": lambda: os.truncate(pictures, pictures.stat().st_size - 1),
         "pictures too long": lambda: os.truncate(pictures, pictures.stat().st_size + 1),
@@ -71,7 +73,11 @@ def _damage(folder, how: str) -> None:
         "sizes cut short": lambda: os.truncate(sizes, sizes.stat().st_size - 1),
         "sizes empty": lambda: os.truncate(sizes, 0),
         "sizes gone, as when the build was killed": sizes.unlink,
-        "sizes of fewer pictures": lambda: np.save(sizes, np.load(sizes)[:-1]),
+        "sizes of fewer pictures": lambda: np.save(sizes, fewer_N2),
+        "all of fewer pictures": lambda: [
+            np.save(sizes, fewer_N2),
+            os.truncate(pictures, fewer_N2.prod(axis=1).sum() * 3),
+        ],
     }[how]()
 
 
@@ -85,6 +91,7 @@ def _damage(folder, how: str) -> None:
         "sizes empty",
         "sizes gone, as when the build was killed",
         "sizes of fewer pictures",
+        "all of fewer pictures",
     ],
 )
 def test_store_that_is_not_whole_is_built_again(tiny, tmp_path, how):
@@ -133,7 +140,7 @@ def test_full_disk_is_said(tiny, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(pixels, "write_atomically", write_to_full_disk)
-    with pytest.raises(UserError, match="disk is full.*--pixels-dir"):
+    with pytest.raises(UserError, match=r"disk is full.*--pixels-dir"):
         build(tiny.val, tmp_path)
 
 
@@ -155,8 +162,9 @@ def test_default_folder_is_in_the_data_or_else_the_users_cache(tmp_path, monkeyp
 
 
 def test_two_nodes_may_build_the_same_store_at_once(tiny, tmp_path, monkeypatch):
-    """On a disk that nodes share, their builders may even have the same process id, as they do in containers."""
+    """On a disk that nodes share, the builders may even have the same process id, as in containers."""
     begun = []
+    monkeypatch.setattr(socket, "gethostname", lambda: f"node{len(begun)}")
 
     def decode_while_the_other_node_builds(path):
         if not begun:

@@ -235,7 +235,7 @@ def test_box_of_the_wanted_size_is_cut_out_as_it_is():
 
 
 def test_box_shows_the_same_content_at_two_sizes():
-    """A student may see its teacher's crop smaller: reducing the large picture gives the small one, another box does not."""
+    """A student may see its teacher's crop smaller: the large picture reduced is the small one, another box is not."""
     image_HWC = torch.from_numpy(smooth(160, 213))
     large_CHW = render(image_HWC, (11, 40, 128, 128), True, 96).float()
     reduced_CHW = torch.nn.functional.avg_pool2d(large_CHW, 2)

@@ -146,10 +146,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if disk_full(error):
-            wrong, mend = (
-                "no space left to write",
-                "free some and run the same command again; the stored blocks are kept",
-            )
+            wrong = "no space left to write"
+            mend = "free some and run the same command again; the stored blocks are kept"
         elif error.errno:
             wrong, mend = "cannot write", "choose a folder that can be written"
         else:  # not the system's word but HDF5's

@@ -259,6 +259,14 @@ def _check_type(what: str, stored: np.dtype, dtype: np.dtype | None) -> None:
         raise ValueError(f"{what} is of type {stored} instead of {'fixed-length text' if dtype is TEXT else dtype}")
 
 
+def _fits(axes: tuple[str | int, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
+    """Whether a shape is what `sizes` say of its axes; named axes that they lack are added."""
+    for axis, size in zip(axes, shape, strict=False):
+        if isinstance(axis, str):
+            sizes.setdefault(axis, size)
+    return len(shape) == len(axes) and shape == shape_of(axes, sizes)
+
+
 class _Columns:
     """Reads columns out of an open file, and raises ValueError on any structure that the writer does not make.
 
@@ -277,11 +285,7 @@ class _Columns:
         """
         dataset = self._dataset(name)
         _check_type(name, dataset.dtype, dtype)
-        if dataset.ndim == len(axes):
-            sizes.update(
-                {a: n for a, n in zip(axes, dataset.shape, strict=True) if isinstance(a, str) and a not in sizes}
-            )
-        if dataset.ndim != len(axes) or dataset.shape != shape_of(axes, sizes):
+        if not _fits(axes, dataset.shape, sizes):
             raise ValueError(f"{name} has shape {list(dataset.shape)}, which does not fit the other columns")
         self._refuse_hollow(name, dataset)
         values = dataset[()]  # whole: rows are drawn from memory many times faster than from the file
