@@ -5,6 +5,7 @@ cached teacher's, from the logits that the student saved and view 0 of the cache
 """
 
 import argparse
+import json
 import os
 import shlex
 import statistics
@@ -20,6 +21,7 @@ import numpy as np
 
 from kd_dist.cache import Cache, open_cache
 from kd_dist.checkpoint import RunFolder, read_metrics, read_settings, read_state, read_val_logits
+from kd_dist.config import DistillSettings
 from kd_dist.errors import UserError
 
 COLUMNS = ("run", "kind", "alpha", "temperature", "epochs", "top-1", "agreement", "images/s", "status")
@@ -123,6 +125,36 @@ def table_of(runs: Sequence[Run], caches: Caches) -> tuple[list[tuple[str, ...]]
     return rows, notes
 
 
+def seed_means(runs: Sequence[Run], rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """One more row for each group of finished students that differ in nothing but the seed: mean and standard
+    deviation.
+    """
+    groups: dict[str, list[tuple[Run, tuple[str, ...]]]] = {}
+    for run, row in zip(runs, rows, strict=True):
+        if run.kind == "student" and row[-1] == "finished":
+            same = {
+                name: value for name, value in run.settings.items() if name not in {"seed", *DistillSettings.may_change}
+            }
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append((run, row))
+    return [_mean_row(group) for group in groups.values() if len({run.settings.get("seed") for run, _ in group}) > 1]
+
+
+def _mean_row(group: Sequence[tuple[Run, tuple[str, ...]]]) -> tuple[str, ...]:
+    cells = dict(zip(COLUMNS, zip(*(row for _, row in group), strict=True), strict=True))
+    same = {name: cells[name][0] for name in ("kind", "alpha", "temperature", "epochs")}
+    spread = {name: _mean_and_deviation(cells[name]) for name in ("top-1", "agreement")}
+    return tuple(
+        {"run": f"{len(group)} seeds: {cells['run'][0]} ...", **same, **spread}.get(name, "") for name in COLUMNS
+    )
+
+
+def _mean_and_deviation(cells: Sequence[str]) -> str:
+    if _ABSENT in cells:
+        return _ABSENT
+    values = [float(cell.removesuffix(" %")) for cell in cells]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %"
+
+
 def plain(rows: Sequence[Sequence[str]]) -> str:
     """Rows as columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -153,6 +185,7 @@ def report(folders: Sequence[Path], cache: Path | None = None, as_markdown: bool
     parent = Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
     runs = [Run(RunFolder(folder), str(folder.resolve().relative_to(parent))) for folder in folders]
     rows, notes = table_of(runs, Caches(runs, cache))
+    rows += seed_means(runs, rows[1:])
     curves = f"tensorboard --logdir {shlex.quote(_shown(parent))}"
     return "\n\n".join(
         [markdown(rows) if as_markdown else plain(rows), *notes, f"`{curves}`" if as_markdown else f"curves: {curves}"]

@@ -120,6 +120,17 @@ def test_a_table_of_teacher_and_students(runs, capsys):
     assert rows["distilled"]["agreement"] == "75.0 %"
 
 
+def test_runs_that_differ_in_the_seed_alone_get_mean_and_deviation(runs):
+    for seed, top1 in enumerate((0.60, 0.64, 0.62)):
+        finish(begin(runs / f"seed-{seed}", "student", alpha=0.5, temperature=2.0, seed=seed, out=f"s{seed}"), top1)
+    finish(begin(runs / "other", "student", alpha=0.6, temperature=2.0, seed=3), 0.9)
+    begin(runs / "unfinished", "student", alpha=0.5, temperature=2.0, seed=4)
+    names = ["other", "seed-0", "seed-1", "seed-2", "unfinished"]
+    rows = rows_of(report([runs / name for name in names]))
+    assert list(rows) == [*names, "3 seeds: seed-0 ..."]
+    assert rows["3 seeds: seed-0 ..."]["top-1"] == "62.0 ± 2.0 %" and rows["3 seeds: seed-0 ..."]["agreement"] == "-"
+
+
 def test_the_last_line_opens_tensorboard_on_all_runs(runs, capsys, monkeypatch):
     assert report([runs / "teacher", runs / "hard"]).endswith(f"tensorboard --logdir {runs}")
     assert report([runs / "hard"]).endswith(f"tensorboard --logdir {runs}")
