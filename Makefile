@@ -1,4 +1,4 @@
-# make setup | demo | test | test-cluster | lint | bench; each does the set-up it needs.
+# make setup | demo | imagewoof-cpu | test | test-cluster | lint; each does the set-up it needs.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,9 +17,9 @@ setup: .venv/installed
 
 # Teacher -> cache -> hard-label twin and distilled student, on a generated set. Run it again to resume; clean-demo starts over.
 demo: setup
-	$(JOB) kd_dist.teacher --preset demo --out $(DEMO)/teacher
-	$(JOB) kd_dist.distill --preset demo --cache $(DEMO)/teacher/logits.h5 --alpha 0 --out $(DEMO)/hard
-	$(JOB) kd_dist.distill --preset demo --cache $(DEMO)/teacher/logits.h5 --out $(DEMO)/distilled
+	$(JOB) kd_dist.teacher --preset demo --data data --out $(DEMO)/teacher
+	$(JOB) kd_dist.distill --preset demo --data data --cache $(DEMO)/teacher/logits.h5 --alpha 0 --out $(DEMO)/hard
+	$(JOB) kd_dist.distill --preset demo --data data --cache $(DEMO)/teacher/logits.h5 --out $(DEMO)/distilled
 	$(BIN)/python -m kd_dist.report $(DEMO)/teacher $(DEMO)/hard $(DEMO)/distilled
 
 clean-demo:

@@ -160,6 +160,7 @@ class TrainData:
                 batch_size=None,
                 sampler=steps,
                 num_workers=min(workers, len(steps)),
+                multiprocessing_context="fork" if workers else None,  # the pictures are mapped, not sent
                 pin_memory=runtime.device.type == "cuda",
                 worker_init_fn=ignore_stop_signals,
             )
@@ -172,15 +173,15 @@ class EpochBatches(Dataset):
     def __init__(self, data: TrainData, epoch: int, rank: int, world_size: int):
         n = len(data.labels_N)
         self.data, self.rank, self.world_size = data, rank, world_size
-        self.order_N = order_of(data.seed, epoch, n)
+        self.batches = np.array_split(order_of(data.seed, epoch, n), data.steps_per_epoch)
         self.views = data.views_of_epoch(epoch)
         self.blends = draw_blends(data.seed, epoch, n, data.mixup, data.cutmix) if data.mixup or data.cutmix else None
 
     def __len__(self) -> int:
-        return self.data.steps_per_epoch
+        return len(self.batches)
 
     def __getitem__(self, step: int) -> Batch:
-        whole_batch = np.array_split(self.order_N, len(self))[step]
+        whole_batch = self.batches[step]
         mine_B = np.array_split(whole_batch, self.world_size)[self.rank]
         images_BCHW, partner_B, weight_B = self._pictures(mine_B)
         return Batch(

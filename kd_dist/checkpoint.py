@@ -208,7 +208,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Col
 
 
 def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
+    """A setting as one types it; a name with a space ("train data") is a fact about the run, not a flag."""
+    return key if " " in key else "--" + key.replace("_", "-")
 
 
 def _make_and_lock(folder: RunFolder) -> None:

@@ -89,9 +89,10 @@ class Settings:
     start_over: bool = flag(RUN, False, "forget this run folder's earlier run instead of resuming it")
 
     def __post_init__(self):
-        for name, low in [("epochs", 1), ("batch_size", 1), ("image_size", 8), ("seed", 0), ("workers", 0)]:
+        for name, low in [("epochs", 1), ("batch_size", 1), ("image_size", 8), ("workers", 0)]:
             value = getattr(self, name)
             _require(value is None or value >= low, name, value, f"must be at least {low}")
+        check_seed(self.seed)
         for name in ("lr", "checkpoint_minutes"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "must be above 0")
         for name in ("weight_decay", "warmup_epochs"):
@@ -103,10 +104,7 @@ class Settings:
         _require(
             self.mixup + self.cutmix <= 1, "mixup", self.mixup, f"and --cutmix {self.cutmix} must not exceed 1 together"
         )
-        low, high = self.crop_scale
-        _require(
-            0 < low <= high <= 1, "crop_scale", f"{low} {high}", "must be two shares with 0 < smallest <= largest <= 1"
-        )
+        check_crop_scale(self.crop_scale)
         _require(
             self.warmup_epochs < self.epochs,
             "warmup_epochs",
@@ -189,13 +187,9 @@ class DistillSettings(Settings):
                 "needs --crops cached: a fresh crop has no row in the cache; or use --alpha 0",
             )
         else:
-            blended = self.mixup + self.cutmix
-            _require(
-                blended == 0,
-                "mixup",
-                blended,
-                "and --cutmix need --crops fresh: a cached row describes its own view only",
-            )
+            for name in ("mixup", "cutmix"):
+                value = getattr(self, name)
+                _require(value == 0, name, value, "needs --crops fresh: a cached row describes its own view only")
 
     @property
     def uses_fresh_crops(self) -> bool:
@@ -210,6 +204,19 @@ class DistillSettings(Settings):
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:
         raise UserError(f"--{name.replace('_', '-')} {value} {rule}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError unless a seed suits both random generators and the cache's int64."""
+    _require(0 <= seed < 2**63, "seed", seed, "must be at least 0 and below 2^63")
+
+
+def check_crop_scale(crop_scale: tuple[float, float]) -> None:
+    """Raise UserError unless these are a smallest and a largest area share."""
+    low, high = crop_scale
+    _require(
+        0 < low <= high <= 1, "crop_scale", f"{low} {high}", "must be two shares with 0 < smallest <= largest <= 1"
+    )
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
@@ -307,7 +314,7 @@ def parser_for(kind: type[Settings], prog: str, description: str, epilog: str) -
 
 def _raise_user_error(prog: str):
     def error(message: str):
-        raise UserError(f"{message}; `{prog} --help` lists the flags.")
+        raise UserError(f"{message}; `python -m {prog} --help` lists the flags.")
 
     return error
 
@@ -348,8 +355,3 @@ def resolve(kind: type[Settings], typed: dict[str, Any], has_gpu: bool) -> Setti
 def read_command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """What was typed, as a dictionary of setting names. Raises UserError for an unknown flag or an unreadable value."""
     return vars(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
-
-
-def from_stored(kind: type[Settings], stored: dict[str, Any]) -> Self:
-    """Settings as `Settings.stored` wrote them."""
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})

@@ -6,6 +6,7 @@ torchrun --nproc_per_node=4 -m kd_dist.distill
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from kd_dist import job, objectives
 from kd_dist.batches import CachedCrops
@@ -17,8 +18,8 @@ from kd_dist.errors import UserError
 from kd_dist.job import Data, DataSource
 from kd_dist.losses import SOFT_LOSSES
 from kd_dist.models import STUDENTS
-from kd_dist.runtime import Runtime, joined, run_entry
-from kd_dist.views import RENDERER
+from kd_dist.runtime import Runtime, StopRequest, joined, run_entry
+from kd_dist.views import require_renderer
 
 DESCRIPTION = """Train a student from a cache of soft labels and the hard labels: total = alpha * soft + (1 - alpha) *
 hard. The teacher is not loaded; only its cache is read. Running the same command again resumes."""
@@ -33,14 +34,18 @@ def main() -> None:
             raise UserError(f"--{name} {getattr(settings, name)} is not known; choose from {', '.join(table)}.")
     with joined(settings.device) as runtime:
         cache = open_for(settings)
-        folder = job.claim(settings, runtime)
-        with job.recorded(folder, runtime):
-            data = job.open_data(DataSource(**settings.source()), runtime)
-            if cache is not None:
-                samples = data.samples
-                cache.check_fits(samples.name, samples.classes, {"train": samples.train, "val": samples.val})
+        data = job.open_data(DataSource(**settings.source()), runtime)
+        if cache is not None:
+            data.require_fit(cache)
+        torch.manual_seed(settings.seed)
+        model = STUDENTS[settings.student](len(data.samples.classes))
+        job.require_fit(settings, data, model, runtime)
+        # A run on fresh crops reads a cache for the agreement alone: its weights do not depend on which.
+        learned_from = {} if settings.uses_fresh_crops else {"cache digest": cache.digest}
+        folder = job.claim(settings, data, runtime, **learned_from)
+        with job.running(folder, runtime) as stop:
             if not runtime.on_main(folder.model.exists):
-                train(settings, data, cache, folder, runtime)
+                train(settings, data, cache, model, folder, runtime, stop)
             job.say(runtime, f"finished: {folder.model}; compare runs by python -m kd_dist.report {folder.path}")
 
 
@@ -49,12 +54,7 @@ def open_for(settings: DistillSettings) -> Cache | None:
     if settings.cache is None:
         return None
     cache = open_cache(Path(settings.cache))
-    if cache.header.renderer != RENDERER:
-        raise UserError(
-            f"{cache.path} was rendered by {cache.header.renderer}, this version renders by {RENDERER}: the student "
-            "would see other crops; "
-            "write the cache anew or use the version that wrote it."
-        )
+    require_renderer(cache.header.renderer, cache.path)
     if settings.views is not None and settings.views > cache.views:
         raise UserError(
             f"--views {settings.views}, but {cache.path} holds {cache.views}; use --views {cache.views} or less, or "
@@ -64,12 +64,17 @@ def open_for(settings: DistillSettings) -> Cache | None:
     return cache
 
 
-def train(settings: DistillSettings, data: Data, cache: Cache | None, folder: RunFolder, runtime: Runtime) -> None:
+def train(
+    settings: DistillSettings,
+    data: Data,
+    cache: Cache | None,
+    model: nn.Module,
+    folder: RunFolder,
+    runtime: Runtime,
+    stop: StopRequest,
+) -> None:
     """Train the student, and keep its weights, its val logits and the name of the cache it learned from."""
-    torch.manual_seed(settings.seed)
-    model = STUDENTS[settings.student](len(data.samples.classes))
     crops, logits_NVK = crops_of(settings, data, cache)
-    origin = {"cache": cache.digest} if cache else {}
     model, val_logits_NK = job.train(
         settings,
         data,
@@ -79,7 +84,7 @@ def train(settings: DistillSettings, data: Data, cache: Cache | None, folder: Ru
         loss_of(settings, len(data.samples.classes)),
         crops,
         logits_NVK=logits_NVK,
-        identity=origin,
+        stop=stop,
         teacher_val_NK=cache.split("val").logits_NVK[:, 0] if cache else None,
     )
     facts = {"cache": described(cache)} if cache else {}

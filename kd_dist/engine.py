@@ -13,7 +13,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,9 +96,8 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.SGD:
 class Trainer:
     """Trains `model` on `data` under `schedule`, saves as it goes, and resumes what its folder holds.
 
-    `identity` names what the weights depend on besides the settings (data and cache digests); a checkpoint of another
-    identity is refused. After `run`, `evaluated_model` is the result: the moving average where there is one, else the
-    last weights.
+    `stop` is looked at after every step. After `run`, `evaluated_model` is the result: the moving average where there
+    is one, else the last weights.
     """
 
     def __init__(
@@ -111,13 +110,13 @@ class Trainer:
         runtime: Runtime,
         folder: RunFolder,
         *,
-        identity: Mapping[str, str],
+        stop: StopRequest,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         workers: int = 0,
     ):
         self.data, self.loss_terms, self.evaluate, self.schedule = data, loss_terms, evaluate, schedule
-        self.runtime, self.folder, self.identity, self.workers = runtime, folder, dict(identity), workers
+        self.runtime, self.folder, self.stop, self.workers = runtime, folder, stop, workers
         self.model = model.to(runtime.device, memory_format=torch.channels_last)
         self.normalise = views.Normalise(mean, std, next(model.parameters()).dtype, runtime.device)
         self.ema = Ema(self.model, schedule.ema) if schedule.ema else None
@@ -128,7 +127,6 @@ class Trainer:
         self.agree_every = GPU_STEPS_BETWEEN_AGREEMENTS if runtime.device.type == "cuda" else 1
         self.step = 0
         self.sums = EpochSums()
-        self.last_saved_step: int | None = None
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -152,45 +150,46 @@ class Trainer:
         untouched = copy.deepcopy(self.model.state_dict())
         batch = self._prepare(EpochBatches(self.data, 0, self.runtime.rank, self.runtime.world_size)[0])
         for _ in range(SETTLING_STEPS):
-            self.loss_terms(parallel, batch)["total"].mean().backward()
+            with autocast(self.runtime.device):
+                loss = self.loss_terms(parallel, batch)["total"].mean()
+            loss.backward()
             self.model.zero_grad(set_to_none=True)
         self.model.load_state_dict(untouched)
         return parallel
 
     # ---- the loop
 
-    def run(self) -> dict[str, float]:
-        """Train to the end and give the last epoch's metrics. Raises UserError (diverged, cannot save), Interrupted
-        (asked to stop).
-        """
+    def run(self) -> None:
+        """Train to the end. Raises UserError (diverged, cannot save) and Interrupted (asked to stop, all saved)."""
         self._resume()
         self.bad = FirstBadStep(self.runtime.device)
         self.saved_at = self.beat_at = time.monotonic()
-        curves = Monitor(self.folder.path, enabled=self.runtime.is_main, resume_step=self.step)
-        with curves as self.monitor, StopRequest() as self.stop:
+        with Monitor(self.folder.path, enabled=self.runtime.is_main, resume_step=self.step) as self.monitor:
             if self.step:
                 self.monitor.line(f"going on from step {self.step} of {self.total_steps}{self._other_ranks()}")
+            if self._at_epochs_end() and not self._is_noted():
+                self._close_epoch()
             while self.step < self.total_steps:
-                self._epoch()
-        return checkpoint.read_metrics(self.folder)[-1] if self.runtime.is_main else {}
+                self._train_epoch()
+                self._close_epoch()
+        if any(self.runtime.gather(self.stop.signal)):
+            self._stop()
 
-    def _epoch(self) -> None:
+    def _at_epochs_end(self) -> bool:
+        return self.step > 0 and self.step % self.steps_per_epoch == 0
+
+    def _train_epoch(self) -> None:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
+        self.sums.start_clock()
         batches = self.data.epoch(epoch, self.runtime, self.workers, first_step)
         with self.monitor.epoch(epoch + 1, self.schedule.epochs, self.steps_per_epoch, first_step) as progress:
-            started = time.monotonic()
-            while self.step < (epoch + 1) * self.steps_per_epoch:
-                waiting = time.monotonic()
-                batch = next(batches)
-                self.sums.wait_seconds += time.monotonic() - waiting
+            for done in range(first_step + 1, self.steps_per_epoch + 1):
+                with self.sums.waiting():
+                    batch = next(batches)
                 self._train_step(self._prepare(batch))
-                done = self.step - epoch * self.steps_per_epoch
                 if self.step % self.agree_every == 0 or done == self.steps_per_epoch:
-                    self.sums.seconds += time.monotonic() - started
-                    started = time.monotonic()
-                    self._agree(last_of_epoch=done == self.steps_per_epoch)
+                    self._agree()
                     progress.update(done, self.sums.mean("total"), self.sums.images_per_second)
-        self._close_epoch(epoch)
 
     def _prepare(self, batch: Batch) -> Batch:
         batch = batch.to(self.runtime.device)
@@ -220,31 +219,26 @@ class Trainer:
 
     # ---- what the ranks agree on
 
-    def _agree(self, last_of_epoch: bool) -> None:
-        """Put the ranks' sums together and act together: end on a bad loss, save when it is time, stop when anyone was
-        asked to.
+    def _agree(self) -> None:
+        """Put the ranks' sums together and act together: end on a bad loss, save when it is time, stop when asked to.
 
-        At the end of an epoch the last two wait until its evaluation has been noted.
+        An epoch's last step is saved ahead of its evaluation, which may take longer than a scheduler waits.
         """
         minutes = (time.monotonic() - self.saved_at) / 60
-        flags = [
-            self.stop.signal is not None,
-            self.runtime.is_main and minutes > self.schedule.checkpoint_minutes,
-            self.bad.seen(),
-        ]
-        stop, save, bad = self._shared(flags)
+        time_to_save = self.runtime.is_main and minutes > self.schedule.checkpoint_minutes
+        stop, save, bad = self._shared([self.stop.signal is not None, time_to_save, self.bad.seen()])
         if bad:
             self._report_divergence()
         self._beat()
-        if not last_of_epoch:
-            if stop or save:
-                self._save()
-            if self.step % GPU_STEPS_BETWEEN_AGREEMENTS == 0:
-                self._log_step()
-            if stop:
-                self._stop()
+        if self.step % GPU_STEPS_BETWEEN_AGREEMENTS == 0:
+            self.monitor.scalars(self.step, {f"step/{name}": value for name, value in self.sums.recent.items()})
+        if stop or save or self._at_epochs_end():
+            self._save()
+        if stop:
+            self._stop()
 
     def _shared(self, flags: list[bool]) -> list[bool]:
+        """Which of the flags any rank raised; the ranks' sums are put together on the way."""
         shared = self.runtime.sum(torch.cat([torch.tensor(flags, dtype=torch.float64), self.sums.take_local()]))
         self.sums.add_shared(shared[len(flags) :])
         return [bool(count > 0) for count in shared[: len(flags)]]
@@ -255,39 +249,32 @@ class Trainer:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in sorted(terms.items()))
         raise UserError(
             f"training diverged at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}), loss terms {shown}; "
-            f"{self._last_good()} "
-            "lower --lr or raise --warmup-epochs, in another --out or with --start-over."
+            f"{self._last_good()}"
         )
 
     def _last_good(self) -> str:
         steps = self.folder.saved_steps()
-        return (
-            f"the last good checkpoint is {self.folder.checkpoint(steps[-1])};"
-            if steps
-            else "there was no checkpoint yet;"
-        )
+        last = f"the last good checkpoint is {self.folder.checkpoint(steps[-1])}" if steps else "there is no checkpoint"
+        return f"{last}; lower --lr or raise --warmup-epochs, in another --out or with --start-over."
 
     def _stop(self) -> None:
         raise Interrupted(max(self.runtime.gather(self.stop.signal or 0)))
 
     # ---- epochs' ends, checkpoints
 
-    def _close_epoch(self, epoch: int) -> None:
+    def _close_epoch(self) -> None:
+        """Evaluate, and note the epoch's metrics."""
         self.runtime.take_from_main(list(self.evaluated_model.buffers()))
         metrics = self.evaluate(self.evaluated_model)
-        row = {
-            "step": self.step,
-            "epoch": epoch + 1,
-            **metrics,
-            **self.sums.row(),
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
+        epoch, lr = self.step // self.steps_per_epoch, self.optimizer.param_groups[0]["lr"]
+        row = {"step": self.step, "epoch": epoch, **metrics, **self.sums.row(), "lr": lr}
         self.sums = EpochSums()
         if self.runtime.is_main:
             self._note_epoch(row)
-        self._save()
-        if self.step < self.total_steps and any(self.runtime.gather(self.stop.signal)):
-            self._stop()
+
+    def _is_noted(self) -> bool:
+        """Whether the step's epoch has its row, or was stopped after its checkpoint and before that."""
+        return self.runtime.on_main(lambda: self.step in {row["step"] for row in checkpoint.read_metrics(self.folder)})
 
     def _note_epoch(self, row: dict[str, Any]) -> None:
         checkpoint.append_metrics(self.folder, row)
@@ -300,20 +287,15 @@ class Trainer:
             f"epoch {row['epoch']}/{self.schedule.epochs}: loss {row['train_total']:.4f}, val {shown}, "
             f"{row['images_per_s']:.0f} images/s, waited {row['data_wait_s']:.1f} s for data"
         )
-
-    def _log_step(self) -> None:
-        rows = {f"step/{name}": self.sums.mean(name) for name in self.sums.names}
-        self.monitor.scalars(self.step, {**rows, "step/lr": self.optimizer.param_groups[0]["lr"]})
+        self.monitor.flush()  # the checkpoint of this step is written already: a resume from it will not log this again
 
     def _save(self) -> None:
         """Write a checkpoint on rank 0; a failure there is raised on all ranks."""
-        if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
-            raise UserError(
-                f"training diverged: weights are not finite after step {self.step}; {self._last_good()} "
-                "lower --lr or raise --warmup-epochs, in another --out or with --start-over."
-            )
+        if not all(bool(torch.isfinite(value).all()) for value in self.evaluated_model.state_dict().values()):
+            raise UserError(f"training diverged: weights are not finite after step {self.step}; {self._last_good()}")
         self.runtime.on_main(self._write_checkpoint)
         self.saved_at = time.monotonic()
+        self.sums.start_clock()
 
     def _write_checkpoint(self) -> None:
         self.monitor.flush()
@@ -322,7 +304,6 @@ class Trainer:
             "ema": self.ema.model.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "epoch_sums": self.sums.state(),
-            "identity": self.identity,
             "world_size": self.runtime.world_size,
         }
         checkpoint.save_checkpoint(self.folder, self.step, payload)
@@ -340,27 +321,18 @@ class Trainer:
             checkpoint.truncate_metrics(self.folder, step)
         if newest is None:
             return
-        _, payload = newest
-        self._refuse_other_identity(payload["identity"])
+        payload = newest[1]
         self.model.load_state_dict(payload["model"])
         if self.ema:
             self.ema.model.load_state_dict(payload["ema"])
         self.optimizer.load_state_dict(payload["optimizer"])
-        self.sums = EpochSums(**payload["epoch_sums"])
         self.step, self.saved_world_size = step, payload["world_size"]
+        if not (self._at_epochs_end() and self._is_noted()):
+            self.sums = EpochSums(**payload["epoch_sums"])
 
     def _other_ranks(self) -> str:
         before, now = self.saved_world_size, self.runtime.world_size
         return f"; saved by {before} ranks, now {now}: the same batches, but not to the bit" if before != now else ""
-
-    def _refuse_other_identity(self, saved: Mapping[str, str]) -> None:
-        for name in saved.keys() | self.identity.keys():
-            if saved.get(name) != self.identity.get(name):
-                raise UserError(
-                    f"the run in {self.folder.path} was trained with {name} {saved.get(name)}, now it is "
-                    f"{self.identity.get(name)}; "
-                    "give back the old one, choose another --out, or add --start-over."
-                )
 
     def _beat(self) -> None:
         if self.runtime.is_main and time.monotonic() - self.beat_at > HEARTBEAT_SECONDS:
@@ -376,18 +348,31 @@ class Trainer:
 class EpochSums:
     """Sums over the current epoch: of images and loss terms over all ranks, and of this rank's clock.
 
-    Terms are added up on the device and fetched only when the ranks agree, so that no step waits for the device.
+    Terms are added up on the device and fetched only when the ranks agree, so that no step waits for the device. The
+    clock is read then too, when the device has done what was counted.
     """
 
     def __init__(self, names=(), totals=(), seconds: float = 0.0, wait_seconds: float = 0.0):
         self.names, self.totals = list(names), list(totals)  # totals[0] counts images, the rest go with names
         self.seconds, self.wait_seconds = seconds, wait_seconds
+        self.recent: dict[str, float] = {}
         self._local: Tensor | None = None  # on the device
         self._count = 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that an epoch cut in two reports the sums of the whole."""
         return {"names": self.names, "totals": self.totals, "seconds": self.seconds, "wait_seconds": self.wait_seconds}
+
+    def start_clock(self) -> None:
+        """Training goes on from now; what came before, a save say, does not count."""
+        self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what happens within as waiting for data."""
+        started = time.monotonic()
+        yield
+        self.wait_seconds += time.monotonic() - started
 
     def add(self, terms: Mapping[str, Tensor], count: int) -> None:
         """Add one step: loss terms summed over this rank's `count` images."""
@@ -399,19 +384,22 @@ class EpochSums:
     def take_local(self) -> Tensor:
         """What this rank added since the last call, float64 [1 + terms] on the CPU."""
         local = torch.cat([torch.tensor([self._count], dtype=torch.float64), self._local.cpu()])
+        now = time.monotonic()
+        self.seconds, self._since = self.seconds + now - self._since, now
         self._local, self._count = None, 0
         return local
 
     def add_shared(self, sums: Tensor) -> None:
-        """Take in what all ranks added."""
+        """Take in what all ranks added; `recent` becomes the mean of each term over these images alone."""
         self.totals = [old + new for old, new in zip(self.totals or [0.0] * len(sums), sums.tolist(), strict=True)]
+        self.recent = dict(zip(self.names, (sums[1:] / sums[0]).tolist(), strict=True))
 
     @property
     def images_per_second(self) -> float:
         return self.totals[0] / max(self.seconds, 1e-9)
 
     def mean(self, name: str) -> float:
-        """The mean of a loss term over the images so far."""
+        """The mean of a loss term over the epoch's images so far."""
         return self.totals[1 + self.names.index(name)] / max(self.totals[0], 1)
 
     def row(self) -> dict[str, float]:

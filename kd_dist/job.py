@@ -4,11 +4,12 @@ train, keep the result.
 
 import contextlib
 import copy
+import dataclasses
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,15 +19,16 @@ import torch
 from torch import nn
 
 from kd_dist import checkpoint, config, views
-from kd_dist.batches import CachedCrops, FreshCrops, TrainData
+from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
+from kd_dist.cache import Cache
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import Settings
 from kd_dist.dataset import Dataset, locate, scan
-from kd_dist.engine import LossTerms, Schedule, Trainer
+from kd_dist.engine import HEARTBEAT_SECONDS, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
 from kd_dist.inference import Forward
 from kd_dist.pixels import Pixels, build_pixels, default_folder, open_pixels
-from kd_dist.runtime import Interrupted, Runtime, launched_rank
+from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank
 
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
@@ -46,6 +48,11 @@ class Data:
 
     samples: Dataset
     pixels: dict[str, Pixels]
+
+    def require_fit(self, cache: Cache) -> None:
+        """Raise UserError, naming both values, where a cache was made of anything but this data."""
+        samples = self.samples
+        cache.check_fits(samples.name, samples.classes, {"train": samples.train, "val": samples.val})
 
     def split(self, name: str):
         """(sample list, pixels) of "train" or "val"."""
@@ -124,33 +131,58 @@ def _progress_by_name(runtime: Runtime):
     return progress
 
 
-def claim(settings: Settings, runtime: Runtime) -> RunFolder:
-    """Take the run folder for this run; raises UserError on every rank where it holds something else."""
+def claim(settings: Settings, data: Data, runtime: Runtime, **identity: str) -> RunFolder:
+    """Take the run folder for this run; raises UserError on every rank where it holds something else.
+
+    The data's fingerprints and `identity` are kept with the settings, so that a run is not gone on with on other data.
+    Claim when all else has been checked: a typo must not bind the folder, nor a refusal mark a finished run as failed.
+    """
     folder = RunFolder(Path(settings.out))
-    may_change, start_over = settings.may_change, settings.start_over
-    runtime.on_main(lambda: checkpoint.claim(folder, settings.kind, settings.stored(), may_change, start_over))
+    fingerprints = {f"{split} data": data.samples.split(split).fingerprint for split in ("train", "val")}
+    stored = {**settings.stored(), **fingerprints, **identity}
+    runtime.on_main(lambda: checkpoint.claim(folder, settings.kind, stored, settings.may_change, settings.start_over))
     return folder
 
 
 @contextlib.contextmanager
-def recorded(folder: RunFolder, runtime: Runtime) -> Iterator[None]:
-    """Note in the run folder how the run ended, whatever way it does."""
+def running(folder: RunFolder, runtime: Runtime) -> Iterator[StopRequest]:
+    """From here on a signal is a request, and the run folder's state says how the run stands and how it ended."""
+    _note(folder, runtime, "running", "")
     try:
-        yield
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, Interrupted) else "failed"
-        if runtime.is_main:
-            with contextlib.suppress(Exception):  # a full disk must not hide the reason
-                _note_end(folder, status, str(error) or type(error).__name__)
+        with StopRequest() as stop:
+            yield stop
+    except (Interrupted, KeyboardInterrupt) as error:
+        lost = runtime.announced()  # the launcher stops the ranks that are left when one has failed
+        _note(folder, runtime, "failed" if lost else "interrupted", lost or str(error))
         raise
+    except BaseException as error:
+        reason = runtime.announced() or str(error) or type(error).__name__
+        runtime.announce(reason)
+        _note(folder, runtime, "failed", reason)
+        raise
+    _note(folder, runtime, "finished", "")
+
+
+def _note(folder: RunFolder, runtime: Runtime, status: str, message: str) -> None:
     if runtime.is_main:
-        _note_end(folder, "finished", "")
+        with contextlib.suppress(UserError):  # a full disk must not hide the reason
+            last = checkpoint.read_state(folder) or {}
+            reached = {name: last[name] for name in ("step", "epoch", "epochs") if name in last}
+            checkpoint.write_state(folder, status, **reached, message=message)
 
 
-def _note_end(folder: RunFolder, status: str, message: str) -> None:
-    last = checkpoint.read_state(folder) or {}
-    reached = {name: last[name] for name in ("step", "epoch", "epochs") if name in last}
-    checkpoint.write_state(folder, status, **reached, message=message)
+def heartbeat(folder: RunFolder, runtime: Runtime, then: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """A progress callback that shows the run's state to be alive now and then, and passes on to `then`."""
+    beat_at = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal beat_at
+        if time.monotonic() - beat_at > HEARTBEAT_SECONDS:
+            beat_at = time.monotonic()
+            _note(folder, runtime, "running", "")
+        then(done, total)
+
+    return progress
 
 
 def workers_for(settings: Settings, runtime: Runtime) -> int:
@@ -182,14 +214,13 @@ def train(
     views_of_epoch: FreshCrops | CachedCrops,
     *,
     logits_NVK: np.ndarray | None = None,
-    identity: Mapping[str, str],
+    stop: StopRequest,
     teacher_val_NK: np.ndarray | None = None,
 ) -> tuple[nn.Module, np.ndarray]:
     """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its val logits float32
     [N, K].
 
-    `identity` is what the weights depend on besides settings and data; `teacher_val_NK` adds agreement with the teacher
-    to the metrics.
+    `teacher_val_NK` adds agreement with the teacher to the metrics.
     """
     samples, pixels = data.split("train")
     train_data = TrainData(
@@ -203,18 +234,9 @@ def train(
         cutmix=settings.cutmix,
         logits_NVK=logits_NVK,
     )
-    _require_fitting_batch(settings.batch_size, len(samples), runtime.world_size)
-    _require_fitting_size(model, settings.image_size)
     validation = Validation(data, settings.image_size, runtime, teacher_val_NK)
-    schedule = Schedule(
-        settings.epochs,
-        settings.lr,
-        settings.weight_decay,
-        settings.warmup_epochs,
-        settings.ema,
-        settings.seed,
-        settings.checkpoint_minutes,
-    )
+    # The schedule's fields are settings of the same names.
+    schedule = Schedule(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Schedule)})
     trainer = Trainer(
         model,
         train_data,
@@ -223,7 +245,7 @@ def train(
         schedule,
         runtime,
         folder,
-        identity={"train data": data.samples.train.fingerprint, "val data": data.samples.val.fingerprint, **identity},
+        stop=stop,
         mean=config.MEAN,
         std=config.STD,
         workers=workers_for(settings, runtime),
@@ -232,26 +254,27 @@ def train(
     return trainer.evaluated_model, validation.logits(trainer.evaluated_model)
 
 
-def _require_fitting_batch(batch_size: int, images: int, ranks: int) -> None:
-    if batch_size > images:
+def require_fit(settings: Settings, data: Data, model: nn.Module, runtime: Runtime) -> None:
+    """Raise UserError where the batch does not suit the data and the ranks, or the picture size the network."""
+    images, ranks = len(data.samples.train), runtime.world_size
+    if settings.batch_size > images:
         raise UserError(
-            f"--batch-size {batch_size} is larger than the {images} training images; use --batch-size {images} or less."
+            f"--batch-size {settings.batch_size} is larger than the {images} training images; use --batch-size "
+            f"{images} or less."
         )
-    steps = -(-images // batch_size)
+    steps = steps_in_epoch(images, settings.batch_size)
     if images // steps < 2 * ranks:
         raise UserError(
-            f"--batch-size {batch_size} over {ranks} ranks leaves some with fewer than two images a step; use "
-            f"--batch-size {4 * ranks} or more."
+            f"--batch-size {settings.batch_size} over {ranks} ranks leaves some with fewer than two of the {images} "
+            "images a step; use a larger --batch-size or fewer ranks."
         )
-
-
-def _require_fitting_size(model: nn.Module, image_size: int) -> None:
     try:
         with torch.inference_mode():
-            copy.deepcopy(model).eval()(torch.zeros(1, 3, image_size, image_size))
+            copy.deepcopy(model).eval()(torch.zeros(1, 3, settings.image_size, settings.image_size))
     except RuntimeError as error:
         raise UserError(
-            f"--image-size {image_size} does not suit this network ({str(error).splitlines()[0]}); choose a larger one."
+            f"--image-size {settings.image_size} does not suit this network ({str(error).splitlines()[0]}); choose a "
+            "larger one."
         ) from error
 
 

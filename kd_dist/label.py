@@ -36,6 +36,8 @@ def load_teacher(path: Path, device: torch.device) -> Teacher:
     saved = checkpoint.load_model(path)
     if saved.get("kind") != "teacher":
         raise UserError(f"{path} holds a {saved.get('kind')}, not a teacher; name a teacher's model.pt.")
+    if saved["arch"] not in TEACHERS:
+        raise UserError(f"{path} is a {saved['arch']}, which is not known; add it to TEACHERS in kd_dist/models.py.")
     model = TEACHERS[saved["arch"]](len(saved["classes"]))
     model.load_state_dict(saved["weights"])
     row = TeacherRow(
@@ -102,6 +104,7 @@ def write_cache(
     header: Header,
     tables: Mapping[str, Table],
     runtime: Runtime,
+    stop: StopRequest,
     progress: Callable[[int, int], None],
     known: Cache | None = None,
 ) -> None:
@@ -119,14 +122,13 @@ def write_cache(
         for split in tables
     }
     mine = runtime.shard(len(missing))
-    with StopRequest() as stop:
-        for done, position in enumerate(mine, start=1):
-            block = missing[position]
-            writer.put(block, _labels(block, forward, tables, known))
-            progress(done, len(mine))
-            if stop.signal is not None:  # no need to agree: every block that was put is safe
-                raise Interrupted(stop.signal)
-    runtime.barrier()
+    for done, position in enumerate(mine, start=1):
+        if stop.signal is not None:  # no need to agree: every block that was put is safe
+            raise Interrupted(stop.signal)
+        block = missing[position]
+        writer.put(block, _labels(block, forward, tables, known))
+        progress(done, len(mine))
+    runtime.wait_for_all(f"label {target}")
     runtime.on_main(lambda: writer.publish() and None)
 
 
@@ -161,7 +163,7 @@ def largest_difference(cache: Cache, teacher: Teacher, data: Data, rows: int, ru
         _difference(cache, teacher, data, *batches[drawn[i]], runtime.device) for i in runtime.shard(len(drawn))
     ]
     everyone = [pair for mine in runtime.gather(differences) for pair in mine]
-    return max(worst for worst, _ in everyone), sum(count for _, count in everyone)
+    return float(np.max([worst for worst, _ in everyone])), sum(count for _, count in everyone)
 
 
 def _difference(

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -186,7 +187,7 @@ def report(folders: Sequence[Path], cache: Path | None = None, as_markdown: bool
     runs = [Run(RunFolder(folder), str(folder.resolve().relative_to(parent))) for folder in folders]
     rows, notes = table_of(runs, Caches(runs, cache))
     rows += seed_means(runs, rows[1:])
-    curves = f"tensorboard --logdir {shlex.quote(_shown(parent))}"
+    curves = f"{_tensorboard()} --logdir {shlex.quote(_shown(parent))}"
     return "\n\n".join(
         [markdown(rows) if as_markdown else plain(rows), *notes, f"`{curves}`" if as_markdown else f"curves: {curves}"]
     )
@@ -215,6 +216,12 @@ def _status(state: dict[str, Any] | None) -> str:
         return state["status"]
     silent = datetime.now(UTC) - datetime.fromisoformat(state["time"])
     return f"running, last heard of {silent.total_seconds() / 60:.0f} min ago"
+
+
+def _tensorboard() -> str:
+    """The command as one would type it: by its path where an environment that is not activated holds it."""
+    beside = Path(sys.executable).with_name("tensorboard")
+    return "tensorboard" if shutil.which("tensorboard") or not beside.exists() else _shown(beside)
 
 
 def _shown(folder: Path) -> str:

@@ -26,12 +26,14 @@ from kd_dist.errors import UserError
 
 EXIT_USER_ERROR = 2
 PEER_IS_GONE = (
-    "kd_dist: another rank died or stopped answering, see its output; run the same command again to go on from the "
-    "last checkpoint."
+    "kd_dist: another rank died or stopped answering, or the network failed; run the same command again to go on from "
+    "the last checkpoint."
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.2
+FAILURE_KEY = "kd_dist/failure"
+SAME_CTRL_C_SECONDS = 2.0
 MEETING_SECONDS = 10.0  # how long rank 0's port may stay closed; KD_DIST_MEETING_SECONDS changes it
 # Endings of the names by which parallel starters of all kinds tell a task how many there are, and which one it is.
 TASK_COUNTS = ("_STEP_NUM_TASKS", "_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -56,11 +58,6 @@ class Runtime:
     def shard(self, count: int) -> range:
         """This rank's part of range(count): every number on exactly one rank."""
         return range(self.rank, count, self.world_size)
-
-    def span(self, start: int, stop: int) -> tuple[int, int]:
-        """This rank's contiguous part of [start, stop), in rank order; parts differ by one at most."""
-        count = stop - start
-        return tuple(start + count * edge // self.world_size for edge in (self.rank, self.rank + 1))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of a CPU tensor, on every rank, in place."""
@@ -112,6 +109,29 @@ class Runtime:
             raise UserError(outcome["error"])
         return outcome["result"]
 
+    def wait_for_all(self, task: str) -> None:
+        """Wait until all ranks are here, however long the slowest takes: no collective, so no time-out runs."""
+        if self.store is None:
+            return
+        key = f"kd_dist/{task}/arrived"
+        self.store.add(key, 1)
+        while self.store.add(key, 0) < self.world_size:
+            time.sleep(POLL_SECONDS)
+
+    def announce(self, reason: str) -> None:
+        """Leave word of why this rank fails, for those that will only see it gone."""
+        if self.store is not None:
+            with contextlib.suppress(Exception):
+                self.store.set(FAILURE_KEY, reason)
+
+    def announced(self) -> str | None:
+        """The reason that some rank left, None where there is none."""
+        if self.store is not None:
+            with contextlib.suppress(Exception):
+                if self.store.check([FAILURE_KEY]):
+                    return self.store.get(FAILURE_KEY).decode()
+        return None
+
     @staticmethod
     def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
         try:
@@ -144,8 +164,9 @@ def joined(device: str = "auto", timeout_seconds: float = 1800.0) -> Iterator[Ru
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     store = None
-    if world_size > 1:
+    if "RANK" in os.environ:
         _end_with_parent()
+    if world_size > 1:
         _check_meeting_point(rank, local_world_size < world_size)
         store = _make_group(chosen, timeout_seconds)
     runtime = Runtime(rank, world_size, local_rank, local_world_size, chosen, store)
@@ -211,16 +232,14 @@ def choose_device(device: str, local_rank: int, local_world_size: int) -> torch.
     if device == "cpu" or (device == "auto" and visible == 0):
         return torch.device("cpu")
     if visible == 0:
-        raise UserError(
+        raise MachineError(
             "--device cuda, but no GPU is visible here; use --device cpu, or look at nvidia-smi and "
             "CUDA_VISIBLE_DEVICES."
         )
-    if (
-        visible == 1
-    ):  # the machine's only GPU, or the one this rank was given of several: told apart once the ranks can talk
+    if visible == 1:  # the machine's only one, or this rank's own of several: told apart once the ranks can talk
         return torch.device("cuda", 0)
     if visible < local_world_size:
-        raise UserError(
+        raise MachineError(
             f"{local_world_size} ranks on this machine but {visible} GPUs; use --nproc_per_node={visible}, or "
             "--device cpu to run without GPUs."
         )
@@ -270,15 +289,19 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
-class UnreachableError(UserError):
-    """Rank 0 cannot be reached, so it cannot be the one to say so: one rank of each machine does."""
+class MachineError(UserError):
+    """Something is wrong with one machine, before the ranks have met: one rank of each machine concerned says so."""
+
+
+class UnreachableError(MachineError):
+    """Rank 0 cannot be reached from this machine."""
 
 
 class StopRequest:
     """Remembers that a signal asked this process to stop, so that the loop can finish its step first.
 
-    SIGTERM and SIGINT (Ctrl-C) and SIGUSR2 (a scheduler's warning) count alike; a second Ctrl-C ends the process at
-    once.
+    SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 (a scheduler's warning) count alike. A second Ctrl-C ends the process at once,
+    unless it comes with the first: a terminal signals every process, and torchrun passes its own signal on.
     """
 
     def __init__(self):
@@ -293,9 +316,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
+        if number == signal.SIGINT == self.signal and time.monotonic() > self._first + SAME_CTRL_C_SECONDS:
             os._exit(128 + number)
-        self.signal = number
+        if self.signal is None:
+            self.signal, self._first = number, time.monotonic()
 
 
 class Interrupted(Exception):
@@ -321,7 +345,7 @@ def run_entry(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        at_once = isinstance(error, UnreachableError) and not _environment("LOCAL_RANK")
+        at_once = isinstance(error, MachineError) and not _environment("LOCAL_RANK")
         _end(EXIT_USER_ERROR, f"kd_dist: {error}", at_once=at_once)
     except Interrupted as stop:
         _end(stop.exit_code, f"kd_dist: {stop}; run the same command again to go on.")
@@ -329,7 +353,7 @@ def run_entry(main: Callable[[], None]) -> None:
         os._exit(128 + signal.SIGINT)
     except Exception as error:
         if _peer_is_gone(error):
-            _end(1, PEER_IS_GONE, patience=1.0)
+            _end(1, f"{PEER_IS_GONE} ({str(error).strip().splitlines()[0]})", patience=1.0)
         _end(1, traceback.format_exc())
 
 

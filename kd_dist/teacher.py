@@ -6,6 +6,7 @@ torchrun --nproc_per_node=4 -m kd_dist.teacher
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from kd_dist import job, label, objectives
 from kd_dist.cache import open_cache
@@ -14,7 +15,7 @@ from kd_dist.config import TeacherSettings
 from kd_dist.errors import UserError
 from kd_dist.job import Data, DataSource
 from kd_dist.models import TEACHERS
-from kd_dist.runtime import Runtime, joined, run_entry
+from kd_dist.runtime import Runtime, StopRequest, joined, run_entry
 
 DESCRIPTION = """Train a teacher on all ranks, then write its logits on V views of every train and val image to one HDF5
 file. Running the same command again resumes, in the training and in the writing."""
@@ -26,29 +27,61 @@ def main() -> None:
     settings = job.read_settings(TeacherSettings, "kd_dist.teacher", DESCRIPTION, EPILOG)
     if settings.teacher not in TEACHERS:
         raise UserError(f"--teacher {settings.teacher} is not known; choose from {', '.join(TEACHERS)}.")
+    target = Path(settings.cache) if settings.cache else RunFolder(Path(settings.out)).cache
     with joined(settings.device) as runtime:
-        folder = job.claim(settings, runtime)
-        with job.recorded(folder, runtime):
-            data = job.open_data(DataSource(**settings.source()), runtime)
+        data = job.open_data(DataSource(**settings.source()), runtime)
+        torch.manual_seed(settings.seed)
+        model = TEACHERS[settings.teacher](len(data.samples.classes))
+        job.require_fit(settings, data, model, runtime)
+        runtime.on_main(lambda: require_own_cache(settings, target, data))
+        folder = job.claim(settings, data, runtime)
+        with job.running(folder, runtime) as stop:
             if not runtime.on_main(folder.model.exists):
-                train(settings, data, folder, runtime)
-            write(settings, data, folder, runtime)
+                train(settings, data, model, folder, runtime, stop)
+            write(settings, data, target, folder, runtime, stop)
 
 
-def train(settings: TeacherSettings, data: Data, folder: RunFolder, runtime: Runtime) -> None:
+def require_own_cache(settings: TeacherSettings, target: Path, data: Data) -> None:
+    """Raise UserError where the cache's place is taken by anything but what this run would write there."""
+    folder = RunFolder(Path(settings.out))
+    if not target.exists() or (settings.start_over and target == folder.cache):
+        return
+    if settings.start_over or not folder.model.exists():
+        raise UserError(f"{target} exists already, and is not of this run; name another --cache, or move that file.")
+    cache = open_cache(target)
+    data.require_fit(cache)
+    own = label.load_teacher(folder.model, torch.device("cpu")).row.sha256
+    if [row.sha256 for row in cache.header.teachers] != [own]:
+        raise UserError(
+            f"{target} was labelled by the teacher {cache.header.teachers[0].sha256}, the one in {folder.path} is "
+            f"{own}; name another --cache."
+        )
+    if cache.views != settings.views:
+        raise UserError(
+            f"{target} holds {cache.views} views, --views asks for {settings.views}; `python -m kd_dist.cache extend` "
+            "writes a longer one from it."
+        )
+
+
+def train(
+    settings: TeacherSettings,
+    data: Data,
+    model: nn.Module,
+    folder: RunFolder,
+    runtime: Runtime,
+    stop: StopRequest,
+) -> None:
     """Train the teacher and keep its last weights (or their moving average), not the best on val."""
-    classes = len(data.samples.classes)
-    torch.manual_seed(settings.seed)
-    model = TEACHERS[settings.teacher](classes)
-    loss = objectives.hard(classes, settings.label_smoothing)
+    loss = objectives.hard(len(data.samples.classes), settings.label_smoothing)
     crops = job.fresh_crops(settings, data)
-    model, val_logits_NK = job.train(settings, data, runtime, folder, model, loss, crops, identity={})
+    model, val_logits_NK = job.train(settings, data, runtime, folder, model, loss, crops, stop=stop)
     runtime.on_main(lambda: job.keep(folder, settings, settings.teacher, data, model, val_logits_NK))
 
 
-def write(settings: TeacherSettings, data: Data, folder: RunFolder, runtime: Runtime) -> None:
-    """Write the cache, or go on with it; a whole one is left as it is."""
-    target = Path(settings.cache) if settings.cache else folder.cache
+def write(
+    settings: TeacherSettings, data: Data, target: Path, folder: RunFolder, runtime: Runtime, stop: StopRequest
+) -> None:
+    """Write the cache, or go on with it; this run's whole one is left as it is."""
     if runtime.on_main(target.exists):
         job.say(runtime, f"{target} is there already; `python -m kd_dist.cache info {target}` describes it")
         return
@@ -58,13 +91,9 @@ def write(settings: TeacherSettings, data: Data, folder: RunFolder, runtime: Run
         f"teacher: top-1 {teacher.row.val_top1:.4f} on val; writing {settings.views} views of every image to {target}",
     )
     header, tables = label.plan(teacher, data, settings.views, settings.crop_scale, settings.seed, runtime.device)
-    label.write_cache(
-        target, teacher, data, header, tables, runtime, job.progress_lines(runtime, "writing the cache, blocks")
-    )
-    cache = runtime.on_main(lambda: open_cache(target).val_top1)
-    job.say(
-        runtime, f"wrote {target}; val top-1 of its rows {cache:.4f}. Next: python -m kd_dist.distill --cache {target}"
-    )
+    progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
+    label.write_cache(target, teacher, data, header, tables, runtime, stop, progress)
+    job.say(runtime, f"wrote {target}. Next: python -m kd_dist.distill --cache {target}")
 
 
 if __name__ == "__main__":

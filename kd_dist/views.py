@@ -7,6 +7,7 @@ saw at another size.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +31,15 @@ def crop_scale_of(name: str) -> tuple[float, float] | None:
     """The area shares in a stored sampler name, None for a rule that is not ours."""
     rule, _, scale = name.partition(" scale ")
     return tuple(map(float, scale.split())) if rule == SAMPLER else None
+
+
+def require_renderer(name: str, path: Path) -> None:
+    """Raise UserError unless a cache's pictures were drawn as `render` draws them."""
+    if name != RENDERER:
+        raise UserError(
+            f"{path} was rendered by {name}, this version renders by {RENDERER}: the same boxes would show other "
+            "pictures; write the cache anew, or use the version that wrote it."
+        )
 
 
 def evaluation_boxes(sizes_N2: np.ndarray) -> np.ndarray:
@@ -86,8 +96,8 @@ def cached_views(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The views with these numbers of every image of a split: boxes int16 [N, V, 4] and flips uint8 [N, V].
 
-    View 0 is the evaluation view; view v > 0 is a function of (seed, split, v, image) alone, so more views are added by
-    appending and the order of the work does not matter.
+    View 0 is the evaluation view; view v > 0 is a function of (seed, split, v) and the image's place in the list, so
+    more views are added by appending and the order of the work does not matter.
     """
     drawn = [_view(seed, split, sizes_N2, view, crop_scale) for view in views]
     return np.stack([box for box, _ in drawn], axis=1), np.stack([flip for _, flip in drawn], axis=1)

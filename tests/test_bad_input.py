@@ -23,6 +23,7 @@ from kd_dist import distill, teacher
 from kd_dist.cache import BlockWriter, blocks, open_cache
 from kd_dist.cache.__main__ import main as cache_main
 from kd_dist.cache.format import digest_file_of
+from kd_dist.checkpoint import RunFolder, read_state
 from kd_dist.dataset import main as dataset_main
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
@@ -82,16 +83,17 @@ TYPED = {
     "temperature 0": (["--temperature", "0"], "--temperature 0.0 must be above 0"),
     "temperature negative": (["--temperature", "-2"], "--temperature -2.0 must be above 0"),
     "no views": (["--views", "0"], "--views 0 must be at least 1"),
+    "seed too large": (["--seed", "9" * 30], "must be at least 0 and below 2^63"),
     "negative epochs": (["--epochs", "-3"], "--epochs -3 must be at least 1"),
     "no batch": (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
     "unknown student": (["--student", "vgg"], "choose from cnn5, origin"),
     "unknown loss": (["--loss", "hinge"], "choose from kl, ce, mse"),
     "unknown preset": (["--preset", "tpu"], "choose from gpu-128px, cpu-64px, demo"),
     "unknown crops": (["--crops", "stale"], "choose from cached, fresh"),
-    "unknown flag": (["--tempature", "4"], "--tempature 4; `kd_dist.distill --help` lists the flags"),
+    "unknown flag": (["--tempature", "4"], "--tempature 4; `python -m kd_dist.distill --help` lists the flags"),
     "not a number": (["--epochs", "many"], "invalid int value: 'many'"),
     "fresh crops with soft labels": (["--crops", "fresh"], "needs --crops cached"),
-    "mixup on cached crops": (["--mixup", "0.5"], "need --crops fresh"),
+    "mixup on cached crops": (["--mixup", "0.5"], "--mixup 0.5 needs --crops fresh"),
     "crop scale upside down": (["--crop-scale", "0.9", "0.2"], "--crop-scale 0.9 0.2 must be two shares"),
 }
 
@@ -241,7 +243,7 @@ def test_corrupt_image_is_named(made, tmp_path):
 
 
 def test_archive_missing_wrong_or_out_of_reach(tmp_path):
-    target = ["--data", tmp_path / "set", "--release", "imagewoof2-160"]
+    target = ["--data", tmp_path / "set", "--release", "imagewoof2-160", "--out", tmp_path / "run"]
     assert "absent.tgz" in refused(dataset_checked, *target, "--archive", tmp_path / "absent.tgz")
     (tmp_path / "some.tgz").write_bytes(b"not the archive")
     sentence = refused(dataset_checked, *target, "--archive", tmp_path / "some.tgz", "--sha256", "0" * 64)
@@ -252,7 +254,7 @@ def test_archive_missing_wrong_or_out_of_reach(tmp_path):
 
 def dataset_checked():
     """The fetch, through the job that needs it."""
-    call(distill.main, *sys.argv[1:], "--alpha", 0, "--out", "/nonexistent-parent/x")
+    call(distill.main, *sys.argv[1:], "--alpha", 0)
 
 
 # ---- the run folder
@@ -278,6 +280,49 @@ def test_folder_of_a_stranger(made, tmp_path):
 def test_folder_that_cannot_be_written(made, tmp_path):
     (tmp_path / "file").write_text("")
     assert "--out" in refused(distill.main, *distilling(made, tmp_path, "--alpha", 0, "--out", tmp_path / "file" / "x"))
+
+
+def test_a_refused_command_does_not_bind_the_folder(made, tmp_path):
+    refused(distill.main, *distilling(made, tmp_path, "--alpha", 0, "--batch-size", 1000))
+    call(distill.main, *distilling(made, tmp_path, "--alpha", 0))
+    assert read_state(RunFolder(tmp_path / "student"))["status"] == "finished"
+
+
+def test_a_finished_run_stays_what_it_is(made, tmp_path):
+    """Other data, another cache: refused, and the run's settings and state are as they were."""
+    arguments = distilling(made, tmp_path, "--cache", made / "teacher" / "logits.h5")
+    call(distill.main, *arguments)
+    folder = RunFolder(tmp_path / "student")
+    before = folder.settings.read_text(), folder.state.read_text()
+    generate(tmp_path / "other", train_per_class=6, val_per_class=3, seed=5)
+    assert "train/" in refused(distill.main, *arguments, "--data", tmp_path / "other")
+    call(
+        cache_main,
+        "write",
+        "--teacher",
+        made / "teacher" / "model.pt",
+        "--data",
+        made / "data",
+        "--views",
+        3,
+        "-o",
+        tmp_path / "longer.h5",
+        "--device",
+        "cpu",
+    )
+    assert "cache digest was" in refused(distill.main, *arguments, "--cache", tmp_path / "longer.h5")
+    assert (folder.settings.read_text(), folder.state.read_text()) == before
+
+
+def test_a_teacher_takes_no_other_cache_for_its_own(made, tmp_path):
+    cache = made / "teacher" / "logits.h5"
+    other = ["--data", made / "data", "--out", tmp_path / "run", "--views", 2, *TINY, "--seed", 1]
+    assert "not of this run" in refused(teacher.main, *other, "--cache", cache)
+    call(teacher.main, *other)
+    assert "was labelled by the teacher" in refused(teacher.main, *other, "--cache", cache)
+    assert "holds 2 views, --views asks for 3" in refused(teacher.main, *other, "--views", 3)
+    truncate(tmp_path / "run" / "logits.h5")
+    assert "logits.h5" in refused(teacher.main, *other)
 
 
 # ---- machine: disk, ranks, ports

@@ -1,5 +1,6 @@
 """The cache file: what goes in comes out, the same plan gives the same bytes, and everything else is refused."""
 
+import fcntl
 import hashlib
 import os
 import re
@@ -787,6 +788,21 @@ def test_the_edits_above_are_what_is_refused(copy):
         set_attribute("anything", "that a later writer adds")(file)
         file["val/extra"] = np.zeros(3)
     assert open_cache(copy).header == HEADER
+
+
+def test_a_cache_that_does_not_fit_in_memory_is_not_called_damaged(copy, monkeypatch):
+    def full(*arguments):
+        raise MemoryError("Unable to allocate 20 GiB")
+
+    monkeypatch.setattr("kd_dist.cache.reader.check_table", full)
+    assert "does not fit in memory (Unable to allocate 20 GiB)" in refusal(open_cache, copy)
+
+
+def test_a_lock_on_the_file_does_not_keep_readers_out(copy):
+    """HDF5 locks files it reads, which fails on network file systems without locks; the digest does that work here."""
+    with open(copy, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert open_cache(copy).header == HEADER
 
 
 def test_a_flipped_bit_in_the_rows_is_seen_behind_a_matching_digest(copy):

@@ -16,7 +16,6 @@ from kd_dist.config import (
     DistillSettings,
     Preset,
     TeacherSettings,
-    from_stored,
     parser_for,
     read_command_line,
     resolve,
@@ -170,11 +169,13 @@ def test_crops_and_cache_follow_from_alpha(words, crops, cache):
 @pytest.mark.parametrize(
     "words", ["", "--seed 3 --crop-scale 0.1 0.7 --workers 2", "--start-over --preset demo --views 3"]
 )
-def test_stored_settings_come_back(kind, words):
+def test_stored_settings_are_plain_and_whole(kind, words):
     settings = read(kind, *words.split())
     stored = json.loads(json.dumps(settings.stored()))
     assert stored.keys() == {field.name for field in dataclasses.fields(kind)}
-    assert from_stored(kind, stored) == settings
+    assert {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()} == vars(
+        settings
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

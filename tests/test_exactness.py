@@ -24,7 +24,7 @@ from kd_dist.job import Data
 from kd_dist.losses import kl
 from kd_dist.models import Cnn5
 from kd_dist.pixels import Pixels, build_pixels, open_pixels
-from kd_dist.runtime import Interrupted, joined
+from kd_dist.runtime import Interrupted, StopRequest, joined
 from tests.ranks import run_ranks
 
 K = 10
@@ -49,17 +49,19 @@ def fresh_blended_data(n: int, batch_size: int, image_size: int) -> TrainData:
     return TrainData(data.pixels, data.labels_N, crops, image_size, batch_size, seed=0, mixup=0.3, cutmix=0.3)
 
 
-def make_trainer(runtime, folder, model, data, loss, epochs=1, **schedule) -> Trainer:
-    plan = Schedule(epochs=epochs, lr=0.05, weight_decay=5e-4, warmup_epochs=0.5, ema=0.9, seed=0, **schedule)
+def make_trainer(runtime, folder, model, data, loss, epochs=1, stop=None) -> Trainer:
+    plan = Schedule(epochs=epochs, lr=0.05, weight_decay=5e-4, warmup_epochs=0.5, ema=0.9, seed=0)
     evaluate = lambda model: {"val_top1": 0.0}  # noqa: E731
-    return Trainer(model, data, loss, evaluate, plan, runtime, RunFolder(folder), identity={}, mean=MEAN, std=STD)
+    return Trainer(
+        model, data, loss, evaluate, plan, runtime, RunFolder(folder), stop=stop or StopRequest(), mean=MEAN, std=STD
+    )
 
 
 # ---- N ranks = 1 rank
 
 
 def gradients_and_weights(runtime, folder, blended):
-    """Every step's gradients of one epoch, and the weights after it, of a network without batch statistics in float64."""
+    """All gradients of one epoch and the weights after it, of a network without batch statistics in float64."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, K)
@@ -121,7 +123,7 @@ def write_and_predict(runtime, root, target):
     data = open_tiny(root)
     teacher = small_teacher(data.samples.classes)
     header, tables = label.plan(teacher, data, 3, (0.4, 1.0), 5, runtime.device)
-    label.write_cache(target, teacher, data, header, tables, runtime, lambda done, total: None)
+    label.write_cache(target, teacher, data, header, tables, runtime, StopRequest(), lambda done, total: None)
     forward = Forward(teacher.model, data.pixels["val"], 32, MEAN, STD, runtime.device)
     table = tables["val"]
     return forward.all_logits(table.box_NV4[:, 0], table.flip_NV[:, 0], K, runtime)
@@ -220,15 +222,16 @@ def train_model(runtime, folder, stop_after_step=None, settle=True, keep_optimiz
             os.kill(os.getpid(), signal.SIGTERM)  # one rank alone hears of it
         return loss(model, batch)
 
-    trainer = make_trainer(runtime, folder, model, data, loss, epochs=3)
-    trainer.loss_terms = stopping_loss
-    if not keep_optimizer:
-        trainer.optimizer.load_state_dict = lambda state: None
-    try:
-        trainer.run()
-    except Interrupted:
-        assert trainer.step == stop_after_step
-        return None
+    with StopRequest() as stop:
+        trainer = make_trainer(runtime, folder, model, data, loss, epochs=3, stop=stop)
+        trainer.loss_terms = stopping_loss
+        if not keep_optimizer:
+            trainer.optimizer.load_state_dict = lambda state: None
+        try:
+            trainer.run()
+        except Interrupted:
+            assert trainer.step == stop_after_step
+            return None
     everything = {
         **model.state_dict(),
         **{f"ema.{name}": value for name, value in trainer.ema.model.state_dict().items()},
@@ -264,8 +267,11 @@ def test_resumed_in_mid_epoch_ends_with_the_same_bits(tmp_path, world_size):
     assert whole_rows == resumed_rows and [row["epoch"] for row in whole_rows] == [1, 2, 3]
 
 
-def test_resumed_at_the_end_of_an_epoch_ends_with_the_same_bits(tmp_path):
-    (whole, whole_rows), (resumed, resumed_rows) = whole_and_resumed(3, tmp_path, stop_after_step=7)
+@pytest.mark.parametrize("last_step", [7, 21], ids=["first epoch", "last epoch"])
+def test_stopped_at_the_end_of_an_epoch_it_is_evaluated_on_resuming(tmp_path, last_step):
+    """The checkpoint comes ahead of the evaluation; nothing of the epoch is lost, in the last one neither."""
+    world_size = 3 if last_step == 7 else 1
+    (whole, whole_rows), (resumed, resumed_rows) = whole_and_resumed(world_size, tmp_path, stop_after_step=last_step)
     assert same(whole, resumed) and whole_rows == resumed_rows
 
 

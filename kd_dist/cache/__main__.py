@@ -9,8 +9,9 @@ from pathlib import Path
 
 from kd_dist.cache.card import render_info
 from kd_dist.cache.reader import Cache, open_cache
+from kd_dist.config import check_crop_scale, check_seed
 from kd_dist.errors import UserError
-from kd_dist.runtime import Runtime, joined, launched_rank, run_entry
+from kd_dist.runtime import Runtime, StopRequest, joined, launched_rank, run_entry
 
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
 """How far a recomputed logit may lie from the stored one, as a share of max(1, |logit|), by the type that convolutions
@@ -73,7 +74,7 @@ def _verify_data(cache: Cache, options: argparse.Namespace, runtime: Runtime) ->
 
 
 def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime) -> None:
-    from kd_dist import job, label
+    from kd_dist import job, label, views
 
     teacher = label.load_teacher(options.teacher, runtime.device)
     known = [row.sha256 for row in cache.header.teachers]
@@ -82,6 +83,7 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
             f"{options.teacher} has digest {teacher.row.sha256}, but {cache.path} was labelled by "
             f"{', '.join(known)}; name that teacher's model.pt."
         )
+    views.require_renderer(cache.header.renderer, cache.path)
     data = job.open_data(_source(options), runtime)
     worst, rows = label.largest_difference(cache, teacher, data, options.rows, runtime)
     allowed = max(TOLERANCE[dtype] for dtype in (cache.header.compute_dtype, label.compute_dtype(runtime.device)))
@@ -106,6 +108,8 @@ def write(options: argparse.Namespace) -> None:
         data = job.open_data(_source(options), runtime)
         crop_scale = tuple(options.crop_scale or teacher.crop_scale)
         seed = teacher.row.seed if options.seed is None else options.seed
+        check_seed(seed)
+        check_crop_scale(crop_scale)
         header, tables = label.plan(teacher, data, options.views, crop_scale, seed, runtime.device)
         _label(options.output, teacher, data, header, tables, runtime, None)
 
@@ -130,16 +134,14 @@ def extend(options: argparse.Namespace) -> None:
                 f"{options.teacher} is not the teacher that labelled {cache.path}; name that teacher's model.pt."
             )
         data = job.open_data(_source(options), runtime)
-        cache.check_fits(
-            data.samples.name, data.samples.classes, {"train": data.samples.train, "val": data.samples.val}
-        )
+        data.require_fit(cache)
+        views.require_renderer(cache.header.renderer, cache.path)
         header, tables = label.plan(teacher, data, options.views, crop_scale, cache.header.seed, runtime.device)
         tables = {split: label.keep_views(table, cache.split(split)) for split, table in tables.items()}
         if header.compute_dtype != cache.header.compute_dtype:
             raise UserError(
                 f"{cache.path} was computed in {cache.header.compute_dtype}, this device computes in "
-                f"{header.compute_dtype}; "
-                "extend it on the kind of device that wrote it."
+                f"{header.compute_dtype}; extend it on the kind of device that wrote it."
             )
         _label(options.output, teacher, data, header, tables, runtime, cache)
 
@@ -147,9 +149,9 @@ def extend(options: argparse.Namespace) -> None:
 def _label(target: Path, teacher, data, header, tables, runtime: Runtime, known: Cache | None) -> None:
     from kd_dist import job, label
 
-    label.write_cache(
-        target, teacher, data, header, tables, runtime, job.progress_lines(runtime, "writing the cache, blocks"), known
-    )
+    progress = job.progress_lines(runtime, "writing the cache, blocks")
+    with StopRequest() as stop:
+        label.write_cache(target, teacher, data, header, tables, runtime, stop, progress, known)
     job.say(runtime, f"wrote {target}; `{PROG} info {target}` describes it")
 
 

@@ -40,7 +40,6 @@ from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-ATTRIBUTE_BYTES = 1 << 16  # HDF5's own limit in the layout that caches use
 GROUPS = ("/", "teachers", *SPLITS, *(f"{split}/view" for split in SPLITS))
 WRITE_ONE = "write one with `python -m kd_dist.teacher` or, from a finished teacher, `python -m kd_dist.cache write`"
 MEND = "copy it again from where it was written, or write it anew with `python -m kd_dist.cache write`"
@@ -240,8 +239,6 @@ def _attribute(file: h5py.File, name: str, dtype: np.dtype | None, shape: tuple[
     _check_type(f"the attribute {name}", stored.dtype, dtype)
     if stored.shape != shape and not (shape is None and len(stored.shape) == 1):
         raise ValueError(f"the attribute {name} has shape {list(stored.shape)}")
-    if prod(stored.shape) * stored.dtype.itemsize > ATTRIBUTE_BYTES:
-        raise ValueError(f"the attribute {name} is larger than an attribute can be")
     return _plain(file.attrs[name])
 
 

@@ -1,0 +1,56 @@
+"""The same commands without Slurm: a pipeline and a sweep as processes of this machine, and the debugger's mode."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.folders import JobFolder, job_folders, read_json
+
+ROOT = Path(__file__).parent.parent
+SIZES = ("--preset=demo", "--image-size=32", "--batch-size=7", "--warmup-epochs=0", "--epochs=1", "--lr=0.003")
+
+
+@pytest.fixture
+def launch(tmp_path, tiny_root):
+    """Type a command in an empty folder: launch("submit", "teacher", ...)."""
+
+    def command(*words: str, code: int = 0) -> str:
+        mine = {"PYTHONPATH": str(ROOT), "KD_DIST_DATA": str(tiny_root), "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [sys.executable, "-m", f"launch.{words[0]}", *words[1:]],
+            cwd=tmp_path,
+            env={**os.environ, **mine},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return command
+
+
+def test_a_pipeline_here_runs_one_job_after_the_other(launch, tmp_path):
+    said = launch("submit", "pipeline", "--cluster=local", "--nodes=2", "--", *SIZES, "--views=2")
+    assert "teacher: job" in said and "has succeeded" in said
+    shown = launch("status", "runs", "--follow", "--every=0.5")
+    assert shown.rstrip().splitlines()[-2].split()[2] == shown.rstrip().splitlines()[-1].split()[2] == "finished"
+    assert (tmp_path / "runs/student/model.pt").exists()
+    teacher, student = job_folders(tmp_path / "runs")
+    assert read_json(teacher.ended)["time"] <= read_json(student.ended)["time"]
+    assert "nothing to do" in launch("submit", "pipeline", "--cluster=local", "--nodes=2", "--", *SIZES, "--views=2")
+
+
+def test_a_failed_teacher_here_drops_its_student(launch, tmp_path):
+    launch("submit", "pipeline", "--cluster=local", "--", *SIZES, "--teacher=nonet")
+    shown = launch("status", "--follow", "--every=0.5")
+    assert "dropped: teacher" in shown and "rank 0 on" in shown and "--teacher nonet is not known" in shown
+    assert not JobFolder(tmp_path / "runs/jobs/0002-distill").main_log.read_text(encoding="utf-8")
+
+
+def test_debug_runs_in_this_process(launch, tmp_path):
+    said = launch("submit", "distill", "--cluster=debug", "--", *SIZES, "--alpha=0", "--device=cpu")
+    assert "epoch 1/1" in said and (tmp_path / "runs/student/model.pt").exists()
