@@ -43,6 +43,8 @@ def main() -> None:
         # A run on fresh crops reads a cache for the agreement alone: its weights do not depend on which.
         learned_from = {} if settings.uses_fresh_crops else {"cache digest": cache.digest}
         folder = job.claim(settings, data, runtime, **learned_from)
+        if cache is not None and not cache.noted:
+            job.say(runtime, f"{cache.path} came without its digest file; its own checks hold")
         with job.running(folder, runtime) as stop:
             if not runtime.on_main(folder.model.exists):
                 train(settings, data, cache, model, folder, runtime, stop)

@@ -16,11 +16,9 @@ import sys
 from pathlib import Path
 
 import h5py
-import numpy as np
 import pytest
 
 from kd_dist import distill, teacher
-from kd_dist.cache import BlockWriter, blocks, open_cache
 from kd_dist.cache.__main__ import main as cache_main
 from kd_dist.cache.format import digest_file_of
 from kd_dist.checkpoint import RunFolder, read_state
@@ -177,27 +175,14 @@ def test_damaged_cache(made, cache, tmp_path, damage, signed):
 
 def shuffle_rows(cache):
     with h5py.File(cache, "r+") as file:
-        for split in ("train", "val"):
-            file[f"{split}/logits"][...] = file[f"{split}/logits"][...][::-1]
+        file["train/logits"][...] = file["train/logits"][...][::-1]
 
 
-def test_shuffled_rows(made, tmp_path):
-    """Their val top-1 no longer is the stored one. The rows here are those of a teacher that is always right."""
-    known = open_cache(made / "teacher" / "logits.h5")
-    writer = BlockWriter(tmp_path / "logits.h5", known.header, known.splits)
-    for block in blocks(known.splits):
-        labels_B = known.split(block.split).labels_N[block.start : block.stop]
-        writer.put(block, 8 * np.eye(10, dtype=np.float16)[labels_B])
-    cache = writer.publish()
-    call(distill.main, *distilling(made, tmp_path, "--cache", cache))
+def test_shuffled_rows(made, cache, tmp_path):
+    """With a digest file that was made to fit, and although every row alone is a good one."""
     shuffle_rows(cache)
     resign(cache)
-    assert "top-1" in refused(distill.main, *distilling(made, tmp_path, "--cache", cache, "--start-over"))
-
-
-def test_missing_digest(made, cache, tmp_path):
-    digest_file_of(cache).unlink()
-    assert "sha256" in refused(distill.main, *distilling(made, tmp_path, "--cache", cache))
+    assert "the rows of train" in refused(distill.main, *distilling(made, tmp_path, "--cache", cache))
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,8 @@ def test_crops_and_cache_follow_from_alpha(words, crops, cache):
 )
 def test_stored_settings_are_plain_and_whole(kind, words):
     settings = read(kind, *words.split())
-    stored = json.loads(json.dumps(settings.stored()))
+    stored = settings.stored()
+    assert json.loads(json.dumps(stored)) == stored
     assert stored.keys() == {field.name for field in dataclasses.fields(kind)}
     assert {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()} == vars(
         settings

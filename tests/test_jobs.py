@@ -92,9 +92,9 @@ def test_student_learns_from_the_cache_alone(data, teacher_run, tmp_path):
     """Two ranks, with nothing of the teacher at hand but its cache."""
     cache_file = tmp_path / "moved" / "logits.h5"
     cache_file.parent.mkdir()
-    for name in ("logits.h5", "logits.h5.sha256"):
-        (cache_file.parent / name).write_bytes((teacher_run.path / name).read_bytes())
-    run([*torchrun(2), *distill(data, tmp_path / "student", cache_file)])
+    cache_file.write_bytes(teacher_run.cache.read_bytes())
+    shown = run([*torchrun(2), *distill(data, tmp_path / "student", cache_file)]).stdout
+    assert "without its digest file" in shown
     saved, cache = load_model(RunFolder(tmp_path / "student").model), open_cache(cache_file)
     assert saved["cache"]["sha256"] == cache.digest
     assert saved["cache"]["teachers"] == [row.sha256 for row in cache.header.teachers]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_dist.cache.card import render_info
+from kd_dist.cache.format import digest_file_of
 from kd_dist.cache.reader import Cache, open_cache
 from kd_dist.config import check_crop_scale, check_seed
 from kd_dist.errors import UserError
@@ -45,6 +46,8 @@ def verify(options: argparse.Namespace) -> None:
     cache = open_cache(options.cache)
     with joined(options.device) as runtime:
         rows = sum(table.logits_NVK.shape[0] * table.views for table in cache.splits.values())
+        if not cache.noted:
+            job.say(runtime, f"digest: not checked; there is no {digest_file_of(cache.path).name} beside it")
         job.say(runtime, f"file: digest {cache.digest[:16]}..., complete, {rows:,} rows, all finite")
         if options.data is None and options.teacher is None:
             job.say(runtime, "data: not checked; name the image folder with --data")

@@ -3,9 +3,10 @@
 docs/cache-format.md describes the same file for people who read it without this package.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ HEADER_ATTRIBUTES = {  # field of Header -> type and shape of the file's attribu
     "created": (TEXT, ()),
     "software": (TEXT, ()),
 }
+PROOF_ATTRIBUTES = {"val_top1": FLOAT, "train_rows": TEXT, "val_rows": TEXT}  # computed again by each reader
 TEACHER_COLUMNS = {  # field of TeacherRow -> type of /teachers/<field>
     "sha256": TEXT,
     "arch": TEXT,
@@ -131,6 +133,18 @@ class Table:
     def fingerprint(self) -> str:
         """Hex digest that binds these rows to paths, labels and file contents in this order."""
         return fingerprint_of(self.paths, self.labels_N, self.sha256_N32)
+
+
+def binding_of(table: Table, logits_of_views: Iterable[np.ndarray]) -> str:
+    """Hex SHA-256 over a split's fingerprint and, view by view, all boxes, flips and logits [N, K] in row order.
+
+    It ties rows to images: rows that were put in another order, or under other views, do not give it again.
+    """
+    digest = sha256(table.fingerprint.encode())
+    for view, logits_NK in enumerate(logits_of_views):
+        for values in (table.box_NV4[:, view], table.flip_NV[:, view], logits_NK):
+            digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")))
+    return digest.hexdigest()
 
 
 def parts_of(target: Path) -> Path:

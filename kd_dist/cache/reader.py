@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import numpy as np
 from kd_dist.cache.fits import check_classes, check_samples
 from kd_dist.cache.format import (
     FLAG,
-    FLOAT,
     FORMAT,
     HEADER_ATTRIBUTES,
     INT,
@@ -21,6 +20,7 @@ from kd_dist.cache.format import (
     LOGITS,
     NUMBERS,
     PATH,
+    PROOF_ATTRIBUTES,
     SPLITS,
     TEACHER_COLUMNS,
     TEXT,
@@ -28,6 +28,7 @@ from kd_dist.cache.format import (
     Header,
     Table,
     TeacherRow,
+    binding_of,
     check_header,
     check_table,
     digest_file_of,
@@ -60,6 +61,7 @@ class Cache:
     digest: str  # hex SHA-256 of the file
     header: Header
     splits: Mapping[str, LabelledTable]
+    noted: bool = False  # whether a digest file beside it vouches for it
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -97,18 +99,17 @@ class Cache:
             check_samples(names, name, self.split(name), splits[name])
 
 
-def open_cache(path: Path, *, check_digest: bool = True) -> Cache:
+def open_cache(path: Path) -> Cache:
     """Read a cache whole, or raise UserError with the first reason not to use it.
 
     The file's digest is compared with the one noted beside it before HDF5 parses a byte: checksums inside cannot
-    vouch for the metadata that leads to them. `check_digest=False` is for a file that is trusted although its
-    digest file is lost.
+    vouch for the metadata that leads to them. A file that came without its note is read with all other checks, and
+    says so by `noted`.
     """
     path = Path(path)
     digest = _digest_of(path)
-    if check_digest:
-        _compare_digests(path, digest)
-    return read_cache(path, digest=digest)
+    noted = _is_noted(path, digest)
+    return replace(read_cache(path, digest=digest), noted=noted)
 
 
 def _digest_of(path: Path) -> str:
@@ -134,16 +135,13 @@ def _why_missing(path: Path) -> str:
     return f"there is no cache {path}: {WRITE_ONE}."
 
 
-def _compare_digests(path: Path, digest: str) -> None:
+def _is_noted(path: Path, digest: str) -> bool:
+    """Whether the digest file vouches for the file, False where there is none; UserError where it names another."""
     beside = digest_file_of(path)
     try:
         noted = re.findall(r"^\\?([0-9a-f]{64}) ", beside.read_text(errors="replace"), re.MULTILINE)
     except FileNotFoundError:
-        command = f"cd {path.parent} && sha256sum {path.name} > {beside.name}"
-        raise UserError(
-            f"{beside} is missing, so nothing shows that {path} is whole: copy it from beside the original, "
-            f"or, if you trust the file as it is, run `{command}`."
-        ) from None
+        return False
     except OSError as error:
         raise UserError(
             f"{beside} cannot be read ({error.strerror}): copy it again from beside the original."
@@ -151,6 +149,7 @@ def _compare_digests(path: Path, digest: str) -> None:
     if digest not in noted:
         expected = " or ".join(noted) or "no SHA-256"
         raise UserError(f"the cache {path} has SHA-256 {digest}, but {beside.name} says {expected}: {MEND}.")
+    return True
 
 
 def read_cache(path: Path, *, digest: str, complete: bool = True) -> Cache:
@@ -165,8 +164,11 @@ def read_cache(path: Path, *, digest: str, complete: bool = True) -> Cache:
         columns = _Columns(file, path.stat().st_size)
         header = _read_header(file, columns)
         splits = {split: _read_split(columns, split, header) for split in SPLITS}
+        proofs = {name: _attribute(file, name, dtype, ()) for name, dtype in PROOF_ATTRIBUTES.items()}
         cache = Cache(path, digest, header, splits)
-        _check_val_top1(cache.val_top1, float(_attribute(file, "val_top1", FLOAT, ())))
+        _check_val_top1(cache.val_top1, float(proofs["val_top1"]))
+        for split, table in splits.items():
+            _check_rows(split, table, proofs[f"{split}_rows"])
     return cache
 
 
@@ -228,6 +230,15 @@ def _check_val_top1(found: float, stored: float) -> None:
     if found != stored:
         raise ValueError(
             f"val top-1 of view 0 is {found:.6f} but stored as {stored:.6f}, so rows and labels do not belong together"
+        )
+
+
+def _check_rows(split: str, table: LabelledTable, stored: str) -> None:
+    found = binding_of(table, (table.logits_NVK[:, view] for view in range(table.views)))
+    if found != stored:
+        raise ValueError(
+            f"the rows of {split} have digest {found[:16]}... but {stored[:16]}... was stored, so they are not in the "
+            "order, or not those, that were written"
         )
 
 

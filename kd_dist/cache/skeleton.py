@@ -12,13 +12,13 @@ import numpy as np
 from kd_dist.cache.format import (
     CHUNK_SAMPLES,
     FLAG,
-    FLOAT,
     FORMAT,
     HEADER_ATTRIBUTES,
     INT,
     LOGITS,
     NUMBERS,
     PATH,
+    PROOF_ATTRIBUTES,
     REQUIRED_FEATURES,
     TEACHER_COLUMNS,
     TEXT,
@@ -30,10 +30,12 @@ from kd_dist.cache.format import (
 LAYOUT = "earliest"
 
 
-def skeleton(header: Header, tables: Mapping[str, Table], val_top1: float) -> bytes:
-    """The bytes of a cache with all columns written, no logits yet, and `complete` still 0."""
+def skeleton(header: Header, tables: Mapping[str, Table], proofs: Mapping[str, object]) -> bytes:
+    """The bytes of a cache with all columns written, no logits yet, and `complete` still 0; `proofs` has a value for
+    each of PROOF_ATTRIBUTES.
+    """
     with h5py.File("skeleton", "w", driver="core", backing_store=False, libver=LAYOUT) as file:
-        _write_attributes(file, header, val_top1)
+        _write_attributes(file, header, proofs)
         _write_column(file, "classes", TEXT, ("K",), header.classes)
         for name, dtype in TEACHER_COLUMNS.items():
             _write_column(file, f"teachers/{name}", dtype, ("T",), [getattr(row, name) for row in header.teachers])
@@ -50,14 +52,15 @@ def _write_table(file: h5py.File, split: str, table: Table, classes: int) -> Non
     _create_column(file, f"{split}/{LOGITS.name}", LOGITS.dtype, LOGITS.axes, shape)
 
 
-def _write_attributes(file: h5py.File, header: Header, val_top1: float) -> None:
+def _write_attributes(file: h5py.File, header: Header, proofs: Mapping[str, object]) -> None:
     _write_attribute(file, "format", TEXT, FORMAT)
     _write_attribute(file, "version", INT, VERSION)
     _write_attribute(file, "required_features", TEXT, REQUIRED_FEATURES)
     _write_attribute(file, "complete", FLAG, 0)
     for name, (dtype, _) in HEADER_ATTRIBUTES.items():
         _write_attribute(file, name, dtype, getattr(header, name))
-    _write_attribute(file, "val_top1", FLOAT, val_top1)
+    for name, dtype in PROOF_ATTRIBUTES.items():
+        _write_attribute(file, name, dtype, proofs[name])
 
 
 def _write_attribute(file: h5py.File, name: str, dtype: np.dtype | None, value: object) -> None:

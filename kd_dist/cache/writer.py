@@ -1,7 +1,7 @@
 """Writing a cache: blocks in any order by any processes, then one file, scanned and published with one rename."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import h5py
@@ -13,6 +13,7 @@ from kd_dist.cache.format import (
     SPLITS,
     Header,
     Table,
+    binding_of,
     check_header,
     check_table,
     digest_file_of,
@@ -101,10 +102,7 @@ class BlockWriter:
         )
 
     def _assemble(self, temporary: Path) -> None:
-        labels_N = self.tables["val"].labels_N
-        first_view = [block for block in blocks(self.tables) if (block.split, block.view) == ("val", 0)]
-        val_top1 = top1_of(np.concatenate([self._parts.read(block) for block in first_view]), labels_N)
-        self._reserve(temporary, skeleton(self.header, self.tables, val_top1))
+        self._reserve(temporary, skeleton(self.header, self.tables, self._proofs()))
         with h5py.File(temporary, "r+", libver=LAYOUT, locking=False) as file:
             logits = {split: file[f"{split}/{LOGITS.name}"] for split in SPLITS}
             for block in blocks(self.tables):
@@ -112,6 +110,17 @@ class BlockWriter:
         read_cache(temporary, digest="", complete=False)
         with h5py.File(temporary, "r+", libver=LAYOUT, locking=False) as file:
             file.attrs.modify("complete", FLAG.type(1))
+
+    def _proofs(self) -> dict[str, object]:
+        bindings = {split: binding_of(table, self._views_of(split)) for split, table in self.tables.items()}
+        val_top1 = top1_of(next(self._views_of("val")), self.tables["val"].labels_N)
+        return {"val_top1": val_top1, **{f"{split}_rows": binding for split, binding in bindings.items()}}
+
+    def _views_of(self, split: str) -> Iterator[np.ndarray]:
+        """The logits [N, K] of each view of a split, in order."""
+        for view in range(self.tables[split].views):
+            places = [block for block in blocks(self.tables) if (block.split, block.view) == (split, view)]
+            yield np.concatenate([self._parts.read(block) for block in places])
 
     def _reserve(self, temporary: Path, start: bytes) -> None:
         """Claim all space by plain system calls: HDF5 that meets a full disk itself may crash when the process ends.
