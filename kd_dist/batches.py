@@ -154,12 +154,13 @@ class TrainData:
     def epoch(self, epoch: int, runtime: Runtime, workers: int = 0, first_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from `first_step` on."""
         steps = range(first_step, self.steps_per_epoch)
+        workers = min(workers, len(steps))
         return iter(
             DataLoader(
                 EpochBatches(self, epoch, runtime.rank, runtime.world_size),
                 batch_size=None,
                 sampler=steps,
-                num_workers=min(workers, len(steps)),
+                num_workers=workers,
                 multiprocessing_context="fork" if workers else None,  # the pictures are mapped, not sent
                 pin_memory=runtime.device.type == "cuda",
                 worker_init_fn=ignore_stop_signals,
@@ -209,8 +210,8 @@ class EpochBatches(Dataset):
         images_BCHW = self._render(index_B)
         if self.blends is None:
             return images_BCHW, index_B, np.ones(len(index_B))
-        weight_B = self.blends.weight_N[index_B].copy()
-        partner_B = self.blends.partner_N[index_B]
+        weight_B = self.blends.weight_N[index_B]
+        partner_B = np.where(weight_B < 1, self.blends.partner_N[index_B], index_B)
         blended = np.flatnonzero(weight_B < 1)
         partners_BCHW = self._render(partner_B[blended])
         for slot, partner_CHW in zip(blended, partners_BCHW, strict=True):

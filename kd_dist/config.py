@@ -49,7 +49,7 @@ class Settings:
     )
 
     preset: str | None = flag(
-        RUN, None, "a named set of defaults; without it gpu-128px on a GPU and cpu-64px on a CPU", "NAME"
+        RUN, None, "a named set of defaults, see below [gpu-128px on a GPU, cpu-64px on a CPU]", "NAME"
     )
     data: str | None = flag(
         DATA, None, "folder with train/ and val/, or one to fetch the release into [$KD_DIST_DATA or data]", "DIR"
@@ -82,6 +82,9 @@ class Settings:
         RUN, None, "processes a rank that prepare pictures; 0: the rank itself [0 on a CPU, up to 8 on a GPU]", "N"
     )
     device: str = flag(RUN, "auto", "cpu, cuda, or auto: a GPU for each rank where there are any", "NAME")
+    precision: str = flag(
+        RUN, "auto", "fp32, bf16, or auto: bf16 on GPUs, fp32 on CPUs; most CPUs are slow in bf16", "NAME"
+    )
     pixels_dir: str | None = flag(
         DATA, None, "where decoded pictures are kept, a node-local disk say [inside the data folder]", "DIR"
     )
@@ -112,6 +115,7 @@ class Settings:
             f"must be below --epochs {self.epochs}",
         )
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
 
     def source(self) -> dict[str, str | None]:
         """The settings that say where the data comes from."""
@@ -309,6 +313,7 @@ def parser_for(kind: type[Settings], prog: str, description: str, epilog: str) -
         for setting in settings:
             if setting.metadata["group"] == title:
                 _add_flag(group, setting, hints[setting.name], _shown_default(kind, setting))
+    parser.add_argument_group("presets", "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items()))
     return parser
 
 
@@ -347,6 +352,10 @@ def resolve(kind: type[Settings], typed: dict[str, Any], has_gpu: bool) -> Setti
     name = typed.get("preset") or ("gpu-128px" if has_gpu and typed.get("device") != "cpu" else "cpu-64px")
     _one_of("preset", name, tuple(PRESETS))
     values = {**PRESETS[name].of(kind), **typed, "preset": name}
+    if "warmup_epochs" not in typed:  # nobody asked for this one: it must not stand in a short run's way
+        defaults = {setting.name: setting.default for setting in dataclasses.fields(kind)}
+        epochs, warmup = (values.get(name, defaults[name]) for name in ("epochs", "warmup_epochs"))
+        values["warmup_epochs"] = min(warmup, max(epochs, 0) / 5)
     if "crop_scale" in values:
         values["crop_scale"] = tuple(values["crop_scale"])
     return kind(**values).resolved()

@@ -26,7 +26,7 @@ from kd_dist import checkpoint, views
 from kd_dist.batches import Batch, EpochBatches, TrainData
 from kd_dist.checkpoint import RunFolder
 from kd_dist.errors import UserError
-from kd_dist.inference import autocast
+from kd_dist.inference import autocast, compute_dtype
 from kd_dist.monitor import Monitor
 from kd_dist.runtime import Interrupted, Runtime, StopRequest
 
@@ -114,9 +114,11 @@ class Trainer:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         workers: int = 0,
+        precision: str = "auto",
     ):
         self.data, self.loss_terms, self.evaluate, self.schedule = data, loss_terms, evaluate, schedule
         self.runtime, self.folder, self.stop, self.workers = runtime, folder, stop, workers
+        self.compute_dtype = compute_dtype(runtime.device, precision)
         self.model = model.to(runtime.device, memory_format=torch.channels_last)
         self.normalise = views.Normalise(mean, std, next(model.parameters()).dtype, runtime.device)
         self.ema = Ema(self.model, schedule.ema) if schedule.ema else None
@@ -150,7 +152,7 @@ class Trainer:
         untouched = copy.deepcopy(self.model.state_dict())
         batch = self._prepare(EpochBatches(self.data, 0, self.runtime.rank, self.runtime.world_size)[0])
         for _ in range(SETTLING_STEPS):
-            with autocast(self.runtime.device):
+            with autocast(self.runtime.device, self.compute_dtype):
                 loss = self.loss_terms(parallel, batch)["total"].mean()
             loss.backward()
             self.model.zero_grad(set_to_none=True)
@@ -199,7 +201,7 @@ class Trainer:
         self._seed_step()
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr_at(self.step, self.steps_per_epoch)
-        with autocast(self.runtime.device):
+        with autocast(self.runtime.device, self.compute_dtype):
             terms = {name: values_B.sum() for name, values_B in self.loss_terms(self.parallel, batch).items()}
         # DDP averages over ranks; each rank's sum over the whole batch's size, times the ranks, averages to the batch's
         # mean.

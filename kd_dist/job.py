@@ -26,7 +26,7 @@ from kd_dist.config import Settings
 from kd_dist.dataset import Dataset, locate, scan
 from kd_dist.engine import HEARTBEAT_SECONDS, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
-from kd_dist.inference import Forward
+from kd_dist.inference import Forward, compute_dtype
 from kd_dist.pixels import Pixels, build_pixels, default_folder, open_pixels
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank
 
@@ -234,7 +234,7 @@ def train(
         cutmix=settings.cutmix,
         logits_NVK=logits_NVK,
     )
-    validation = Validation(data, settings.image_size, runtime, teacher_val_NK)
+    validation = Validation(data, settings.image_size, settings.precision, runtime, teacher_val_NK)
     # The schedule's fields are settings of the same names.
     schedule = Schedule(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Schedule)})
     trainer = Trainer(
@@ -249,6 +249,7 @@ def train(
         mean=config.MEAN,
         std=config.STD,
         workers=workers_for(settings, runtime),
+        precision=settings.precision,
     )
     trainer.run()
     return trainer.evaluated_model, validation.logits(trainer.evaluated_model)
@@ -281,15 +282,18 @@ def require_fit(settings: Settings, data: Data, model: nn.Module, runtime: Runti
 class Validation:
     """The val split in its evaluation view: each image counted once, at any number of ranks."""
 
-    def __init__(self, data: Data, image_size: int, runtime: Runtime, teacher_val_NK: np.ndarray | None = None):
+    def __init__(
+        self, data: Data, image_size: int, precision: str, runtime: Runtime, teacher_val_NK: np.ndarray | None = None
+    ):
         self.samples, self.pixels = data.split("val")
         self.image_size, self.runtime, self.teacher_val_NK = image_size, runtime, teacher_val_NK
+        self.dtype = compute_dtype(runtime.device, precision)
         self.box_N4 = views.evaluation_boxes(self.pixels.sizes_N2)
         self.flip_N = np.zeros(len(self.box_N4), np.uint8)
 
     def logits(self, model: nn.Module) -> np.ndarray:
         """Logits float32 [N, K], the same on every rank."""
-        forward = Forward(model, self.pixels, self.image_size, config.MEAN, config.STD, self.runtime.device)
+        forward = Forward(model, self.pixels, self.image_size, config.MEAN, config.STD, self.runtime.device, self.dtype)
         return forward.all_logits(self.box_N4, self.flip_N, len(self.samples.classes), self.runtime)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:

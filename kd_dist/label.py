@@ -12,7 +12,7 @@ from kd_dist import checkpoint, views
 from kd_dist.cache import BlockWriter, Cache, Header, Table, TeacherRow
 from kd_dist.dataset import SampleList
 from kd_dist.errors import UserError
-from kd_dist.inference import FORWARD_BATCH, Forward, compute_dtype
+from kd_dist.inference import FORWARD_BATCH, Forward
 from kd_dist.job import Data, software
 from kd_dist.models import TEACHERS
 from kd_dist.runtime import Interrupted, Runtime, StopRequest
@@ -61,7 +61,7 @@ def load_teacher(path: Path, device: torch.device) -> Teacher:
 
 
 def plan(
-    teacher: Teacher, data: Data, views_V: int, crop_scale: tuple[float, float], seed: int, device: torch.device
+    teacher: Teacher, data: Data, views_V: int, crop_scale: tuple[float, float], seed: int, dtype: str
 ) -> tuple[Header, dict[str, Table]]:
     """Everything of a cache but the logits: its header and, for each split, its table."""
     if teacher.classes != data.samples.classes:
@@ -77,7 +77,7 @@ def plan(
         mean=teacher.mean,
         std=teacher.std,
         renderer=views.RENDERER,
-        compute_dtype=compute_dtype(device),
+        compute_dtype=dtype,
         view_sampler=views.sampler_name(crop_scale),
         seed=seed,
         created=teacher.finished,
@@ -117,10 +117,7 @@ def write_cache(
     runtime.on_main(lambda: BlockWriter(target, header, tables) and None)
     writer = BlockWriter(target, header, tables)
     missing = runtime.on_main(writer.missing)
-    forward = {
-        split: Forward(teacher.model, data.pixels[split], header.image_size, header.mean, header.std, runtime.device)
-        for split in tables
-    }
+    forward = {split: _forward(teacher, data, split, header, runtime.device) for split in tables}
     mine = runtime.shard(len(missing))
     for done, position in enumerate(mine, start=1):
         if stop.signal is not None:  # no need to agree: every block that was put is safe
@@ -130,6 +127,11 @@ def write_cache(
         progress(done, len(mine))
     runtime.wait_for_all(f"label {target}")
     runtime.on_main(lambda: writer.publish() and None)
+
+
+def _forward(teacher: Teacher, data: Data, split: str, header: Header, device: torch.device) -> Forward:
+    pictures = (data.pixels[split], header.image_size, header.mean, header.std)
+    return Forward(teacher.model, *pictures, device, header.compute_dtype)
 
 
 def _labels(block, forward: Mapping[str, Forward], tables: Mapping[str, Table], known: Cache | None) -> np.ndarray:
@@ -171,7 +173,7 @@ def _difference(
 ) -> tuple[float, int]:
     table, header = cache.split(split), cache.header
     stop = min(len(table), start + FORWARD_BATCH)
-    forward = Forward(teacher.model, data.pixels[split], header.image_size, header.mean, header.std, device)
+    forward = _forward(teacher, data, split, header, device)
     new_BK = forward.logits(table.box_NV4[:, view], table.flip_NV[:, view], start, stop)
     stored_BK = table.logits_NVK[start:stop, view].astype(np.float32)
     difference_BK = np.abs(new_BK - stored_BK) / np.maximum(1, np.abs(stored_BK))

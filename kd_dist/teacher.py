@@ -13,6 +13,7 @@ from kd_dist.cache import open_cache
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import TeacherSettings
 from kd_dist.errors import UserError
+from kd_dist.inference import compute_dtype
 from kd_dist.job import Data, DataSource
 from kd_dist.models import TEACHERS
 from kd_dist.runtime import Runtime, StopRequest, joined, run_entry
@@ -90,7 +91,8 @@ def write(
         runtime,
         f"teacher: top-1 {teacher.row.val_top1:.4f} on val; writing {settings.views} views of every image to {target}",
     )
-    header, tables = label.plan(teacher, data, settings.views, settings.crop_scale, settings.seed, runtime.device)
+    dtype = compute_dtype(runtime.device, settings.precision)
+    header, tables = label.plan(teacher, data, settings.views, settings.crop_scale, settings.seed, dtype)
     progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
     label.write_cache(target, teacher, data, header, tables, runtime, stop, progress)
     job.say(runtime, f"wrote {target}. Next: python -m kd_dist.distill --cache {target}")

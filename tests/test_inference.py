@@ -126,5 +126,5 @@ def test_blocks_of_the_cache_are_whole_batches():
 def test_cpu_runs_in_float32():
     """On CPUs bfloat16 is mostly slower; the cache names the type."""
     assert inference.compute_dtype(torch.device("cpu")) == "float32"
-    with inference.autocast(torch.device("cpu")):
+    with inference.autocast(torch.device("cpu"), "float32"):
         assert torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32

@@ -89,7 +89,7 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
     views.require_renderer(cache.header.renderer, cache.path)
     data = job.open_data(_source(options), runtime)
     worst, rows = label.largest_difference(cache, teacher, data, options.rows, runtime)
-    allowed = max(TOLERANCE[dtype] for dtype in (cache.header.compute_dtype, label.compute_dtype(runtime.device)))
+    allowed = TOLERANCE[cache.header.compute_dtype]
     if not worst <= allowed:
         raise UserError(
             f"{cache.path} does not hold what {options.teacher} gives: over {rows:,} recomputed rows a logit differs "
@@ -105,15 +105,17 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
 def write(options: argparse.Namespace) -> None:
     """Write a cache from an existing checkpoint."""
     from kd_dist import job, label
+    from kd_dist.inference import compute_dtype
 
     with joined(options.device) as runtime:
         teacher = label.load_teacher(options.teacher, runtime.device)
         data = job.open_data(_source(options), runtime)
         crop_scale = tuple(options.crop_scale or teacher.crop_scale)
         seed = teacher.row.seed if options.seed is None else options.seed
+        dtype = compute_dtype(runtime.device, options.precision)
         check_seed(seed)
         check_crop_scale(crop_scale)
-        header, tables = label.plan(teacher, data, options.views, crop_scale, seed, runtime.device)
+        header, tables = label.plan(teacher, data, options.views, crop_scale, seed, dtype)
         _label(options.output, teacher, data, header, tables, runtime, None)
 
 
@@ -139,13 +141,10 @@ def extend(options: argparse.Namespace) -> None:
         data = job.open_data(_source(options), runtime)
         data.require_fit(cache)
         views.require_renderer(cache.header.renderer, cache.path)
-        header, tables = label.plan(teacher, data, options.views, crop_scale, cache.header.seed, runtime.device)
+        header, tables = label.plan(
+            teacher, data, options.views, crop_scale, cache.header.seed, cache.header.compute_dtype
+        )
         tables = {split: label.keep_views(table, cache.split(split)) for split, table in tables.items()}
-        if header.compute_dtype != cache.header.compute_dtype:
-            raise UserError(
-                f"{cache.path} was computed in {cache.header.compute_dtype}, this device computes in "
-                f"{header.compute_dtype}; extend it on the kind of device that wrote it."
-            )
         _label(options.output, teacher, data, header, tables, runtime, cache)
 
 
@@ -208,6 +207,7 @@ def _add_flags(command: argparse.ArgumentParser, run) -> None:
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the cache to write; must not exist")
     add("--views", type=_positive, required=True, metavar="V", help="views of every image, the evaluation view counted")
     if run is write:
+        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="what the network computes in [auto]")
         add("--seed", type=int, metavar="N", help="of the crops and flips [the teacher's]")
         add("--crop-scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="area share of a crop [the teacher's]")
 
