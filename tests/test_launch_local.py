@@ -25,7 +25,7 @@ def launch(tmp_path, tiny_root):
             env={**os.environ, **mine},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=400,
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -36,6 +36,7 @@ def launch(tmp_path, tiny_root):
 def test_a_pipeline_here_runs_one_job_after_the_other(launch, tmp_path):
     said = launch("submit", "pipeline", "--cluster=local", "--nodes=2", "--", *SIZES, "--views=2")
     assert "teacher: job" in said and "has succeeded" in said
+    assert not (tmp_path / "runs/teacher/model.pt").exists(), "launch.submit waited for its jobs"
     shown = launch("status", "runs", "--follow", "--every=0.5")
     assert shown.rstrip().splitlines()[-2].split()[2] == shown.rstrip().splitlines()[-1].split()[2] == "finished"
     assert (tmp_path / "runs/student/model.pt").exists()
@@ -47,7 +48,7 @@ def test_a_pipeline_here_runs_one_job_after_the_other(launch, tmp_path):
 def test_a_failed_teacher_here_drops_its_student(launch, tmp_path):
     launch("submit", "pipeline", "--cluster=local", "--", *SIZES, "--teacher=nonet")
     shown = launch("status", "--follow", "--every=0.5")
-    assert "dropped: teacher" in shown and "rank 0 on" in shown and "--teacher nonet is not known" in shown
+    assert "dropped: 0001-teacher failed" in shown and "rank 0 on" in shown and "--teacher nonet is not known" in shown
     assert not JobFolder(tmp_path / "runs/jobs/0002-distill").main_log.read_text(encoding="utf-8")
 
 

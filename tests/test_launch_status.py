@@ -94,6 +94,7 @@ def test_a_student_whose_teacher_failed_is_dropped(tmp_path, known):
         (State("NODE_FAIL"), None, "failed"),
         (State("CANCELLED"), None, "cancelled"),
         (State("CANCELLED"), {"status": "interrupted", "message": "m"}, "interrupted"),
+        (State("OUT_OF_MEMORY"), {"status": "interrupted", "message": "m"}, "failed"),
         (State("COMPLETED"), {"status": "finished", "message": ""}, "finished"),
         (None, {"status": "finished", "message": ""}, "finished"),
         (None, None, "gone"),
