@@ -39,10 +39,10 @@ imagewoof-cpu: setup
 test: setup
 	$(BIN)/python -m pytest tests
 
-# A real two-node Slurm on this machine; installs Debian's packages, so it asks for root.
+# A real two-node Slurm on this machine: installs Debian's packages and changes a line in /etc/hosts, so it needs root.
 test-cluster: setup
-	tests/cluster/setup.sh
-	$(BIN)/python -m pytest tests/cluster
+	tests/cluster/setup.sh install
+	KD_DIST_CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster; status=$$?; tests/cluster/setup.sh remove; exit $$status
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""One two-node Slurm and one tiny data set for all tests here; without a Slurm they are skipped, with the reason."""
+"""One two-node Slurm and one tiny data set for the tests here; they are skipped where there is none or nobody asked."""
 
 import os
 from pathlib import Path
@@ -11,8 +11,9 @@ from kd_dist import generated
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Skip what needs a Slurm where there is none."""
-    reason = missing()
+    """Skip with a reason what needs a Slurm, where there is none or where nobody set KD_DIST_CLUSTER_TESTS."""
+    asked = os.environ.get("KD_DIST_CLUSTER_TESTS")
+    reason = missing() or (None if asked else "they take minutes: run by make test-cluster")
     for item in items:
         if reason and Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=reason))
