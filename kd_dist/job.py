@@ -27,6 +27,7 @@ from kd_dist.dataset import Dataset, locate, scan
 from kd_dist.engine import HEARTBEAT_SECONDS, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
 from kd_dist.inference import Forward, compute_dtype
+from kd_dist.models import count_weights
 from kd_dist.pixels import Pixels, build_pixels, default_folder, open_pixels
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank
 
@@ -251,8 +252,18 @@ def train(
         workers=workers_for(settings, runtime),
         precision=settings.precision,
     )
+    say(runtime, _introduction(settings, model, trainer))
     trainer.run()
     return trainer.evaluated_model, validation.logits(trainer.evaluated_model)
+
+
+def _introduction(settings: Settings, model: nn.Module, trainer: Trainer) -> str:
+    data, runtime = trainer.data, trainer.runtime
+    return (
+        f"{settings.kind}: {count_weights(model):,} weights, {len(data.labels_N):,} images at {data.image_size} px, "
+        f"{settings.epochs} epochs of {data.steps_per_epoch} steps, {runtime.world_size} ranks on "
+        f"{runtime.device.type} in {trainer.compute_dtype} (preset {settings.preset})"
+    )
 
 
 def require_fit(settings: Settings, data: Data, model: nn.Module, runtime: Runtime) -> None:
