@@ -355,6 +355,11 @@ def run_entry(main: Callable[[], None]) -> None:
         if _peer_is_gone(error):
             _end(1, f"{PEER_IS_GONE} ({str(error).strip().splitlines()[0]})", patience=1.0)
         _end(1, traceback.format_exc())
+    # All is written and closed. Python's own way out now and then aborts a rank ("terminate called without an active
+    # exception") while torch's threads are still there, and a finished job would count as failed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _peer_is_gone(error: Exception) -> bool:
