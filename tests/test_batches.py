@@ -246,26 +246,26 @@ def test_nothing_is_blended_unless_asked_for(fresh):
         assert torch.equal(batch.partner_labels_B, batch.labels_B)
 
 
+def blended_images(data, epoch):
+    """(index, picture, weight of the own label, partner's label) of every image of an epoch."""
+    for batch in epoch_of(data, epoch=epoch):
+        weights, labels = batch.weights_B.tolist(), batch.partner_labels_B.tolist()
+        yield from zip(batch.index_B.tolist(), batch.images_BCHW, weights, labels, strict=True)
+
+
 def test_pasted_area_is_the_partners_share_of_the_label(fresh):
     data = fresh(60, 8, pictures=plain_pictures, cutmix=0.7)
     partner_N = draw_blends(data.seed, 4, 60, 0.0, 0.7).partner_N
     seen = []
-    for batch in epoch_of(data, epoch=4):
-        for index, picture_CHW, weight, label in zip(
-            batch.index_B.tolist(),
-            batch.images_BCHW,
-            batch.weights_B.tolist(),
-            batch.partner_labels_B.tolist(),
-            strict=True,
-        ):
-            own_HW = picture_CHW[0] == index
-            assert own_HW.double().mean().item() == weight or partner_N[index] == index
-            assert set(picture_CHW[0].unique().tolist()) <= {index, int(partner_N[index])}
-            assert label == partner_N[index] % 7 or weight == 1
-            seen.append(weight)
-            rows, columns = torch.nonzero(~own_HW, as_tuple=True)
-            if len(rows):  # one box, nothing else
-                assert (~own_HW[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]).all()
+    for index, picture_CHW, weight, label in blended_images(data, epoch=4):
+        own_HW = picture_CHW[0] == index
+        assert own_HW.double().mean().item() == weight or partner_N[index] == index
+        assert set(picture_CHW[0].unique().tolist()) <= {index, int(partner_N[index])}
+        assert label == partner_N[index] % 7 or weight == 1
+        seen.append(weight)
+        rows, columns = torch.nonzero(~own_HW, as_tuple=True)
+        if len(rows):  # one box, nothing else
+            assert (~own_HW[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]).all()
     assert 0.2 < np.mean(np.array(seen) == 1) < 0.5
     assert min(seen) < 0.3
 
@@ -274,19 +274,12 @@ def test_mixed_pictures_and_labels_have_the_same_shares(fresh):
     data = fresh(60, 8, pictures=plain_pictures, mixup=0.7)
     blends = draw_blends(data.seed, 4, 60, 0.7, 0.0)
     mixed = 0
-    for batch in epoch_of(data, epoch=4):
-        for index, picture_CHW, weight, label in zip(
-            batch.index_B.tolist(),
-            batch.images_BCHW,
-            batch.weights_B.tolist(),
-            batch.partner_labels_B.tolist(),
-            strict=True,
-        ):
-            partner = int(blends.partner_N[index])
-            assert weight == pytest.approx(blends.weight_N[index], rel=1e-6)
-            assert abs(picture_CHW[0].double() - (weight * index + (1 - weight) * partner)).max() <= 0.5 + 1e-4
-            assert label == partner % 7 or weight == 1
-            mixed += weight < 1
+    for index, picture_CHW, weight, label in blended_images(data, epoch=4):
+        partner = int(blends.partner_N[index])
+        assert weight == pytest.approx(blends.weight_N[index], rel=1e-6)
+        assert abs(picture_CHW[0].double() - (weight * index + (1 - weight) * partner)).max() <= 0.5 + 1e-4
+        assert label == partner % 7 or weight == 1
+        mixed += weight < 1
     assert 30 < mixed < 55
 
 
