@@ -4,7 +4,7 @@ All of it is a function of (seed, epoch, image), so an interrupted run goes on f
 and the ranks' parts of a batch put together are the batch a single process would have had.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,6 @@ from kd_dist.pixels import Pixels
 from kd_dist.runtime import Runtime, ignore_stop_signals
 
 ORDER, CROPS, FLIPS, VIEW_CHOICE, BLEND = range(5)
-MIXUP_BETA = 0.2
 
 
 @dataclass(frozen=True)
@@ -92,31 +91,6 @@ class CachedCrops:
         return EpochViews(self.box_NV4[rows_N, choice_N], self.flip_NV[rows_N, choice_N], choice_N)
 
 
-@dataclass(frozen=True)
-class Blends:
-    """For every image of one epoch: with whom it is blended, how, and the share of the image's own label in [0, 1]."""
-
-    partner_N: np.ndarray
-    pasted_N: np.ndarray
-    weight_N: np.ndarray
-    centre_N2: np.ndarray
-
-
-def draw_blends(seed: int, epoch: int, n: int, mixup: float, cutmix: float) -> Blends:
-    """Blend a share `mixup` of the images by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, weight
-    uniform).
-    """
-    rng = _rng(seed, epoch, BLEND)
-    lot_N = rng.random(n)
-    partner_N = rng.integers(0, n, n)
-    mixed_N = rng.beta(MIXUP_BETA, MIXUP_BETA, n)
-    pasted_weight_N = rng.random(n)
-    centre_N2 = rng.random((n, 2))
-    pasted_N = (lot_N >= mixup) & (lot_N < mixup + cutmix)
-    weight_N = np.where(lot_N < mixup, mixed_N, np.where(pasted_N, pasted_weight_N, 1.0))
-    return Blends(partner_N, pasted_N, weight_N, centre_N2)
-
-
 def _rng(*words: int) -> np.random.Generator:
     return np.random.default_rng(words)
 
@@ -176,7 +150,7 @@ class EpochBatches(Dataset):
         self.data, self.rank, self.world_size = data, rank, world_size
         self.batches = np.array_split(order_of(data.seed, epoch, n), data.steps_per_epoch)
         self.views = data.views_of_epoch(epoch)
-        self.blends = draw_blends(data.seed, epoch, n, data.mixup, data.cutmix) if data.mixup or data.cutmix else None
+        self.blends = blends_of(data, epoch)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -184,13 +158,13 @@ class EpochBatches(Dataset):
     def __getitem__(self, step: int) -> Batch:
         whole_batch = self.batches[step]
         mine_B = np.array_split(whole_batch, self.world_size)[self.rank]
-        images_BCHW, partner_B, weight_B = self._pictures(mine_B)
+        shown = self.shown(mine_B)
         return Batch(
             index_B=torch.from_numpy(mine_B),
-            images_BCHW=images_BCHW,
+            images_BCHW=views.show(self.data.pixels, shown, self.data.image_size),
             labels_B=torch.from_numpy(self.data.labels_N[mine_B]),
-            partner_labels_B=torch.from_numpy(self.data.labels_N[partner_B]),
-            weights_B=torch.from_numpy(weight_B.astype(np.float32)),
+            partner_labels_B=torch.from_numpy(self.data.labels_N[shown.partner_B]),
+            weights_B=torch.from_numpy(shown.weight_B),
             teacher_logits_BK=self._soft_labels(mine_B),
             global_size=len(whole_batch),
         )
@@ -200,37 +174,20 @@ class EpochBatches(Dataset):
             return None
         return torch.from_numpy(self.data.logits_NVK[index_B, self.views.choice_N[index_B]])
 
-    def _render(self, index_B: np.ndarray) -> torch.Tensor:
-        pictures = [self.data.pixels[index] for index in index_B]
-        return views.render_batch(
-            pictures, self.views.box_N4[index_B], self.views.flip_N[index_B], self.data.image_size
-        )
-
-    def _pictures(self, index_B: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        images_BCHW = self._render(index_B)
+    def shown(self, index_B: np.ndarray) -> views.Shown:
+        """What these images show in this epoch."""
+        box_N4, flip_N = self.views.box_N4, self.views.flip_N
+        crop = (index_B, box_N4[index_B], flip_N[index_B])
         if self.blends is None:
-            return images_BCHW, index_B, np.ones(len(index_B))
-        weight_B = self.blends.weight_N[index_B]
+            return views.Shown.plain(*crop)
+        weight_B = self.blends.weight_N[index_B].astype(np.float32)
         partner_B = np.where(weight_B < 1, self.blends.partner_N[index_B], index_B)
-        blended = np.flatnonzero(weight_B < 1)
-        partners_BCHW = self._render(partner_B[blended])
-        for slot, partner_CHW in zip(blended, partners_BCHW, strict=True):
-            index = index_B[slot]
-            if self.blends.pasted_N[index]:
-                weight_B[slot] = paste(images_BCHW[slot], partner_CHW, weight_B[slot], self.blends.centre_N2[index])
-            else:
-                mixed_CHW = torch.lerp(partner_CHW.float(), images_BCHW[slot].float(), float(weight_B[slot]))
-                images_BCHW[slot] = mixed_CHW.round().to(torch.uint8)
-        return images_BCHW, partner_B, weight_B
+        paste_B4 = self.blends.paste_N4[index_B].astype(np.float32)
+        return views.Shown(*crop, partner_B, box_N4[partner_B], flip_N[partner_B], weight_B, paste_B4)
 
 
-def paste(image_CHW: torch.Tensor, partner_CHW: torch.Tensor, weight: float, centre: Sequence[float]) -> float:
-    """CutMix in place: a box of area share 1 - weight around `centre`, cut off at the border. Gives the share that
-    remained.
-    """
-    size = image_CHW.shape[-1]
-    half = size * np.sqrt(1 - weight) / 2
-    top, left = (int(np.clip(round(size * c - half), 0, size)) for c in centre)
-    bottom, right = (int(np.clip(round(size * c + half), 0, size)) for c in centre)
-    image_CHW[:, top:bottom, left:right] = partner_CHW[:, top:bottom, left:right]
-    return 1 - (bottom - top) * (right - left) / size**2
+def blends_of(data: TrainData, epoch: int) -> views.Blends | None:
+    """The blends of every image in one epoch; None where none are asked for."""
+    if not (data.mixup or data.cutmix):
+        return None
+    return views.draw_blends(_rng(data.seed, epoch, BLEND), len(data.labels_N), data.mixup, data.cutmix)

@@ -61,8 +61,8 @@ class Forward:
 
     @torch.inference_mode()
     def _batch(self, box_N4: np.ndarray, flip_N: np.ndarray, low: int, high: int) -> torch.Tensor:
-        pictures = [self.pixels[index] for index in range(low, high)]
-        images_BCHW = views.render_batch(pictures, box_N4[low:high], flip_N[low:high], self.image_size)
+        shown = views.Shown.plain(np.arange(low, high), box_N4[low:high], flip_N[low:high])
+        images_BCHW = views.show(self.pixels, shown, self.image_size)
         inputs_BCHW = self.normalise(images_BCHW.to(self.device))
         was_training = self.model.training
         self.model.eval()

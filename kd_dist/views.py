@@ -2,11 +2,12 @@
 
 A view of an image is (top, left, height, width, flip): a box in pixels of the stored image, and whether the crop is
 mirrored. Rendering it at a size S gives uint8 [3, S, S]: the box is cut out, resized with antialiased bilinear
-interpolation, then mirrored. The numbers of a view say nothing of S, so a student may render the very crop its teacher
-saw at another size.
+interpolation, then mirrored. Two such pictures may be blended, by mixup or CutMix. The numbers of a view and of a blend
+say nothing of S, so a student may render the very picture its teacher saw at another size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ RENDERER = "crop-bilinear-antialias-uint8-flip/1"
 SAMPLER = "random-resized-crop/1"
 ATTEMPTS = 10
 LOG_RATIO = np.log([3 / 4, 4 / 3])
+MIXUP_BETA = 0.2
 
 
 def sampler_name(crop_scale: tuple[float, float]) -> str:
@@ -118,13 +120,94 @@ def render(image_HWC: torch.Tensor, box: Sequence[int], flip: bool, size: int) -
     return picture_CHW.flip(-1) if flip else picture_CHW
 
 
-def render_batch(images: Sequence[torch.Tensor], box_B4: np.ndarray, flip_B: np.ndarray, size: int) -> torch.Tensor:
-    """One view each of B images of any sizes: uint8 [B, 3, size, size], channels_last in memory."""
-    shape = (len(images), 3, size, size)
-    pictures_BCHW = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    for picture_CHW, image_HWC, box, flip in zip(pictures_BCHW, images, box_B4, flip_B, strict=True):
-        picture_CHW.copy_(render(image_HWC, box, flip, size))
+@dataclass(frozen=True)
+class Blends:
+    """For each of N pictures: with which it is blended, and how.
+
+    weight_N float64 is the picture's own share in [0, 1], 1 where nothing is blended. paste_N4 float64 holds the top,
+    left, bottom and right of CutMix's box as fractions of the side, cut off at the border: its area is 1 - weight. The
+    box is empty where the partner is mixed in everywhere (mixup).
+    """
+
+    partner_N: np.ndarray
+    weight_N: np.ndarray
+    paste_N4: np.ndarray
+
+
+def draw_blends(rng: np.random.Generator, n: int, mixup: float, cutmix: float) -> Blends:
+    """Blend a share `mixup` of n pictures by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, area
+    uniform before it is cut off); partners are any of the n.
+    """
+    lot_N = rng.random(n)
+    partner_N = rng.integers(0, n, n)
+    mixed_N = rng.beta(MIXUP_BETA, MIXUP_BETA, n)
+    pasted_weight_N = rng.random(n)
+    centre_N2 = rng.random((n, 2))
+    pasted_N = (lot_N >= mixup) & (lot_N < mixup + cutmix)
+    paste_N4 = np.where(pasted_N[:, None], paste_boxes(pasted_weight_N, centre_N2), 0.0)
+    weight_N = np.where(lot_N < mixup, mixed_N, 1 - (paste_N4[:, 2:] - paste_N4[:, :2]).prod(axis=1))
+    return Blends(partner_N, weight_N, paste_N4)
+
+
+def paste_boxes(weight_N: np.ndarray, centre_N2: np.ndarray) -> np.ndarray:
+    """Squares of area 1 - weight around their centres, cut off at the border: top, left, bottom, right as fractions."""
+    half_N1 = np.sqrt(1 - weight_N)[:, None] / 2
+    return np.clip(np.concatenate([centre_N2 - half_N1, centre_N2 + half_N1], axis=1), 0, 1)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What B pictures show, without their pixels: an image's crop each, blended with another's where weight_B < 1.
+
+    The image (row of its split), its box and flip; the same of the partner (the image itself where nothing is
+    blended); the own share in [0, 1]; and CutMix's box as fractions of the side, empty for mixup.
+    """
+
+    index_B: np.ndarray
+    box_B4: np.ndarray
+    flip_B: np.ndarray
+    partner_B: np.ndarray
+    partner_box_B4: np.ndarray
+    partner_flip_B: np.ndarray
+    weight_B: np.ndarray
+    paste_B4: np.ndarray
+
+    @classmethod
+    def plain(cls, index_B: np.ndarray, box_B4: np.ndarray, flip_B: np.ndarray) -> "Shown":
+        """Crops that are not blended."""
+        b = len(index_B)
+        crop = (index_B, box_B4, flip_B)
+        return cls(*crop, *crop, np.ones(b, np.float32), np.zeros((b, 4), np.float32))
+
+    def __len__(self) -> int:
+        return len(self.index_B)
+
+
+def show(pixels: Sequence[torch.Tensor], shown: Shown, size: int) -> torch.Tensor:
+    """The pictures: uint8 [B, 3, size, size], channels_last in memory. `pixels[i]` is image i, uint8 [H, W, 3]."""
+    pictures_BCHW = _crops(pixels, shown.index_B, shown.box_B4, shown.flip_B, size)
+    blended = np.flatnonzero(shown.weight_B < 1)
+    others = (shown.partner_B[blended], shown.partner_box_B4[blended], shown.partner_flip_B[blended])
+    for slot, partner_CHW in zip(blended, _crops(pixels, *others, size), strict=True):
+        blend(pictures_BCHW[slot], partner_CHW, float(shown.weight_B[slot]), shown.paste_B4[slot])
     return pictures_BCHW
+
+
+def _crops(pixels, index_B: np.ndarray, box_B4: np.ndarray, flip_B: np.ndarray, size: int) -> torch.Tensor:
+    shape = (len(index_B), 3, size, size)
+    pictures_BCHW = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    for picture_CHW, index, box, flip in zip(pictures_BCHW, index_B, box_B4, flip_B, strict=True):
+        picture_CHW.copy_(render(pixels[index], box, flip, size))
+    return pictures_BCHW
+
+
+def blend(picture_CHW: torch.Tensor, partner_CHW: torch.Tensor, weight: float, paste_4: Sequence[float]) -> None:
+    """Blend a partner into a uint8 picture [3, S, S], in place: into the box where there is one, else everywhere."""
+    if not any(paste_4):
+        picture_CHW.copy_(torch.lerp(partner_CHW.float(), picture_CHW.float(), weight).round())
+        return
+    top, left, bottom, right = (round(float(edge) * picture_CHW.shape[-1]) for edge in paste_4)
+    picture_CHW[:, top:bottom, left:right] = partner_CHW[:, top:bottom, left:right]
 
 
 class Normalise:

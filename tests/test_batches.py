@@ -13,9 +13,8 @@ from kd_dist.batches import (
     EpochBatches,
     FreshCrops,
     TrainData,
-    draw_blends,
+    blends_of,
     order_of,
-    paste,
 )
 
 SIZES_HW = ((40, 55), (55, 40), (48, 48), (41, 60))
@@ -227,19 +226,6 @@ def test_soft_labels_are_those_of_the_view_shown(cached):
 # ------------------------------------------------------------------------------------------------------------- blending
 
 
-def test_blends_come_in_their_shares():
-    blends = draw_blends(0, 0, 4000, mixup=0.3, cutmix=0.5)
-    untouched_N = (blends.weight_N == 1) & ~blends.pasted_N
-    assert blends.pasted_N.mean() == pytest.approx(0.5, abs=0.03)
-    assert untouched_N.mean() == pytest.approx(0.2, abs=0.03)
-    assert ((blends.weight_N >= 0) & (blends.weight_N <= 1)).all()
-    assert blends.weight_N[blends.pasted_N].mean() == pytest.approx(0.5, abs=0.03)
-    mixed_N = blends.weight_N[~blends.pasted_N & ~untouched_N]  # Beta(0.2, 0.2): mostly near 0 or 1
-    assert ((mixed_N < 0.1) | (mixed_N > 0.9)).mean() > 0.6
-    assert np.bincount(blends.partner_N, minlength=4000).max() < 10
-    assert (draw_blends(0, 1, 4000, 0.3, 0.5).partner_N != blends.partner_N).mean() > 0.9
-
-
 def test_nothing_is_blended_unless_asked_for(fresh):
     for batch in epoch_of(fresh()):
         assert torch.equal(batch.weights_B, torch.ones(len(batch.index_B)))
@@ -255,11 +241,12 @@ def blended_images(data, epoch):
 
 def test_pasted_area_is_the_partners_share_of_the_label(fresh):
     data = fresh(60, 8, pictures=plain_pictures, cutmix=0.7)
-    partner_N = draw_blends(data.seed, 4, 60, 0.0, 0.7).partner_N
+    partner_N = blends_of(data, 4).partner_N
     seen = []
     for index, picture_CHW, weight, label in blended_images(data, epoch=4):
         own_HW = picture_CHW[0] == index
-        assert own_HW.double().mean().item() == weight or partner_N[index] == index
+        # the label's share is that of the box in fractions, whatever the size it is shown at: half a pixel an edge
+        assert abs(own_HW.double().mean().item() - weight) <= 2.1 / 16 or partner_N[index] == index
         assert set(picture_CHW[0].unique().tolist()) <= {index, int(partner_N[index])}
         assert label == partner_N[index] % 7 or weight == 1
         seen.append(weight)
@@ -267,12 +254,13 @@ def test_pasted_area_is_the_partners_share_of_the_label(fresh):
         if len(rows):  # one box, nothing else
             assert (~own_HW[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]).all()
     assert 0.2 < np.mean(np.array(seen) == 1) < 0.5
+    assert len(set(seen)) > 25
     assert min(seen) < 0.3
 
 
 def test_mixed_pictures_and_labels_have_the_same_shares(fresh):
     data = fresh(60, 8, pictures=plain_pictures, mixup=0.7)
-    blends = draw_blends(data.seed, 4, 60, 0.7, 0.0)
+    blends = blends_of(data, 4)
     mixed = 0
     for index, picture_CHW, weight, label in blended_images(data, epoch=4):
         partner = int(blends.partner_N[index])
@@ -285,7 +273,7 @@ def test_mixed_pictures_and_labels_have_the_same_shares(fresh):
 
 def test_partner_is_shown_in_its_own_view_of_the_epoch(fresh):
     data = fresh(mixup=1.0)
-    blends, crops = draw_blends(data.seed, 2, 21, 1.0, 0.0), data.views_of_epoch(2)
+    blends, crops = blends_of(data, 2), data.views_of_epoch(2)
     for batch in epoch_of(data, epoch=2):
         for index, picture_CHW in zip(batch.index_B.tolist(), batch.images_BCHW, strict=True):
             own, other = (
@@ -294,23 +282,3 @@ def test_partner_is_shown_in_its_own_view_of_the_epoch(fresh):
             )
             weight = blends.weight_N[index]
             assert abs(picture_CHW.double() - (weight * own + (1 - weight) * other)).max() <= 0.5 + 1e-3
-
-
-@pytest.mark.parametrize(
-    ("weight", "centre", "pasted"),
-    [
-        (0.75, (0.5, 0.5), (6, 18, 6, 18)),
-        (0.75, (0.0, 1.0), (0, 6, 18, 24)),  # cut off at a corner
-        (0.0, (0.5, 0.5), (0, 24, 0, 24)),
-        (1.0, (0.3, 0.3), (0, 0, 0, 0)),
-        (0.9999, (0.5, 0.5), (12, 12, 12, 12)),  # less than a pixel
-    ],
-)
-def test_paste_puts_a_box_of_the_given_share(weight, centre, pasted):
-    picture_CHW, partner_CHW = torch.zeros(3, 24, 24, dtype=torch.uint8), torch.ones(3, 24, 24, dtype=torch.uint8)
-    remained = paste(picture_CHW, partner_CHW, weight, centre)
-    expected_HW = torch.zeros(24, 24, dtype=torch.uint8)
-    top, bottom, left, right = pasted
-    expected_HW[top:bottom, left:right] = 1
-    assert torch.equal(picture_CHW, expected_HW.expand(3, 24, 24))
-    assert remained == 1 - (bottom - top) * (right - left) / 24**2

@@ -9,8 +9,10 @@ from kd_dist import views
 from kd_dist.errors import UserError
 from kd_dist.views import (
     Normalise,
+    Shown,
     cached_views,
     crop_scale_of,
+    draw_blends,
     draw_boxes,
     draw_flips,
     evaluation_boxes,
@@ -253,18 +255,18 @@ def test_batch_holds_each_picture_in_its_own_view():
         np.array([(0, 5, 40, 40), (10, 0, 30, 40), (1, 2, 30, 20)], np.int16),
         np.array([0, 1, 1], np.uint8),
     )
-    pictures_BCHW = views.render_batch(images, box_B4, flip_B, 24)
+    pictures_BCHW = views.show(images, Shown.plain(np.arange(3), box_B4, flip_B), 24)
     assert pictures_BCHW.shape == (3, 3, 24, 24)
     assert pictures_BCHW.is_contiguous(memory_format=torch.channels_last)
     for picture_CHW, image_HWC, box, flip in zip(pictures_BCHW, images, box_B4, flip_B, strict=True):
         assert torch.equal(picture_CHW, render(image_HWC, box, bool(flip), 24))
-    assert views.render_batch([], box_B4[:0], flip_B[:0], 24).shape == (0, 3, 24, 24)
+    assert views.show(images, Shown.plain(np.arange(0), box_B4[:0], flip_B[:0]), 24).shape == (0, 3, 24, 24)
 
 
 def test_rendering_leaves_the_stored_picture_alone():
     image_HWC = torch.from_numpy(noise(48, 48))
     before_HWC = image_HWC.clone()
-    views.render_batch([image_HWC], np.array([(0, 0, 48, 48)]), np.array([0]), 48).zero_()
+    views.show([image_HWC], Shown.plain(np.array([0]), np.array([(0, 0, 48, 48)]), np.array([0])), 48).zero_()
     assert torch.equal(image_HWC, before_HWC)
 
 
@@ -279,3 +281,60 @@ def test_normalise_is_its_formula(dtype):
         np.testing.assert_allclose(
             inputs_BCHW[0, channel], expected_HW, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=1e-6
         )
+
+
+# ------------------------------------------------------------------------------------------------------------- blending
+
+
+def test_blends_come_in_their_shares():
+    blends = draw_blends(np.random.default_rng(0), 4000, mixup=0.3, cutmix=0.5)
+    pasted_N = blends.paste_N4.any(axis=1)
+    untouched_N = (blends.weight_N == 1) & ~pasted_N
+    assert pasted_N.mean() == pytest.approx(0.5, abs=0.03)
+    assert untouched_N.mean() == pytest.approx(0.2, abs=0.03)
+    assert ((blends.weight_N >= 0) & (blends.weight_N <= 1)).all()
+    # cut off at the border, more is left: 1 - E[(s - s^2 / 4)^2] with s^2 uniform
+    assert blends.weight_N[pasted_N].mean() == pytest.approx(0.679, abs=0.02)
+    mixed_N = blends.weight_N[~pasted_N & ~untouched_N]  # Beta(0.2, 0.2): mostly near 0 or 1
+    assert ((mixed_N < 0.1) | (mixed_N > 0.9)).mean() > 0.6
+    assert np.bincount(blends.partner_N, minlength=4000).max() < 10
+    assert (draw_blends(np.random.default_rng(1), 4000, 0.3, 0.5).partner_N != blends.partner_N).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("weight", "centre", "pasted", "remains"),
+    [
+        (0.75, (0.5, 0.5), (6, 18, 6, 18), 0.75),
+        (0.75, (0.0, 1.0), (0, 6, 18, 24), 0.9375),  # cut off at a corner
+        (0.0, (0.5, 0.5), (0, 24, 0, 24), 0.0),
+        (1.0, (0.3, 0.3), (0, 0, 0, 0), 1.0),
+        (0.9999, (0.5, 0.5), (12, 12, 12, 12), 0.9999),  # less than a pixel
+    ],
+)
+def test_pasted_box_has_the_given_share(weight, centre, pasted, remains):
+    paste_14 = views.paste_boxes(np.array([weight]), np.array([centre]))
+    assert 1 - (paste_14[:, 2:] - paste_14[:, :2]).prod() == pytest.approx(remains)
+    picture_CHW, partner_CHW = torch.zeros(3, 24, 24, dtype=torch.uint8), torch.ones(3, 24, 24, dtype=torch.uint8)
+    if remains < 1:
+        views.blend(picture_CHW, partner_CHW, remains, paste_14[0])
+    expected_HW = torch.zeros(24, 24, dtype=torch.uint8)
+    top, bottom, left, right = pasted
+    expected_HW[top:bottom, left:right] = 1
+    assert torch.equal(picture_CHW, expected_HW.expand(3, 24, 24))
+
+
+def test_blended_pictures_are_made_of_two_crops_of_their_own():
+    images = [torch.from_numpy(noise(40, 60)), torch.from_numpy(noise(50, 30))]
+    own, other = (0, (0, 5, 40, 40), 1), (1, (3, 2, 30, 20), 0)
+    index_B, box_B4, flip_B = (np.array([value] * 3) for value in own)
+    partner = [np.array([value] * 3) for value in other]
+    weight_B = np.array([0.25, 0.75, 1.0], np.float32)
+    paste_B4 = np.array([(0, 0, 0, 0), (0.5, 0, 1, 0.5), (0, 0, 0, 0)], np.float32)
+    mixed_CHW, pasted_CHW, plain_CHW = views.show(
+        images, Shown(index_B, box_B4, flip_B, *partner, weight_B, paste_B4), 16
+    )
+    own_CHW, other_CHW = (render(images[i], box, bool(flip), 16) for i, box, flip in (own, other))
+    assert torch.equal(plain_CHW, own_CHW)
+    assert (mixed_CHW - (0.25 * own_CHW + 0.75 * other_CHW)).abs().max() <= 0.5 + 1e-4
+    assert torch.equal(pasted_CHW[:, 8:, :8], other_CHW[:, 8:, :8])
+    assert torch.equal(pasted_CHW[:, :8], own_CHW[:, :8]) and torch.equal(pasted_CHW[:, :, 8:], own_CHW[:, :, 8:])
