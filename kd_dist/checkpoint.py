@@ -138,8 +138,17 @@ def claim(
     with _writing(folder.path):
         for path in folder.left_overs() + (folder.products() if start_over else []):
             _remove(path)
-    _write_json(folder.settings, {"format": _RUN, "version": _VERSION, "kind": kind, "settings": wanted})
+    write_json(folder.settings, {"format": _RUN, "version": _VERSION, "kind": kind, "settings": wanted})
     return there and not start_over
+
+
+def is_finished(folder: RunFolder, kind: str, settings: Mapping[str, Any], may_change: Collection[str]) -> bool:
+    """Whether this very run was brought to its end here; the folder is not claimed.
+
+    Raises UserError where it holds something else, as `claim` does.
+    """
+    there = _check_free(folder, kind, json.loads(json.dumps(settings)), may_change, start_over=False)
+    return there and folder.model.exists() and (read_state(folder) or {}).get("status") == "finished"
 
 
 def read_settings(folder: RunFolder) -> tuple[str, dict[str, Any]]:
@@ -171,7 +180,7 @@ def _check_free(
     there, old = read_settings(folder)
     if there != kind:
         raise UserError(f"--out {folder.path} holds a {there} run, not a {kind} run; choose another --out.")
-    differing = [] if start_over else _differences(old, wanted, may_change)
+    differing = [] if start_over else differences(old, wanted, may_change)
     if differing:
         free = ", ".join(_flag(key) for key in sorted(may_change)) or "nothing"
         raise UserError(
@@ -198,7 +207,9 @@ def _refuse_strangers(folder: RunFolder) -> None:
         )
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
+    """What two sets of settings disagree on but `may_change`, in words: "--seed was 0, now 1"."""
+
     def shown(settings: Mapping[str, Any], key: str) -> str:
         return json.dumps(settings[key]) if key in settings else "absent"
 
@@ -261,9 +272,7 @@ def write_state(folder: RunFolder, status: str, **facts: Any) -> None:
     if status not in STATUSES:
         raise ValueError(f"status {status!r} is none of {STATUSES}")
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    _write_json(
-        folder.state, {"status": status, **facts, "time": now, "pid": os.getpid(), "host": socket.gethostname()}
-    )
+    write_json(folder.state, {"status": status, **facts, "time": now, "pid": os.getpid(), "host": socket.gethostname()})
 
 
 def read_state(folder: RunFolder) -> dict[str, Any] | None:
@@ -487,7 +496,8 @@ def read_val_logits(path: Path) -> ValLogits:
 # ---- writing
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Publish a small document. Raises UserError where it cannot be written."""
     data = (json.dumps(document, indent=2) + "\n").encode()
     with _writing(path):
         write_atomically(path, lambda file: file.write(data))

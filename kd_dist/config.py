@@ -9,9 +9,10 @@ import argparse
 import dataclasses
 import math
 import sys
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from kd_dist.errors import UserError
 
@@ -47,6 +48,8 @@ class Settings:
             "start_over",
         }
     )
+
+    not_typed: ClassVar[frozenset[str]] = frozenset()
 
     preset: str | None = flag(
         RUN, None, "a named set of defaults, see below [gpu-128px on a GPU, cpu-64px on a CPU]", "NAME"
@@ -183,6 +186,10 @@ class DistillSettings(Settings):
         _require(self.views is None or self.views >= 1, "views", self.views, "must be at least 1")
         if self.crops is not None:
             _one_of("crops", self.crops, ("cached", "fresh"))
+        self._check_crops()
+
+    def _check_crops(self) -> None:
+        """Raise UserError where the crops have no soft label, or show what theirs does not describe."""
         if self.uses_fresh_crops:
             _require(
                 self.alpha == 0,
@@ -203,6 +210,55 @@ class DistillSettings(Settings):
         """Crops as they follow from alpha; the usual cache, but none for fresh crops unless one was named."""
         cache = self.cache or (None if self.uses_fresh_crops else "runs/teacher/logits.h5")
         return dataclasses.replace(self, crops="fresh" if self.uses_fresh_crops else "cached", cache=cache)
+
+
+@dataclass(frozen=True)
+class OnlineSettings(DistillSettings):
+    """A student with its teacher at hand, for comparison: every crop has a soft label, fresh and blended ones too."""
+
+    def _check_crops(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class StudySettings(DistillSettings):
+    """A study: students that differ in what they learn from, and in nothing else, each with several seeds."""
+
+    kind: ClassVar[str] = "study"
+    may_change: ClassVar[frozenset[str]] = Settings.may_change | {"arms", "seeds", "teacher_model"}
+    not_typed: ClassVar[frozenset[str]] = frozenset({"seed", "crops"})
+
+    out: str = flag(RUN, "runs/study", "folder of the study; runs that it holds are not run again", "DIR")
+    arms: tuple[str, ...] | None = flag(
+        RUN, None, "what to compare, see --list [all, and online where --teacher-model is given]", "ARM"
+    )
+    seeds: tuple[int, ...] = flag(RUN, (0, 1, 2), "a student of every arm for each", "SEED")
+    primary: tuple[str, ...] = flag(
+        RUN, ("cached-V", "hard-fresh"), "the one difference that the study is for, named before its runs", "ARM"
+    )
+    teacher_model: str | None = flag(DATA, None, "the teacher's model.pt, for the arm online alone", "FILE")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.alpha > 0, "alpha", self.alpha, "must be above 0: the arms without soft labels are there already")
+        _require(len(self.primary) == 2, "primary", " ".join(self.primary), "must be two arms")
+        for seed in self.seeds:
+            check_seed(seed)
+
+    def _check_crops(self) -> None:
+        pass  # each arm has its own, and only those on fresh crops blend
+
+    def resolved(self) -> Self:
+        """The usual cache where none was named."""
+        return dataclasses.replace(self, cache=self.cache or "runs/teacher/logits.h5")
+
+    def of_run(self, kind: type[DistillSettings], out: str, seed: int, **changes: Any) -> DistillSettings:
+        """The settings of one run, with an arm's own changes; blends are for fresh crops alone."""
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(DistillSettings)}
+        values = {**shared, **changes, "out": out, "seed": seed}
+        if values["crops"] != "fresh":
+            values |= {"mixup": 0.0, "cutmix": 0.0}
+        return kind(**values).resolved()
 
 
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
@@ -236,7 +292,7 @@ class Preset:
     distill: dict[str, Any]
 
     def of(self, kind: type[Settings]) -> dict[str, Any]:
-        """What it changes in jobs of this kind."""
+        """What it changes in jobs of this kind; a study is made of students."""
         return self.teacher if kind.kind == "teacher" else self.distill
 
 
@@ -312,7 +368,7 @@ def parser_for(kind: type[Settings], prog: str, description: str, epilog: str) -
     for title in (RUN, DATA, NETWORK, TRAINING, CROPS):
         group = parser.add_argument_group(title)
         for setting in settings:
-            if setting.metadata["group"] == title:
+            if setting.metadata["group"] == title and setting.name not in kind.not_typed:
                 _add_flag(group, setting, hints[setting.name], _shown_default(kind, setting))
     parser.add_argument_group("presets", "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items()))
     return parser
@@ -331,9 +387,15 @@ def _add_flag(group: Any, setting: dataclasses.Field, hint: Any, default: str) -
         group.add_argument(name, action="store_true", help=text)
         return
     is_pair = hint == tuple[float, float]
-    kind = float if is_pair else next((part for part in get_args(hint) if part is not type(None)), hint)
+    kind = (
+        next((part for part in get_args(hint) if part is not type(None)), hint)
+        if isinstance(hint, types.UnionType)
+        else hint
+    )
+    nargs = 2 if is_pair else "+" if get_origin(kind) is tuple else None
+    kind = get_args(kind)[0] if nargs else kind
     metavar = ("LOW", "HIGH") if is_pair else setting.metadata["metavar"] or ("N" if kind is int else "X")
-    group.add_argument(name, type=kind, nargs=2 if is_pair else None, metavar=metavar, help=text)
+    group.add_argument(name, type=kind, nargs=nargs, metavar=metavar, help=text)
 
 
 def _shown_default(kind: type[Settings], setting: dataclasses.Field) -> str:
@@ -357,8 +419,7 @@ def resolve(kind: type[Settings], typed: dict[str, Any], has_gpu: bool) -> Setti
         defaults = {setting.name: setting.default for setting in dataclasses.fields(kind)}
         epochs, warmup = (values.get(name, defaults[name]) for name in ("epochs", "warmup_epochs"))
         values["warmup_epochs"] = min(warmup, max(epochs, 0) / 5)
-    if "crop_scale" in values:
-        values["crop_scale"] = tuple(values["crop_scale"])
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return kind(**values).resolved()
 
 

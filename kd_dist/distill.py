@@ -3,8 +3,10 @@
 torchrun --nproc_per_node=4 -m kd_dist.distill
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,29 +28,69 @@ hard. The teacher is not loaded; only its cache is read. Running the same comman
 EPILOG = """Examples: torchrun --nproc_per_node=4 -m kd_dist.distill --cache runs/teacher/logits.h5 --alpha 0.9
 --temperature 4; the hard-label twin of the same student, no cache needed: add --alpha 0 --out runs/twin."""
 
+Rows = Callable[[np.ndarray, np.ndarray, DistillSettings], np.ndarray]
+"""(cached logits_NVK, labels_N, settings) -> the soft labels [N, V, K] to learn from in their place."""
+
+Loss = Callable[[DistillSettings, int], LossTerms]
+"""(settings, classes) -> what the engine minimises."""
+
 
 def main() -> None:
     settings = job.read_settings(DistillSettings, "kd_dist.distill", DESCRIPTION, EPILOG)
+    require_known(settings)
+    with joined(settings.device) as runtime:
+        cache, data = open_inputs(settings, runtime)
+        folder = run(settings, data, cache, runtime)
+        job.say(runtime, f"finished: {folder.model}; compare runs by python -m kd_dist.report {folder.path}")
+
+
+def require_known(settings: DistillSettings) -> None:
+    """Raise UserError for a student or a loss that no table has."""
     for name, table in (("student", STUDENTS), ("loss", SOFT_LOSSES)):
         if getattr(settings, name) not in table:
             raise UserError(f"--{name} {getattr(settings, name)} is not known; choose from {', '.join(table)}.")
-    with joined(settings.device) as runtime:
-        cache = open_for(settings)
-        data = job.open_data(DataSource(**settings.source()), runtime)
-        if cache is not None:
-            data.require_fit(cache)
-        torch.manual_seed(settings.seed)
-        model = STUDENTS[settings.student](len(data.samples.classes))
-        job.require_fit(settings, data, model, runtime)
-        # A run on fresh crops reads a cache for the agreement alone: its weights do not depend on which.
-        learned_from = {} if settings.uses_fresh_crops else {"cache digest": cache.digest}
-        folder = job.claim(settings, data, runtime, **learned_from)
-        if cache is not None and not cache.noted:
+
+
+def open_inputs(settings: DistillSettings, runtime: Runtime) -> tuple[Cache | None, Data]:
+    """The cache that is read, if any, and the data that it was made of. Raises UserError where one cannot be used."""
+    cache = open_for(settings)
+    data = job.open_data(DataSource(**settings.source()), runtime)
+    if cache is not None:
+        data.require_fit(cache)
+        if not cache.noted:
             job.say(runtime, f"{cache.path} came without its digest file; its own checks hold")
-        with job.running(folder, runtime) as stop:
-            if not runtime.on_main(folder.model.exists):
-                train(settings, data, cache, model, folder, runtime, stop)
-            job.say(runtime, f"finished: {folder.model}; compare runs by python -m kd_dist.report {folder.path}")
+    return cache, data
+
+
+def run(
+    settings: DistillSettings,
+    data: Data,
+    cache: Cache | None,
+    runtime: Runtime,
+    *,
+    rows: Rows | None = None,
+    loss: Loss | None = None,
+    stop: StopRequest | None = None,
+    **identity: str,
+) -> RunFolder:
+    """Train one student in its folder, or go on with it; one that is trained already is left as it is.
+
+    `rows` makes soft labels from the cache's, `loss` replaces the one that the settings name; `identity` tells this
+    run from others of the same settings. Raises UserError, and Interrupted when `stop` or a signal asked for it.
+    """
+    torch.manual_seed(settings.seed)
+    model = STUDENTS[settings.student](len(data.samples.classes))
+    job.require_fit(settings, data, model, runtime)
+    folder = job.claim(settings, data, runtime, **learned_from(settings, cache), **identity)
+    with job.running(folder, runtime, stop) as stop:
+        if not runtime.on_main(folder.model.exists):
+            train(settings, data, cache, model, folder, runtime, stop, rows, loss or loss_of)
+    return folder
+
+
+def learned_from(settings: DistillSettings, cache: Cache | None) -> dict[str, str]:
+    """What binds a run to its cache. On fresh crops one is read for the agreement alone: no weight depends on it."""
+    return {} if settings.uses_fresh_crops else {"cache digest": cache.digest}
 
 
 def open_for(settings: DistillSettings) -> Cache | None:
@@ -74,16 +116,20 @@ def train(
     folder: RunFolder,
     runtime: Runtime,
     stop: StopRequest,
+    rows: Rows | None,
+    loss: Loss,
 ) -> None:
     """Train the student, and keep its weights, its val logits and the name of the cache it learned from."""
     crops, logits_NVK = crops_of(settings, data, cache)
+    if rows is not None:
+        logits_NVK = rows(logits_NVK, data.samples.train.labels_N, settings)
     model, val_logits_NK = job.train(
         settings,
         data,
         runtime,
         folder,
         model,
-        loss_of(settings, len(data.samples.classes)),
+        loss(settings, len(data.samples.classes)),
         crops,
         logits_NVK=logits_NVK,
         stop=stop,

@@ -1,10 +1,12 @@
 """Files that are either whole or absent: atomic publishing, digests, and what a full disk looks like."""
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +29,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of this name against other processes, waiting for it; for work that takes no time.
+
+    A file system without locks is taken at its word: there nothing is held.
+    """
+    with open(path, "a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def publish(temporary: Path, path: Path) -> None:

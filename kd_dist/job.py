@@ -139,18 +139,26 @@ def claim(settings: Settings, data: Data, runtime: Runtime, **identity: str) -> 
     Claim when all else has been checked: a typo must not bind the folder, nor a refusal mark a finished run as failed.
     """
     folder = RunFolder(Path(settings.out))
-    fingerprints = {f"{split} data": data.samples.split(split).fingerprint for split in ("train", "val")}
-    stored = {**settings.stored(), **fingerprints, **identity}
+    stored = stored_settings(settings, data, **identity)
     runtime.on_main(lambda: checkpoint.claim(folder, settings.kind, stored, settings.may_change, settings.start_over))
     return folder
 
 
+def stored_settings(settings: Settings, data: Data, **identity: str) -> dict[str, object]:
+    """What a run folder keeps of the settings, and what else its run is bound to."""
+    fingerprints = {f"{split} data": data.samples.split(split).fingerprint for split in ("train", "val")}
+    return {**settings.stored(), **fingerprints, **identity}
+
+
 @contextlib.contextmanager
-def running(folder: RunFolder, runtime: Runtime) -> Iterator[StopRequest]:
-    """From here on a signal is a request, and the run folder's state says how the run stands and how it ended."""
+def running(folder: RunFolder, runtime: Runtime, stop: StopRequest | None = None) -> Iterator[StopRequest]:
+    """From here on a signal is a request, and the run folder's state says how the run stands and how it ended.
+
+    `stop` is the request of a command that does several runs and listens already.
+    """
     _note(folder, runtime, "running", "")
     try:
-        with StopRequest() as stop:
+        with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
             yield stop
     except (Interrupted, KeyboardInterrupt) as error:
         lost = runtime.announced()  # the launcher stops the ranks that are left when one has failed

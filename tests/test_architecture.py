@@ -20,7 +20,7 @@ LEAVES = {
 }
 """They take plain arguments: no settings, no engine, no job. Everything else puts them together."""
 
-ENTRIES = {"teacher", "distill"}
+ENTRIES = {"teacher", "distill", "study"}
 
 
 def name_of(path: Path) -> str:

@@ -1,0 +1,119 @@
+"""Entry 3: the same student taught in several ways, each with several seeds, to tell what its gain comes from.
+
+torchrun --nproc_per_node=4 -m kd_dist.study --cache runs/teacher/logits.h5 --seeds 0 1 2
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kd_dist import checkpoint, distill, job
+from kd_dist.cache import Cache
+from kd_dist.config import StudySettings
+from kd_dist.errors import UserError
+from kd_dist.job import Data
+from kd_dist.runtime import Interrupted, Runtime, StopRequest, joined, launched_rank, run_entry
+from kd_dist.study.arms import ARMS, Arm
+from kd_dist.study.folder import StudyFolder, note
+
+DESCRIPTION = """Train the same student in several ways (arms), each with several seeds, under one schedule, and compare
+them. Finished runs are not run again and interrupted ones go on, so the same command, typed again, completes a study;
+further arms and seeds may be added to it. --list shows the arms. Two more commands: `table OUT` writes the table and
+plot of a study anew, `compare A B` tells two finished runs apart."""
+EPILOG = """Examples: python -m kd_dist.study --cache runs/teacher/logits.h5 --arms hard-fresh cached-V --seeds 0 1 2
+--epochs 30; the arm online needs the teacher: --teacher-model runs/teacher/model.pt."""
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    command = COMMANDS.get(words[0]) if words else None
+    if command:
+        if launched_rank() == 0:
+            command(words[1:])
+        return
+    settings = job.read_settings(StudySettings, "kd_dist.study", DESCRIPTION, EPILOG)
+    arms = arms_of(settings)
+    settings = replace(settings, arms=tuple(arm.name for arm in arms), seeds=tuple(dict.fromkeys(settings.seeds)))
+    distill.require_known(settings)
+    with joined(settings.device) as runtime, StopRequest() as stop:
+        study(settings, arms, runtime, stop)
+
+
+def arms_of(settings: StudySettings) -> list[Arm]:
+    """The arms that were asked for, in the ladder's order. Raises UserError for one that is not known or cannot run."""
+    default = [arm.name for arm in ARMS.values() if settings.teacher_model or not arm.needs_teacher]
+    asked = [name for word in settings.arms or default for name in word.split(",") if name]
+    for name in (*asked, *settings.primary):
+        if name not in ARMS:
+            raise UserError(f"arm {name} is not known; choose from {', '.join(ARMS)}.")
+        if name in asked and ARMS[name].needs_teacher and not settings.teacher_model:
+            raise UserError(f"arm {name} needs the teacher: name its weights, --teacher-model runs/teacher/model.pt.")
+    return [arm for arm in ARMS.values() if arm.name in asked]
+
+
+def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
+    """All runs that are not finished, one after the other, a seed's arms together; then the results."""
+    cache, data = distill.open_inputs(settings, runtime)
+    folder = StudyFolder(Path(settings.out))
+    runtime.on_main(lambda: note(folder, settings, settings.arms))
+    for seed in settings.seeds:
+        for arm in arms:
+            if any(signals := runtime.gather(stop.signal or 0)):
+                raise Interrupted(max(signals))
+            run(settings, arm, seed, data, cache, runtime, stop)
+    runtime.on_main(lambda: show(folder))
+
+
+def run(
+    study_settings: StudySettings, arm: Arm, seed: int, data: Data, cache: Cache, runtime: Runtime, stop: StopRequest
+) -> None:
+    """One student of an arm, unless it is finished."""
+    out = StudyFolder(Path(study_settings.out)).run(arm.name, seed)
+    settings = study_settings.of_run(arm.settings, str(out.path), seed, **arm.changes)
+    identity = {"study arm": arm.name}
+    stored = job.stored_settings(settings, data, **distill.learned_from(settings, cache), **identity)
+    if not settings.start_over and runtime.on_main(
+        lambda: checkpoint.is_finished(out, settings.kind, stored, settings.may_change)
+    ):
+        job.say(runtime, f"{arm.name}, seed {seed}: finished already")
+        return
+    job.say(runtime, f"{arm.name}, seed {seed}: {arm.isolates}")
+    distill.run(settings, data, cache, runtime, rows=arm.rows, loss=arm.loss, stop=stop, **identity)
+
+
+def show(folder: StudyFolder) -> None:
+    """Write the study's table and plot, and print the table."""
+    try:
+        from kd_dist.study import results  # needs matplotlib, which trains nobody
+    except ImportError:
+        return
+
+    results.write(folder.path)
+    print(folder.table.read_text(encoding="utf-8"), flush=True)
+
+
+def _table(words: Sequence[str]) -> None:
+    if len(words) != 1:
+        raise UserError("name one study's folder: python -m kd_dist.study table runs/study.")
+    show(StudyFolder(Path(words[0])))
+
+
+def _compare(words: Sequence[str]) -> None:
+    from kd_dist.study import results
+
+    if len(words) != 2:
+        raise UserError("name two runs' folders: python -m kd_dist.study compare runs/a runs/b.")
+    print(results.compare(*map(Path, words)), flush=True)
+
+
+def _list(_words: Sequence[str]) -> None:
+    width = max(map(len, ARMS))
+    print("\n".join(f"{arm.name:{width}}  {arm.isolates}" for arm in ARMS.values()), flush=True)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"table": _table, "compare": _compare, "--list": _list}
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,209 @@
+"""The arms of a study by name. Each takes one ingredient away from what the cache offers, so that a difference between
+two arms has one cause.
+
+An arm is what it changes in the settings, and, where these cannot say it, a function that makes other soft labels from
+the cached ones or another loss. Students of one seed start from the same weights and see the images in the same order;
+those on cached crops, the same crops.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from scipy.special import softmax, xlogy
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from kd_dist import objectives
+from kd_dist.config import DistillSettings, OnlineSettings
+from kd_dist.distill import Loss, Rows
+from kd_dist.engine import LossTerms
+from kd_dist.errors import UserError
+
+WITHIN, VIEW, ALL = range(3)  # one random stream for each way to shuffle
+LEAST_SMOOTHING = 1e-9
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to teach the student. `needs_teacher`: it cannot run from the cache alone."""
+
+    name: str
+    isolates: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    rows: Rows | None = None
+    loss: Loss | None = None
+    settings: type[DistillSettings] = DistillSettings
+    needs_teacher: bool = False
+
+
+def drawn_views(logits_NVK: np.ndarray) -> np.ndarray:
+    """The rows of the views that students are shown [N, V', K]: all but the evaluation view, number 0, or that one
+    where it is the only one.
+    """
+    return logits_NVK[:, min(1, logits_NVK.shape[1] - 1) :]
+
+
+# ---- soft labels in the cached ones' place: (logits_NVK, labels_N, settings) -> logits_NVK
+
+
+def smoothed_labels(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: DistillSettings) -> np.ndarray:
+    """Rows whose softmax at the study's temperature is the smoothed label, as uncertain as the cache's mean row.
+
+    With smoothing e, the label has probability 1 - e + e/K and each other class e/K (Szegedy et al. 2016). e is where
+    the entropy of that is the mean entropy of softmax(cached row / T) over the drawn views; it grows with e from 0 to
+    log K, so there is one. The row is T times the log of these probabilities.
+    """
+    classes = logits_NVK.shape[2]
+    smoothing = smoothing_of_entropy(mean_entropy(drawn_views(logits_NVK), settings.temperature), classes)
+    probabilities_KK = np.eye(classes) * (1 - smoothing) + smoothing / classes
+    row_KK = (settings.temperature * np.log(probabilities_KK)).astype(np.float32)
+    return np.broadcast_to(row_KK[labels_N][:, None], logits_NVK.shape)
+
+
+def mean_entropy(logits_NVK: np.ndarray, temperature: float) -> float:
+    """Mean over all rows of the entropy, in nats, of softmax(row / T)."""
+    per_view = []
+    for view in range(logits_NVK.shape[1]):  # one view at a time: float64 copies of a whole cache would be large
+        probabilities_NK = softmax(logits_NVK[:, view].astype(np.float64) / temperature, axis=1)
+        per_view.append(-xlogy(probabilities_NK, probabilities_NK).sum(axis=1).mean())
+    return float(np.mean(per_view))
+
+
+def smoothing_of_entropy(entropy: float, classes: int) -> float:
+    """The label smoothing in (0, 1] whose target has this entropy in nats."""
+
+    def excess(smoothing: float) -> float:
+        other, own = smoothing / classes, 1 - smoothing + smoothing / classes
+        return -xlogy(own, own) - (classes - 1) * xlogy(other, other) - entropy
+
+    if excess(LEAST_SMOOTHING) >= 0:
+        return LEAST_SMOOTHING
+    return 1.0 if excess(1.0) <= 0 else brentq(excess, LEAST_SMOOTHING, 1.0)
+
+
+def class_means(logits_NVK: np.ndarray, labels_N: np.ndarray, _settings: DistillSettings) -> np.ndarray:
+    """For every image the mean of the cached rows of its class, over images and drawn views."""
+    drawn_NVK = drawn_views(logits_NVK)
+    one_hot_NK = np.eye(logits_NVK.shape[2])[labels_N]
+    sums_KK = sum(one_hot_NK.T @ drawn_NVK[:, view].astype(np.float64) for view in range(drawn_NVK.shape[1]))
+    counts_K1 = np.maximum(one_hot_NK.sum(axis=0)[:, None], 1) * drawn_NVK.shape[1]
+    row_KK = (sums_KK / counts_K1).astype(np.float32)
+    return np.broadcast_to(row_KK[labels_N][:, None], logits_NVK.shape)
+
+
+def shuffled_within(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: DistillSettings) -> np.ndarray:
+    """The rows of another image of the same class, all its views together."""
+    return logits_NVK[others(labels_N, np.random.default_rng([settings.seed, WITHIN]))]
+
+
+def shuffled_all(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: DistillSettings) -> np.ndarray:
+    """The rows of another image of any class, all its views together."""
+    return logits_NVK[others(np.zeros_like(labels_N), np.random.default_rng([settings.seed, ALL]))]
+
+
+def others(groups_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For every sample another one of its group, each taken once: one random circle through each group.
+
+    Raises UserError where a group has a single member.
+    """
+    other_N = np.empty(len(groups_N), np.int64)
+    for group in np.unique(groups_N):
+        circle = rng.permutation(np.flatnonzero(groups_N == group))
+        if len(circle) < 2:
+            raise UserError(
+                f"class {group} has one training image, so there is no other to take rows from; leave the shuffled "
+                "arms out by --arms."
+            )
+        other_N[circle] = np.roll(circle, 1)
+    return other_N
+
+
+def shuffled_views(logits_NVK: np.ndarray, _labels_N: np.ndarray, settings: DistillSettings) -> np.ndarray:
+    """The row of another drawn view of the same image: each image's rows moved on by a number of its own."""
+    n, views, _ = logits_NVK.shape
+    _require_views(views, 3, "two drawn views")
+    drawn = views - 1
+    shift_N1 = np.random.default_rng([settings.seed, VIEW]).integers(1, drawn, (n, 1))
+    source_NV = np.concatenate([np.zeros((n, 1), np.int64), 1 + (np.arange(drawn) + shift_N1) % drawn], axis=1)
+    return np.take_along_axis(logits_NVK, source_NV[:, :, None], axis=1)
+
+
+def first_view(logits_NVK: np.ndarray, _labels_N: np.ndarray, _settings: DistillSettings) -> np.ndarray:
+    """The row of the first drawn view, whatever crop is shown."""
+    _require_views(logits_NVK.shape[1], 2, "a drawn view")
+    return np.broadcast_to(logits_NVK[:, 1:2], logits_NVK.shape)
+
+
+def _require_views(views: int, needed: int, what: str) -> None:
+    if views < needed:
+        raise UserError(
+            f"the cache has {views} views and this arm needs {what} beside the evaluation view; add some by "
+            "`python -m kd_dist.cache extend`, or leave the arm out by --arms."
+        )
+
+
+# ---- other losses: (settings, classes) -> loss terms
+
+
+def origin_loss(settings: DistillSettings, classes: int) -> LossTerms:
+    """alpha * hard + (1 - alpha) * KLDivLoss()(softmax(teacher / T), softmax(student / T)).detach(), as the project
+    that this one descends from wrote it: alpha on the hard term, no logarithm, the arguments swapped, no gradient.
+    """
+    return objectives.distilled(
+        classes, settings.label_smoothing, origin_soft_term, 1 - settings.alpha, settings.temperature
+    )
+
+
+def origin_soft_term(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
+    """torch's kl_div of probabilities where it wants their logarithm, the mean over classes of each sample [B]; a
+    constant to the optimizer.
+    """
+    student_BK, teacher_BK = (torch.softmax(logits.float() / temperature, dim=1) for logits in (student_BK, teacher_BK))
+    return kl_div(teacher_BK, student_BK, reduction="none").mean(dim=1).detach()
+
+
+_LADDER = (
+    Arm(
+        "hard-fresh",
+        "labels alone, a new crop every time: the fair twin",
+        {"alpha": 0.0, "crops": "fresh"},
+    ),
+    Arm(
+        "hard-cached",
+        "labels alone, on the cache's own crops: what having only V crops costs",
+        {"alpha": 0.0, "crops": "cached"},
+    ),
+    Arm(
+        "smooth",
+        "the smoothed label, as uncertain as the cache's mean row: is it only smoothing?",
+        rows=smoothed_labels,
+    ),
+    Arm("class-mean", "the teacher's mean row of the class: class similarity without the image", rows=class_means),
+    Arm(
+        "shuffled-within",
+        "rows of another image of the class: what knowing the image itself is worth",
+        rows=shuffled_within,
+    ),
+    Arm("shuffled-view", "the row of another view of the image: what consistent crops are worth", rows=shuffled_views),
+    Arm("shuffled-all", "rows of any other image: a check for bugs, it must not help", rows=shuffled_all),
+    Arm("cached-1", "one view's row for every crop of the image: what caching a single view gives", rows=first_view),
+    Arm("cached-V", "the row of the very crop that is shown: the method"),
+    Arm(
+        "online",
+        "the teacher in the loop on fresh crops: what caching gives up",
+        {"crops": "fresh"},
+        settings=OnlineSettings,
+        needs_teacher=True,
+    ),
+    Arm(
+        "origin",
+        "the origin's loss as written, its soft term without a gradient: nothing is distilled",
+        loss=origin_loss,
+    ),
+)
+
+ARMS: dict[str, Arm] = {arm.name: arm for arm in _LADDER}

@@ -1,0 +1,88 @@
+"""A study's folder: the names in it, and study.json, which says what was asked for.
+
+runs/study/
+    study.json               arms, seeds, the primary contrast, the cache, the settings that all runs share
+    cached-V/seed-0/ ...     a run's folder for each arm and seed
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_dist import checkpoint
+from kd_dist.checkpoint import RunFolder
+from kd_dist.config import StudySettings
+from kd_dist.errors import UserError
+from kd_dist.files import locked
+from kd_dist.study.arms import ARMS
+
+_FORMAT, _VERSION = "kd_dist.study", 1
+_OWN = StudySettings.may_change | StudySettings.not_typed
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The names inside one study's folder. Making one touches no disk."""
+
+    path: Path
+
+    @property
+    def study(self) -> Path:
+        return self.path / "study.json"
+
+    @property
+    def table(self) -> Path:
+        return self.path / "table.md"
+
+    def run(self, arm: str, seed: int) -> RunFolder:
+        """The run of an arm with a seed."""
+        return RunFolder(self.path / arm / f"seed-{seed}")
+
+
+def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[str]) -> None:
+    """Write study.json, or add these arms and seeds to what earlier commands of the same settings asked for.
+
+    Several processes may do so at once. Raises UserError where the folder holds a study of other settings, unless
+    --start-over says to replace it, or cannot be written.
+    """
+    shared = {name: value for name, value in settings.stored().items() if name not in _OWN}
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with locked(folder.path / ".lock"):
+            earlier = _earlier(folder, shared, settings.start_over)
+            document = {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "arms": [name for name in ARMS if name in {*arms, *earlier["arms"]}],
+                "seeds": sorted({*settings.seeds, *earlier["seeds"]}),
+                "primary": list(settings.primary),
+                "cache": settings.cache,
+                "settings": shared,
+            }
+            checkpoint.write_json(folder.study, document)
+    except OSError as error:
+        raise UserError(
+            f"--out {folder.path} cannot be written ({error.strerror or error}); choose another."
+        ) from error
+
+
+def _earlier(folder: StudyFolder, shared: dict[str, Any], start_over: bool) -> dict[str, Any]:
+    """The arms and seeds of earlier commands; UserError where their settings were others."""
+    nothing = {"arms": [], "seeds": []}
+    try:
+        document = json.loads(folder.study.read_text(encoding="utf-8"))
+        if (document["format"], document["version"]) != (_FORMAT, _VERSION):
+            raise ValueError("another format or version")
+        differing = checkpoint.differences(document["settings"], shared, ())
+    except FileNotFoundError:
+        return nothing
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.study} is no study of ours ({error}); choose another --out.") from error
+    if differing and not start_over:
+        raise UserError(
+            f"--out {folder.path} holds a study with other settings ({'; '.join(differing)}): type the old values, "
+            "choose another --out, or add --start-over to replace it."
+        )
+    return nothing if differing else document
