@@ -24,7 +24,7 @@ class Batch:
 
     `global_size` counts the images of the step over all ranks. `weights_B` is the share of each image's own label; the
     rest belongs to `partner_labels_B` (1 and the own label where nothing was blended). `teacher_logits_BK` is None
-    where no cache is read.
+    where no cache is read. `shown` describes the pictures, for those who render them at another size.
     """
 
     index_B: torch.Tensor
@@ -34,6 +34,7 @@ class Batch:
     weights_B: torch.Tensor
     teacher_logits_BK: torch.Tensor | None
     global_size: int
+    shown: views.Shown | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; tensors in pinned memory travel without the host waiting."""
@@ -167,6 +168,7 @@ class EpochBatches(Dataset):
             weights_B=torch.from_numpy(shown.weight_B),
             teacher_logits_BK=self._soft_labels(mine_B),
             global_size=len(whole_batch),
+            shown=shown,
         )
 
     def _soft_labels(self, index_B: np.ndarray) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ from kd_dist.job import Data
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, joined, launched_rank, run_entry
 from kd_dist.study.arms import ARMS, Arm
 from kd_dist.study.folder import StudyFolder, note
+from kd_dist.study.online import OnlineTeacher, open_teacher
 
 DESCRIPTION = """Train the same student in several ways (arms), each with several seeds, under one schedule, and compare
 them. Finished runs are not run again and interrupted ones go on, so the same command, typed again, completes a study;
@@ -55,23 +56,33 @@ def arms_of(settings: StudySettings) -> list[Arm]:
 def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
     """All runs that are not finished, one after the other, a seed's arms together; then the results."""
     cache, data = distill.open_inputs(settings, runtime)
+    online = None
+    if any(arm.needs_teacher for arm in arms):
+        online = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)
     folder = StudyFolder(Path(settings.out))
     runtime.on_main(lambda: note(folder, settings, settings.arms))
     for seed in settings.seeds:
         for arm in arms:
             if any(signals := runtime.gather(stop.signal or 0)):
                 raise Interrupted(max(signals))
-            run(settings, arm, seed, data, cache, runtime, stop)
+            run(settings, arm, seed, data, cache, online if arm.needs_teacher else None, runtime, stop)
     runtime.on_main(lambda: show(folder))
 
 
 def run(
-    study_settings: StudySettings, arm: Arm, seed: int, data: Data, cache: Cache, runtime: Runtime, stop: StopRequest
+    study_settings: StudySettings,
+    arm: Arm,
+    seed: int,
+    data: Data,
+    cache: Cache,
+    online: OnlineTeacher | None,
+    runtime: Runtime,
+    stop: StopRequest,
 ) -> None:
     """One student of an arm, unless it is finished."""
     out = StudyFolder(Path(study_settings.out)).run(arm.name, seed)
     settings = study_settings.of_run(arm.settings, str(out.path), seed, **arm.changes)
-    identity = {"study arm": arm.name}
+    identity = {"study arm": arm.name, **({"teacher weights": online.digest} if online else {})}
     stored = job.stored_settings(settings, data, **distill.learned_from(settings, cache), **identity)
     if not settings.start_over and runtime.on_main(
         lambda: checkpoint.is_finished(out, settings.kind, stored, settings.may_change)
@@ -79,7 +90,7 @@ def run(
         job.say(runtime, f"{arm.name}, seed {seed}: finished already")
         return
     job.say(runtime, f"{arm.name}, seed {seed}: {arm.isolates}")
-    distill.run(settings, data, cache, runtime, rows=arm.rows, loss=arm.loss, stop=stop, **identity)
+    distill.run(settings, data, cache, runtime, rows=arm.rows, loss=online or arm.loss, stop=stop, **identity)
 
 
 def show(folder: StudyFolder) -> None:
