@@ -94,9 +94,10 @@ def test_the_engine_knows_no_settings_and_no_job():
 
 
 def test_nobody_imports_an_entry_but_the_study_that_is_made_of_students():
-    importers = {name for name in FILES if own(name) & ENTRIES or any("__main__" in other for other in own(name))}
+    entries = {"teacher", "distill", "study.__main__", "cache.__main__"}
+    importers = {name for name in FILES if own(name) & entries}
     assert {name for name in importers if not name.startswith("study.")} == set()
-    assert set().union(*(own(name) & ENTRIES for name in importers)) == {"distill"}
+    assert set().union(*(own(name) & entries for name in importers)) == {"distill"}
 
 
 def test_the_student_needs_nothing_of_the_teacher():
