@@ -15,8 +15,7 @@ from kd_dist.dataset import fingerprint_of
 
 FORMAT = "kd_dist.teacher_cache"
 VERSION = 1
-REQUIRED_FEATURES: tuple[str, ...] = ()  # what a reader of the files written here must understand beyond version 1
-KNOWN_FEATURES: frozenset[str] = frozenset()  # what the reader here understands beyond version 1
+KNOWN_FEATURES: frozenset[str] = frozenset()  # what is written and understood here beyond version 1
 SPLITS = ("train", "val")
 CHUNK_SAMPLES = 1024
 
@@ -92,7 +91,8 @@ class Header:
 
     image_size: the teachers' render size in pixels; mean, std: by RGB channel, on pixels in [0, 1]; renderer,
     view_sampler: names of rules, so that a reader can refuse one it does not know; created: ISO 8601, chosen by
-    the caller, since the writer reads no clock.
+    the caller, since the writer reads no clock; features: what a reader of this very file has to understand beyond
+    version 1, of KNOWN_FEATURES.
     """
 
     classes: tuple[str, ...]
@@ -107,6 +107,7 @@ class Header:
     created: str
     software: str
     teachers: tuple[TeacherRow, ...]
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +181,8 @@ def check_header(header: Header) -> None:
         raise ValueError(f"image_size is {header.image_size}")
     if not (np.isfinite([header.mean, header.std]).all() and min(header.std) > 0):
         raise ValueError(f"mean is {header.mean} and std {header.std}")
+    if unknown := set(header.features) - KNOWN_FEATURES:
+        raise ValueError(f"the features {', '.join(sorted(unknown))} are not known")
     if not header.teachers:
         raise ValueError("there is no teacher")
     for row in header.teachers:

@@ -205,7 +205,8 @@ def _read_header(file: h5py.File, columns: "_Columns") -> Header:
     teachers = [columns.read(f"teachers/{name}", dtype, ("T",), sizes) for name, dtype in TEACHER_COLUMNS.items()]
     rows = zip(*(list(column) for column in teachers), strict=True)
     values = {name: _attribute(file, name, *kind) for name, kind in HEADER_ATTRIBUTES.items()}
-    header = Header(classes=classes, teachers=tuple(TeacherRow(*row) for row in rows), **values)
+    features = _attribute(file, "required_features", TEXT, None)
+    header = Header(classes=classes, teachers=tuple(TeacherRow(*row) for row in rows), features=features, **values)
     check_header(header)
     return header
 

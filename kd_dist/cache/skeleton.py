@@ -19,7 +19,6 @@ from kd_dist.cache.format import (
     NUMBERS,
     PATH,
     PROOF_ATTRIBUTES,
-    REQUIRED_FEATURES,
     TEACHER_COLUMNS,
     TEXT,
     VERSION,
@@ -55,7 +54,7 @@ def _write_table(file: h5py.File, split: str, table: Table, classes: int) -> Non
 def _write_attributes(file: h5py.File, header: Header, proofs: Mapping[str, object]) -> None:
     _write_attribute(file, "format", TEXT, FORMAT)
     _write_attribute(file, "version", INT, VERSION)
-    _write_attribute(file, "required_features", TEXT, REQUIRED_FEATURES)
+    _write_attribute(file, "required_features", TEXT, header.features)
     _write_attribute(file, "complete", FLAG, 0)
     for name, (dtype, _) in HEADER_ATTRIBUTES.items():
         _write_attribute(file, name, dtype, getattr(header, name))
