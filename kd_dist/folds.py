@@ -1,0 +1,73 @@
+"""Parts of the training images: K folds, of which one is held out.
+
+A part is a function of the images alone (labels and contents), not of a seed or of names. Every class is spread evenly
+over the parts, and files of the same content stay together: a teacher that never saw a part saw no copy of its images.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd_dist.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Part `number` of `folds` (counted from 0) is held out of train.
+
+    train_M: the rows that are trained on; held_out_M: those that are not; both int64, in the order of the split.
+    """
+
+    number: int
+    folds: int
+    train_M: np.ndarray
+    held_out_M: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """What the held-out rows are, in words: "part 0 of 10 of train"."""
+        return f"part {self.number} of {self.folds} of train"
+
+
+def fold_of(labels_N: np.ndarray, sha256_N32: np.ndarray, number: int, folds: int) -> Fold:
+    """Hold part `number` out. Raises UserError as parts_of does."""
+    part_N = parts_of(labels_N, sha256_N32, folds)
+    return Fold(number, folds, np.flatnonzero(part_N != number), np.flatnonzero(part_N == number))
+
+
+def parts_of(labels_N: np.ndarray, sha256_N32: np.ndarray, folds: int) -> np.ndarray:
+    """The part of every image: int64 [N] in 0..folds-1.
+
+    Images of the same content form a group. The groups, the largest first and then by the digest of their content,
+    which is as good as a shuffle, each go to the part that has the fewest images of their classes so far; of equal
+    ones to the smallest, then to the first. Raises UserError where a class has fewer groups than there are parts.
+    """
+    group_N, groups = _groups(sha256_N32)
+    _require_groups(labels_N, group_N, folds)
+    rows = np.split(np.argsort(group_N, kind="stable"), np.cumsum(np.bincount(group_N))[:-1])
+    of_class_KP = np.zeros((int(labels_N.max()) + 1, folds), np.int64)
+    in_all_P = np.zeros(folds, np.int64)
+    part_N = np.empty(len(labels_N), np.int64)
+    for group in sorted(range(groups), key=lambda group: -len(rows[group])):  # stable: by digest among equals
+        labels_G = labels_N[rows[group]]
+        part = np.lexsort((in_all_P, of_class_KP[labels_G].sum(axis=0)))[0]
+        part_N[rows[group]] = part
+        np.add.at(of_class_KP[:, part], labels_G, 1)
+        in_all_P[part] += len(labels_G)
+    return part_N
+
+
+def _groups(sha256_N32: np.ndarray) -> tuple[np.ndarray, int]:
+    """The group of every image, counted in the order of the digests, and how many there are."""
+    digest_N = np.ascontiguousarray(sha256_N32).view("V32")[:, 0]
+    numbers = {digest: number for number, digest in enumerate(sorted({value.tobytes() for value in digest_N}))}
+    return np.array([numbers[value.tobytes()] for value in digest_N]), len(numbers)
+
+
+def _require_groups(labels_N: np.ndarray, group_N: np.ndarray, folds: int) -> None:
+    pairs = np.unique(np.stack([labels_N, group_N], axis=1), axis=0)
+    fewest = int(np.bincount(pairs[:, 0]).min())
+    if fewest < folds:
+        raise UserError(
+            f"--folds {folds}, but a class of train has only {fewest} different images; use --folds {fewest} or less."
+        )
