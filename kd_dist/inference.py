@@ -1,11 +1,10 @@
 """Logits of a model on given views: one forward path for validation, the cache's rows and their re-check.
 
-Pictures go through the network in fixed batches of FORWARD_BATCH consecutive samples, counted from the first of the
-split, so that a row does not depend on how many ranks there are or where a run was cut.
+Pictures go through the network in fixed batches of FORWARD_BATCH, counted from the first of those asked for. Whoever
+asks for fixed pieces of a split gets rows that do not depend on how many ranks there are or where a run was cut.
 """
 
 import contextlib
-import itertools
 
 import numpy as np
 import torch
@@ -51,17 +50,13 @@ class Forward:
         self.compute_dtype = dtype or compute_dtype(device)
         self.normalise = views.Normalise(mean, std, next(model.parameters()).dtype, device)
 
-    def logits(self, box_N4: np.ndarray, flip_N: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Logits float32 [stop - start, K] of samples start..stop of the split in the given views. `start` is a
-        multiple of FORWARD_BATCH.
-        """
-        edges = [*range(start, stop, FORWARD_BATCH), stop]
-        pieces = [self._batch(box_N4, flip_N, low, high) for low, high in itertools.pairwise(edges)]
+    def logits(self, shown: views.Shown) -> np.ndarray:
+        """Logits float32 [B, K] of these pictures, FORWARD_BATCH of them at a time, in their order."""
+        pieces = [self._batch(shown.at(slice(low, low + FORWARD_BATCH))) for low in range(0, len(shown), FORWARD_BATCH)]
         return torch.cat(pieces).float().cpu().numpy()
 
     @torch.inference_mode()
-    def _batch(self, box_N4: np.ndarray, flip_N: np.ndarray, low: int, high: int) -> torch.Tensor:
-        shown = views.Shown.plain(np.arange(low, high), box_N4[low:high], flip_N[low:high])
+    def _batch(self, shown: views.Shown) -> torch.Tensor:
         images_BCHW = views.show(self.pixels, shown, self.image_size)
         inputs_BCHW = self.normalise(images_BCHW.to(self.device))
         was_training = self.model.training
@@ -71,11 +66,10 @@ class Forward:
         self.model.train(was_training)
         return logits_BK
 
-    def all_logits(self, box_N4: np.ndarray, flip_N: np.ndarray, classes: int, runtime: Runtime) -> np.ndarray:
-        """Logits float32 [N, K] of a whole split, each sample computed on one rank, the result on every rank."""
-        n = len(self.pixels)
-        logits_NK = torch.zeros(n, classes)
-        for batch in runtime.shard(-(-n // FORWARD_BATCH)):
-            start, stop = batch * FORWARD_BATCH, min(n, (batch + 1) * FORWARD_BATCH)
-            logits_NK[start:stop] = torch.from_numpy(self.logits(box_N4, flip_N, start, stop))
-        return runtime.sum(logits_NK).numpy()
+    def all_logits(self, shown: views.Shown, classes: int, runtime: Runtime) -> np.ndarray:
+        """Logits float32 [B, K] of these pictures, each computed on one rank, the result on every rank."""
+        logits_BK = torch.zeros(len(shown), classes)
+        for batch in runtime.shard(-(-len(shown) // FORWARD_BATCH)):
+            places = slice(batch * FORWARD_BATCH, (batch + 1) * FORWARD_BATCH)
+            logits_BK[places] = torch.from_numpy(self.logits(shown.at(places)))
+        return runtime.sum(logits_BK).numpy()

@@ -307,13 +307,13 @@ class Validation:
         self.samples, self.pixels = data.split("val")
         self.image_size, self.runtime, self.teacher_val_NK = image_size, runtime, teacher_val_NK
         self.dtype = compute_dtype(runtime.device, precision)
-        self.box_N4 = views.evaluation_boxes(self.pixels.sizes_N2)
-        self.flip_N = np.zeros(len(self.box_N4), np.uint8)
+        box_N4 = views.evaluation_boxes(self.pixels.sizes_N2)
+        self.shown = views.Shown.plain(np.arange(len(box_N4)), box_N4, np.zeros(len(box_N4), np.uint8))
 
     def logits(self, model: nn.Module) -> np.ndarray:
         """Logits float32 [N, K], the same on every rank."""
         forward = Forward(model, self.pixels, self.image_size, config.MEAN, config.STD, self.runtime.device, self.dtype)
-        return forward.all_logits(self.box_N4, self.flip_N, len(self.samples.classes), self.runtime)
+        return forward.all_logits(self.shown, len(self.samples.classes), self.runtime)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """val_top1, val_loss (cross-entropy in nats), and val_agreement with the teacher's top class where a teacher is

@@ -137,10 +137,13 @@ def _forward(teacher: Teacher, data: Data, split: str, header: Header, device: t
 def _labels(block, forward: Mapping[str, Forward], tables: Mapping[str, Table], known: Cache | None) -> np.ndarray:
     if known is not None and block.view < known.split(block.split).views:
         return known.split(block.split).logits_NVK[block.start : block.stop, block.view]
-    table = tables[block.split]
-    box_N4, flip_N = table.box_NV4[:, block.view], table.flip_NV[:, block.view]
+    shown = _shown(tables[block.split], block.view, block.start, block.stop)
     with np.errstate(over="ignore"):  # the writer refuses what does not fit float16, naming the image
-        return forward[block.split].logits(box_N4, flip_N, block.start, block.stop).astype(np.float16)
+        return forward[block.split].logits(shown).astype(np.float16)
+
+
+def _shown(table: Table, view: int, start: int, stop: int) -> views.Shown:
+    return views.Shown.plain(np.arange(start, stop), table.box_NV4[start:stop, view], table.flip_NV[start:stop, view])
 
 
 def keep_views(table: Table, known: Table) -> Table:
@@ -174,7 +177,7 @@ def _difference(
     table, header = cache.split(split), cache.header
     stop = min(len(table), start + FORWARD_BATCH)
     forward = _forward(teacher, data, split, header, device)
-    new_BK = forward.logits(table.box_NV4[:, view], table.flip_NV[:, view], start, stop)
+    new_BK = forward.logits(_shown(table, view, start, stop))
     stored_BK = table.logits_NVK[start:stop, view].astype(np.float32)
     difference_BK = np.abs(new_BK - stored_BK) / np.maximum(1, np.abs(stored_BK))
     return float(difference_BK.max()), stop - start

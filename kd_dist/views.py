@@ -7,7 +7,7 @@ say nothing of S, so a student may render the very picture its teacher saw at an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +181,10 @@ class Shown:
 
     def __len__(self) -> int:
         return len(self.index_B)
+
+    def at(self, places: np.ndarray | slice) -> "Shown":
+        """Some of the pictures."""
+        return Shown(*(getattr(self, field.name)[places] for field in fields(self)))
 
 
 def show(pixels: Sequence[torch.Tensor], shown: Shown, size: int) -> torch.Tensor:

@@ -126,7 +126,8 @@ def write_and_predict(runtime, root, target):
     label.write_cache(target, teacher, data, header, tables, runtime, StopRequest(), lambda done, total: None)
     forward = Forward(teacher.model, data.pixels["val"], 32, MEAN, STD, runtime.device)
     table = tables["val"]
-    return forward.all_logits(table.box_NV4[:, 0], table.flip_NV[:, 0], K, runtime)
+    shown = views.Shown.plain(np.arange(len(table)), table.box_NV4[:, 0], table.flip_NV[:, 0])
+    return forward.all_logits(shown, K, runtime)
 
 
 def test_cache_bytes_and_val_logits_are_the_same_at_any_number_of_ranks(tiny_set, tmp_path):

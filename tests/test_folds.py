@@ -46,5 +46,7 @@ def test_a_part_follows_the_images_not_their_order(images):
 
 
 def test_more_parts_than_a_class_has_pictures_are_refused(images):
-    with pytest.raises(UserError, match="--folds 22, but a class of train has only 21 different images; use --folds 21"):
+    with pytest.raises(
+        UserError, match="--folds 22, but a class of train has only 21 different images; use --folds 21"
+    ):
         parts_of(*images, 22)

@@ -44,10 +44,10 @@ def model() -> Cnn5:
 
 
 @pytest.fixture
-def drawn(tiny_pixels) -> tuple[np.ndarray, np.ndarray]:
-    """A box and a flip for each train picture."""
+def drawn(tiny_pixels) -> views.Shown:
+    """A drawn view of each of the 21 train pictures."""
     box_NV4, flip_NV = views.cached_views(0, "train", tiny_pixels["train"].sizes_N2, [1], (0.35, 1.0))
-    return box_NV4[:, 0], flip_NV[:, 0]
+    return views.Shown.plain(np.arange(21), box_NV4[:, 0], flip_NV[:, 0])
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ def forward(model, tiny_pixels) -> Forward:
     return Forward(model, tiny_pixels["train"], 16, MEAN, STD, torch.device("cpu"))
 
 
-def one_by_one(model: Cnn5, pixels, box_N4, flip_N) -> np.ndarray:
+def one_by_one(model: Cnn5, pixels, shown: views.Shown) -> np.ndarray:
     model.eval()
     normalise = views.Normalise(MEAN, STD, torch.float32, torch.device("cpu"))
     rows = []
-    for index in range(len(pixels)):
-        picture_CHW = views.render(pixels[index], box_N4[index], bool(flip_N[index]), 16)
+    for index, box, flip in zip(shown.index_B, shown.box_B4, shown.flip_B, strict=True):
+        picture_CHW = views.render(pixels[index], box, bool(flip), 16)
         with torch.inference_mode():
             rows.append(model(normalise(picture_CHW[None]))[0].numpy())
     model.train()
@@ -68,17 +68,22 @@ def one_by_one(model: Cnn5, pixels, box_N4, flip_N) -> np.ndarray:
 
 
 def test_logits_are_the_networks_on_each_picture_in_its_view(forward, model, tiny_pixels, drawn):
-    logits_NK = forward.logits(*drawn, 0, 21)
+    logits_NK = forward.logits(drawn)
     assert (logits_NK.shape, logits_NK.dtype) == ((21, 3), np.float32)
-    np.testing.assert_allclose(logits_NK, one_by_one(model, tiny_pixels["train"], *drawn), atol=1e-5)
-    box_N4, flip_N = drawn
-    assert (forward.logits(box_N4, 1 - flip_N, 0, 21) != logits_NK).any(axis=1).all()
+    np.testing.assert_allclose(logits_NK, one_by_one(model, tiny_pixels["train"], drawn), atol=1e-5)
+    mirrored = views.Shown.plain(drawn.index_B, drawn.box_B4, 1 - drawn.flip_B)
+    assert (forward.logits(mirrored) != logits_NK).any(axis=1).all()
+
+
+def test_pictures_may_come_in_any_order(forward, drawn):
+    places = np.array([20, 3, 3, 11, 0])
+    np.testing.assert_allclose(forward.logits(drawn.at(places)), forward.logits(drawn)[places], atol=1e-5)
 
 
 def test_rows_do_not_depend_on_where_the_work_begins(forward, drawn):
-    whole_NK = forward.logits(*drawn, 0, 21)
+    whole_NK = forward.logits(drawn)
     for start, stop in ((0, 4), (8, 16), (8, 21), (20, 21), (4, 7)):
-        part_NK = forward.logits(*drawn, start, stop)
+        part_NK = forward.logits(drawn.at(slice(start, stop)))
         if (stop - start) % 4 == 0 or stop == 21:  # the same batches: the same bits
             np.testing.assert_array_equal(part_NK, whole_NK[start:stop])
         else:
@@ -88,25 +93,25 @@ def test_rows_do_not_depend_on_where_the_work_begins(forward, drawn):
 def test_pictures_go_through_in_fixed_batches(forward, model, drawn):
     sizes = []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    forward.logits(*drawn, 4, 21)
+    forward.logits(drawn.at(slice(4, 21)))
     assert sizes == [4, 4, 4, 4, 1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 def test_every_sample_is_computed_on_one_rank(forward, drawn, world_size):
-    parts = [forward.all_logits(*drawn, 3, rank(number, world_size)).copy() for number in range(world_size)]
+    parts = [forward.all_logits(drawn, 3, rank(number, world_size)).copy() for number in range(world_size)]
     done_RN = np.stack([part_NK.any(axis=1) for part_NK in parts])
     assert (done_RN.sum(axis=0) == 1).all()
-    np.testing.assert_array_equal(sum(parts), forward.logits(*drawn, 0, 21))
+    np.testing.assert_array_equal(sum(parts), forward.logits(drawn))
 
 
 def test_network_is_left_as_it_was(forward, model, drawn):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    forward.logits(*drawn, 0, 21)
+    forward.logits(drawn)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.eval()
-    forward.logits(*drawn, 0, 21)
+    forward.logits(drawn)
     assert not model.training
 
 
@@ -114,7 +119,7 @@ def test_network_in_float64_gets_pictures_in_float64(model, tiny_pixels, drawn):
     seen = []
     model.double().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     forward = Forward(model, tiny_pixels["train"], 16, MEAN, STD, torch.device("cpu"))
-    assert forward.logits(*drawn, 0, 4).dtype == np.float32
+    assert forward.logits(drawn.at(slice(4))).dtype == np.float32
     assert seen == [torch.float64]
 
 
