@@ -52,7 +52,7 @@ class Settings:
     not_typed: ClassVar[frozenset[str]] = frozenset()
 
     preset: str | None = flag(
-        RUN, None, "a named set of defaults, see below [gpu-128px on a GPU, cpu-64px on a CPU]", "NAME"
+        RUN, None, "a named set of defaults, see below [h100 on a GPU, cpu-64px on a CPU]", "NAME"
     )
     data: str | None = flag(
         DATA, None, "folder with train/ and val/, or one to fetch the release into [$KD_DIST_DATA or data]", "DIR"
@@ -165,12 +165,17 @@ class DistillSettings(Settings):
 
     out: str = flag(RUN, "runs/student", "folder of this run; running the same command again resumes it", "DIR")
     cache: str | None = flag(DATA, None, "the file of soft labels [runs/teacher/logits.h5]", "FILE")
-    student: str = flag(NETWORK, "cnn5", "network to train: cnn5, or origin", "NAME")
+    student: str = flag(NETWORK, "cnn5", "network to train: cnn5, cnn5_wide (slower, finer), or origin", "NAME")
     alpha: float = flag(
         NETWORK, 0.9, "weight of the soft loss: total = alpha * soft + (1 - alpha) * hard; 0: hard labels alone"
     )
     temperature: float = flag(NETWORK, 4.0, "softens both distributions in the soft loss", "T")
-    loss: str = flag(NETWORK, "kl", "the soft loss: kl (times T squared), ce, or mse", "NAME")
+    loss: str = flag(
+        NETWORK,
+        "kl",
+        "the soft loss: kl (times T squared), ce, mse, std (logits standardised), or dkd (decoupled)",
+        "NAME",
+    )
     crops: str | None = flag(
         CROPS,
         None,
@@ -298,19 +303,28 @@ class Preset:
 
 # Each preset is headed by what it is for; measured scores stand in the README beside their commands.
 PRESETS: dict[str, Preset] = {
-    # One box of GPUs or a cluster node; the figures of this recipe are not measured yet.
-    "gpu-128px": Preset(
-        about="for GPUs: 128 px, long schedules",
+    # One H100, or any GPUs: a starting point, its time and scores are not measured yet.
+    "h100": Preset(
+        about="for GPUs: 128 px, long schedules, not measured yet",
         teacher={
             "image_size": 128,
-            "epochs": 100,
+            "epochs": 250,
             "lr": 0.2,
             "batch_size": 256,
-            "views": 100,
+            "views": 200,
             "ema": 0.999,
-            "cutmix": 0.5,
+            "mixup": 0.25,
+            "cutmix": 0.25,
         },
-        distill={"image_size": 128, "epochs": 200, "lr": 0.2, "batch_size": 256, "temperature": 2.0},
+        distill={
+            "student": "cnn5_wide",
+            "image_size": 128,
+            "epochs": 300,
+            "lr": 0.2,
+            "batch_size": 256,
+            "ema": 0.999,
+            "temperature": 2.0,
+        },
     ),
     # A CPU box: the teacher sees 96 px, the student the same boxes at 64 px.
     "cpu-64px": Preset(
@@ -412,7 +426,7 @@ def resolve(kind: type[Settings], typed: dict[str, Any], has_gpu: bool) -> Setti
     """Settings from what was typed, over the preset's values, over the defaults. Raises UserError for an unknown
     preset.
     """
-    name = typed.get("preset") or ("gpu-128px" if has_gpu and typed.get("device") != "cpu" else "cpu-64px")
+    name = typed.get("preset") or ("h100" if has_gpu and typed.get("device") != "cpu" else "cpu-64px")
     _one_of("preset", name, tuple(PRESETS))
     values = {**PRESETS[name].of(kind), **typed, "preset": name}
     if "warmup_epochs" not in typed:  # nobody asked for this one: it must not stand in a short run's way

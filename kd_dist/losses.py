@@ -2,7 +2,7 @@
 
 Everything is computed in float32 or better, whatever the logits came in. `total = alpha * soft + (1 - alpha) * hard`:
 alpha weighs the soft loss. A new soft loss is a function (student_logits_BK, teacher_logits_BK, temperature) -> loss_B
-and a line in SOFT_LOSSES.
+and a line in SOFT_LOSSES; one that needs the labels_B too takes them as a fourth argument and stands in NEED_LABELS.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
+
+LEAST_VARIANCE = 1e-12  # of a row of logits: equal ones have no direction to scale
+OTHERS_WEIGHT = 8.0
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
@@ -67,5 +70,52 @@ def logit_mse(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Ten
     return centred_BK.square().mean(dim=1) / 2
 
 
-SoftLoss = Callable[[Tensor, Tensor, float], Tensor]
-SOFT_LOSSES: dict[str, SoftLoss] = {"kl": kl, "ce": soft_cross_entropy, "mse": logit_mse}
+def standardised_kl(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
+    """`kl` of logits that were shifted and scaled to mean 0 and deviation 1 in each row: [B]  (Sun et al. 2024, Logit
+    Standardization in Knowledge Distillation). The student need not match the size of the teacher's logits.
+    """
+    return kl(_standardised(student_BK), _standardised(teacher_BK), temperature)
+
+
+def _standardised(logits_BK: Tensor) -> Tensor:
+    centred_BK = _at_least_float32(logits_BK)
+    centred_BK = centred_BK - centred_BK.mean(dim=1, keepdim=True)
+    return centred_BK * (centred_BK.square().mean(dim=1, keepdim=True) + LEAST_VARIANCE).rsqrt()
+
+
+def decoupled_kl(student_BK: Tensor, teacher_BK: Tensor, temperature: float, labels_B: Tensor) -> Tensor:
+    """T^2 * (KL of the label against all the rest + OTHERS_WEIGHT * KL among the other classes): [B]  (Zhao et al.
+    2022, Decoupled Knowledge Distillation, with their weights 1 and 8 for CIFAR-100).
+
+    `kl` weighs the second part by the teacher's probability of the rest, so that it all but vanishes where the teacher
+    is sure.
+    """
+    others = torch.arange(student_BK.shape[1] - 1, device=student_BK.device)
+    others_BK = others + (others >= labels_B[:, None])
+    student, teacher = (
+        _decoupled(logits_BK, temperature, labels_B, others_BK) for logits_BK in (student_BK, teacher_BK)
+    )
+    label_B, among_B = (
+        (log_teacher.exp() * (log_teacher - log_student)).sum(dim=1)
+        for log_student, log_teacher in zip(student, teacher, strict=True)
+    )
+    return temperature**2 * (label_B + OTHERS_WEIGHT * among_B)
+
+
+def _decoupled(logits_BK: Tensor, temperature: float, labels_B: Tensor, others_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of (label, rest) [B, 2], and of the other classes among themselves [B, K - 1]."""
+    log_BK = log_softmax(_at_least_float32(logits_BK) / temperature, dim=1)
+    among_BK = log_BK.gather(1, others_BK)
+    rest_B1 = among_BK.logsumexp(dim=1, keepdim=True)
+    return torch.cat([log_BK.gather(1, labels_B[:, None]), rest_B1], dim=1), among_BK - rest_B1
+
+
+SoftLoss = Callable[..., Tensor]
+SOFT_LOSSES: dict[str, SoftLoss] = {
+    "kl": kl,
+    "ce": soft_cross_entropy,
+    "mse": logit_mse,
+    "std": standardised_kl,
+    "dkd": decoupled_kl,
+}
+NEED_LABELS = frozenset({decoupled_kl})

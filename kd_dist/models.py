@@ -20,18 +20,23 @@ class Float32Linear(nn.Linear):
 
 
 class Cnn5(nn.Module):
-    """Five 3x3 convolutions, each conv -> 2x2 max pool -> BatchNorm -> ReLU, then global average pooling and one linear
+    """Five convolutions, each conv -> 2x2 max pool -> BatchNorm -> ReLU, then global average pooling and one linear
     layer.
 
-    With the default channels and ten classes: 1,574,698 weights. Pooling comes first so that the normalisation works on
-    a quarter of the pixels.
+    With the default channels, 3x3 kernels and ten classes: 1,574,698 weights. Pooling comes first so that the
+    normalisation works on a quarter of the pixels.
     """
 
-    def __init__(self, classes: int, channels: tuple[int, ...] = (32, 64, 128, 256, 512)):
+    def __init__(
+        self,
+        classes: int,
+        channels: tuple[int, ...] = (32, 64, 128, 256, 512),
+        kernels: tuple[int, ...] = (3, 3, 3, 3, 3),
+    ):
         super().__init__()
-        inputs = (3, *channels[:-1])
+        sides = zip((3, *channels[:-1]), channels, kernels, strict=True)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in zip(inputs, channels, strict=True)
+            nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False) for before, after, kernel in sides
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(after) for after in channels)
         self.pool = nn.MaxPool2d(2)
@@ -42,6 +47,13 @@ class Cnn5(nn.Module):
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = relu(norm(self.pool(convolution(x))))
         return self.classifier(x.mean(dim=(2, 3)))
+
+
+def cnn5_wide(classes: int) -> nn.Module:
+    """Cnn5 with its weights moved to the early layers, which see finer maps, and a wider view there: 1,541,450 weights
+    at ten classes, several times the work of the default.
+    """
+    return Cnn5(classes, (64, 128, 192, 256, 288), (5, 5, 3, 3, 3))
 
 
 def origin_cnn(classes: int) -> nn.Module:
@@ -79,7 +91,7 @@ def resnet18_s1(classes: int) -> nn.Module:
 
 
 TEACHERS = {"resnet18": resnet18, "resnet18_s1": resnet18_s1}
-STUDENTS = {"cnn5": Cnn5, "origin": origin_cnn}
+STUDENTS = {"cnn5": Cnn5, "cnn5_wide": cnn5_wide, "origin": origin_cnn}
 
 
 def count_weights(model: nn.Module) -> int:

@@ -1,10 +1,11 @@
 """What the engine minimises: functions (model, batch) -> named losses of every sample, composed from `losses`."""
 
+import torch
 from torch import Tensor, nn
 
 from kd_dist.batches import Batch
 from kd_dist.engine import LossTerms
-from kd_dist.losses import SoftLoss, cross_entropy, hard_targets
+from kd_dist.losses import NEED_LABELS, SoftLoss, cross_entropy, hard_targets
 
 
 def hard(classes: int, smoothing: float) -> LossTerms:
@@ -24,11 +25,17 @@ def distilled(classes: int, smoothing: float, soft_loss: SoftLoss, alpha: float,
 
     def terms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits_BK = model(batch.images_BCHW)
-        soft_B = soft_loss(logits_BK, batch.teacher_logits_BK, temperature)
+        labels = [_main_labels(batch)] if soft_loss in NEED_LABELS else []
+        soft_B = soft_loss(logits_BK, batch.teacher_logits_BK, temperature, *labels)
         hard_B = _hard(logits_BK, batch, classes, smoothing)
         return {"total": alpha * soft_B + (1 - alpha) * hard_B, "soft": soft_B, "hard": hard_B}
 
     return terms
+
+
+def _main_labels(batch: Batch) -> Tensor:
+    """The label with the larger share in each picture: [B]."""
+    return torch.where(batch.weights_B < 0.5, batch.partner_labels_B, batch.labels_B)
 
 
 def _hard(logits_BK: Tensor, batch: Batch, classes: int, smoothing: float) -> Tensor:

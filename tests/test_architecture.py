@@ -20,7 +20,7 @@ LEAVES = {
 }
 """They take plain arguments: no settings, no engine, no job. Everything else puts them together."""
 
-ENTRIES = {"teacher", "distill", "study"}
+ENTRIES = {"teacher", "distill"}
 
 
 def name_of(path: Path) -> str:

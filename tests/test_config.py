@@ -124,7 +124,7 @@ def test_typed_default_still_beats_the_preset(preset):
     ("words", "has_gpu", "name"),
     [
         ((), False, "cpu-64px"),
-        ((), True, "gpu-128px"),
+        ((), True, "h100"),
         (("--device", "cpu"), True, "cpu-64px"),
         (("--preset", "demo"), True, "demo"),
     ],

@@ -18,6 +18,7 @@ SIZES = {
     "resnet18": (32, 97),
     "resnet18_s1": (32, 65),
     "cnn5": (32, 64, 97),
+    "cnn5_wide": (32, 97),
     "origin": (64, 97, 224),
 }
 
@@ -92,6 +93,9 @@ def test_networks_run_in_float64():
 
 def test_cnn5_is_small():
     assert count_weights(seeded("cnn5")) == 1_574_698 <= 1_600_000
+    wide = seeded("cnn5_wide")
+    assert count_weights(wide) == 1_541_450
+    assert [layer.kernel_size[0] for layer in wide.convolutions] == [5, 5, 3, 3, 3]
 
 
 def test_cnn5_pools_before_it_normalises():
