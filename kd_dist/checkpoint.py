@@ -8,6 +8,7 @@
         model.pt           the final weights
         val_logits.h5      the student's own logits on val (students)
         logits.h5          the cache of soft labels, with logits.h5.sha256 (teachers)
+        costs.json         seconds of work that no epoch's row counts, such as writing the cache (teachers)
         events.out.tfevents.*                TensorBoard
 
 Files are replaced by one rename, so a reader never meets half of one; metrics.jsonl is appended to, and its readers
@@ -42,6 +43,7 @@ from kd_dist.files import disk_full, write_atomically
 if TYPE_CHECKING:
     import torch
 
+CACHE_SECONDS = "writing the cache"
 STATUSES = ("running", "finished", "interrupted", "failed")
 _VERSION = 1
 _RUN, _CHECKPOINT, _MODEL, _VAL_LOGITS = "kd_dist.run", "kd_dist.checkpoint", "kd_dist.model", "kd_dist.val_logits"
@@ -80,6 +82,10 @@ class RunFolder:
         return self.path / "logits.h5"
 
     @property
+    def costs(self) -> Path:
+        return self.path / "costs.json"
+
+    @property
     def lock(self) -> Path:
         return self.path / ".lock"
 
@@ -102,7 +108,7 @@ class RunFolder:
         """
         cache_companions = [*self.path.glob(f"{self.cache.name}.*"), *self.path.glob(f".{self.cache.name}.*")]
         return [
-            *(self.state, self.model, self.val_logits, self.cache),
+            *(self.state, self.model, self.val_logits, self.cache, self.costs),
             *cache_companions,  # its digest, and the parts of one that was not finished
             *(self.checkpoint(step) for step in self.saved_steps()),
             *self.path.glob("events.out.tfevents.*"),
@@ -111,7 +117,8 @@ class RunFolder:
 
     def left_overs(self) -> list[Path]:
         """Temporary files of writers that were killed; those of a cache are its own writer's business."""
-        names = [path.name for path in (self.settings, self.state, self.metrics, self.model, self.val_logits)]
+        named = (self.settings, self.state, self.metrics, self.model, self.val_logits, self.costs)
+        names = [path.name for path in named]
         found = [path for name in names for path in self.path.glob(f".{name}.*.tmp")]
         return [*found, *self.checkpoints.glob(".step-*.tmp")]
 
@@ -315,6 +322,21 @@ def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
         return []
     except ValueError as error:
         raise UserError(f"{folder.metrics} is damaged ({error}); restore it or delete it.") from error
+
+
+def note_cost(folder: RunFolder, name: str, seconds: float) -> None:
+    """Note what a kind of work, such as CACHE_SECONDS, took in all until now. Rank 0 only."""
+    _write_json(folder.costs, {**read_costs(folder), name: seconds})
+
+
+def read_costs(folder: RunFolder) -> dict[str, float]:
+    """Seconds by kind of work, as `note_cost` noted them; empty where nothing was noted."""
+    try:
+        return json.loads(folder.costs.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder.costs} cannot be read ({error}); delete it: only the costs are lost.") from error
 
 
 # ---- checkpoints and weights

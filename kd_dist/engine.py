@@ -266,10 +266,13 @@ class Trainer:
 
     def _close_epoch(self) -> None:
         """Evaluate, and note the epoch's metrics."""
+        started = time.monotonic()
         self.runtime.take_from_main(list(self.evaluated_model.buffers()))
         metrics = self.evaluate(self.evaluated_model)
         epoch, lr = self.step // self.steps_per_epoch, self.optimizer.param_groups[0]["lr"]
-        row = {"step": self.step, "epoch": epoch, **metrics, **self.sums.row(), "lr": lr}
+        # What an epoch takes where nothing interrupts it: its steps and its evaluation, without the saves.
+        epoch_s = self.sums.seconds + time.monotonic() - started
+        row = {"step": self.step, "epoch": epoch, **metrics, **self.sums.row(), "epoch_s": epoch_s, "lr": lr}
         self.sums = EpochSums()
         if self.runtime.is_main:
             self._note_epoch(row)

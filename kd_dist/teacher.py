@@ -3,6 +3,9 @@
 torchrun --nproc_per_node=4 -m kd_dist.teacher
 """
 
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +13,8 @@ from torch import nn
 
 from kd_dist import job, label, objectives
 from kd_dist.cache import open_cache
-from kd_dist.checkpoint import RunFolder
+from kd_dist.cache.format import parts_of
+from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs
 from kd_dist.config import TeacherSettings
 from kd_dist.errors import UserError
 from kd_dist.inference import compute_dtype
@@ -94,8 +98,37 @@ def write(
     dtype = compute_dtype(runtime.device, settings.precision)
     header, tables = label.plan(teacher, data, settings.views, settings.crop_scale, settings.seed, dtype)
     progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
-    label.write_cache(target, teacher, data, header, tables, runtime, stop, progress)
+    with clocked(folder, target, runtime, progress) as progress:
+        label.write_cache(target, teacher, data, header, tables, runtime, stop, progress)
     job.say(runtime, f"wrote {target}. Next: python -m kd_dist.distill --cache {target}")
+
+
+@contextlib.contextmanager
+def clocked(
+    folder: RunFolder, target: Path, runtime: Runtime, progress: Callable[[int, int], None]
+) -> Iterator[Callable[[int, int], None]]:
+    """Note in the run's costs what writing the cache takes, interrupted attempts included, so that one can tell after
+    how many students it pays. Gives `progress` as a function that notes it now and then: a kill costs that little.
+    """
+    begun = runtime.on_main(lambda: read_costs(folder).get(CACHE_SECONDS, 0.0) if parts_of(target).exists() else 0.0)
+    started = noted_at = time.monotonic()
+
+    def note() -> None:
+        nonlocal noted_at
+        noted_at = time.monotonic()
+        if runtime.is_main:
+            with contextlib.suppress(UserError):  # a full disk must not hide what the writing itself has to say
+                note_cost(folder, CACHE_SECONDS, begun + noted_at - started)
+
+    def noting(done: int, total: int) -> None:
+        if time.monotonic() - noted_at > job.PROGRESS_SECONDS:
+            note()
+        progress(done, total)
+
+    try:
+        yield noting
+    finally:
+        note()
 
 
 if __name__ == "__main__":

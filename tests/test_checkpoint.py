@@ -87,7 +87,7 @@ def some_payload(step):
 
 def test_the_names_in_a_run_folder_are_the_documented_ones(tmp_path):
     folder = RunFolder(tmp_path)
-    named = [folder.settings, folder.state, folder.metrics, folder.model, folder.val_logits, folder.cache]
+    named = [folder.settings, folder.state, folder.metrics, folder.model, folder.val_logits, folder.cache, folder.costs]
     assert [path.name for path in named] == [
         "settings.json",
         "state.json",
@@ -95,6 +95,7 @@ def test_the_names_in_a_run_folder_are_the_documented_ones(tmp_path):
         "model.pt",
         "val_logits.h5",
         "logits.h5",
+        "costs.json",
     ]
     assert folder.checkpoint(141) == tmp_path / "checkpoints" / "step-00000141.pt"
     assert contents(tmp_path) == {}

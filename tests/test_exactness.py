@@ -241,7 +241,7 @@ def train_model(runtime, folder, stop_after_step=None, settle=True, keep_optimiz
 
 
 def _rows(runtime, folder):
-    clocks = {"images_per_s", "data_wait_s"}
+    clocks = {"images_per_s", "data_wait_s", "epoch_s"}
     rows = checkpoint.read_metrics(RunFolder(folder)) if runtime.is_main else []
     return [{name: value for name, value in row.items() if name not in clocks} for row in rows]
 

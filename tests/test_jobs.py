@@ -15,8 +15,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_dist.cache import open_cache
-from kd_dist.checkpoint import RunFolder, load_model, read_metrics, read_state, read_val_logits
+from kd_dist.cache.format import parts_of
+from kd_dist.checkpoint import (
+    CACHE_SECONDS,
+    RunFolder,
+    load_model,
+    read_costs,
+    read_metrics,
+    read_state,
+    read_val_logits,
+)
 from kd_dist.generated import generate
+from kd_dist.teacher import clocked
 
 REPO = Path(__file__).parent.parent
 TINY = ["--image-size", "32", "--batch-size", "24", "--warmup-epochs", "0.5", "--lr", "0.02", "--device", "cpu"]
@@ -68,6 +78,30 @@ def test_teacher_job_writes_a_cache_of_all_images(teacher_run):
     assert cache.val_top1 == saved["val_top1"] == read_metrics(teacher_run)[-1]["val_top1"]
     assert read_state(teacher_run)["status"] == "finished"
     assert not list(teacher_run.path.glob("logits.h5.parts*"))
+
+
+def test_teacher_job_notes_what_it_cost(teacher_run):
+    assert read_costs(teacher_run)[CACHE_SECONDS] > 0
+    rows = read_metrics(teacher_run)
+    assert all(row["epoch_s"] > 150 / row["images_per_s"] for row in rows), "steps and evaluation"
+
+
+def test_interrupted_writing_adds_up_and_a_new_cache_starts_anew(tmp_path, one_process, monkeypatch):
+    folder, now, noted = RunFolder(tmp_path), 0.0, []
+    monkeypatch.setattr("kd_dist.teacher.time.monotonic", lambda: now)
+    parts_of(folder.cache).mkdir()
+    for seconds in (30.0, 12.0):
+        with pytest.raises(KeyboardInterrupt), clocked(folder, folder.cache, one_process, print) as progress:
+            now += seconds
+            progress(1, 2)
+            noted.append(read_costs(folder)[CACHE_SECONDS])  # a kill would lose no more than what comes after
+            now += 1
+            raise KeyboardInterrupt
+    assert noted == [30, 31 + 12] and read_costs(folder) == {CACHE_SECONDS: 31 + 13}
+    parts_of(folder.cache).rmdir()
+    with clocked(folder, folder.cache, one_process, print):
+        now += 5
+    assert read_costs(folder) == {CACHE_SECONDS: 5}
 
 
 def test_the_two_lines_of_the_readme_as_they_stand(data, tmp_path):

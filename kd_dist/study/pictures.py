@@ -1,0 +1,92 @@
+"""The study to look at: the plot of its arms, and TensorBoard's HParams page.
+
+matplotlib and torch's SummaryWriter are imported where they are used: the table needs neither.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_dist.files import publish
+from kd_dist.study.statistics import spread
+
+PANELS = {
+    "top1": ("top-1 on val, %", 100),
+    "agreement": ("agreement with the teacher, %", 100),
+    "calibration_error": ("calibration error", 1),
+}
+Values = Mapping[str, Mapping[str, Sequence[float]]]
+"""Values over seeds, by arm and metric."""
+
+
+def plot(arms: Values, best_twin: str | None) -> bytes:
+    """A PNG: a row an arm, a panel a metric; a point with its 95 % interval over seeds, and a dot for each seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 1.6 + 0.42 * len(arms)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    for axis, (metric, (title, scale)) in zip(axes, PANELS.items(), strict=True):
+        for row, values in enumerate(arms.values()):
+            _draw(axis, row, scale * np.array(values[metric]))
+        axis.set_xlabel(title)
+        axis.grid(axis="x", alpha=0.3)
+        if best_twin is not None and arms[best_twin][metric]:
+            axis.axvline(scale * np.mean(arms[best_twin][metric]), color="tab:red", linestyle="--", linewidth=1)
+    axes[0].set_yticks(range(len(arms)), list(arms))
+    axes[0].invert_yaxis()
+    twin = f"; dashed: {best_twin}, the best hard twin" if best_twin else ""
+    figure.suptitle(f"mean over seeds with its 95 % interval (two seeds or more), dots: seeds{twin}", fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _draw(axis: Any, row: int, values_S: np.ndarray) -> None:
+    if not len(values_S):
+        return
+    found = spread(values_S)
+    axis.plot(values_S, np.full(len(values_S), row + 0.22), ".", color="tab:gray", markersize=6)
+    axis.plot(found.mean, row, "o", color="tab:blue")
+    if found.interval:
+        axis.plot(found.interval, (row, row), color="tab:blue")
+
+
+def write_page(folder: Path, entries: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]]) -> None:
+    """TensorBoard's HParams page in place of an earlier one: an entry by name, with its settings and final metrics."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    shared = _shared_settings([settings for settings, _ in entries.values()])
+    metrics = sorted({name for _, found in entries.values() for name in found})
+    for name, (settings, found) in entries.items():
+        _write_entry(temporary / name, {key: settings[key] for key in shared}, found, metrics)
+    shutil.rmtree(folder, ignore_errors=True)
+    publish(temporary, folder)
+
+
+def _write_entry(folder: Path, settings: Mapping[str, Any], found: Mapping[str, float], metrics: Sequence[str]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    with SummaryWriter(str(folder)) as writer:
+        # What SummaryWriter.add_hparams does, but in this folder: it would open one of its own name and time.
+        for summary in hparams(dict(settings), dict.fromkeys(metrics, 0.0)):
+            writer.file_writer.add_summary(summary)
+        for name, value in found.items():
+            writer.add_scalar(name, value)
+
+
+def _shared_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the settings that the page can show: plain values of one type in every entry."""
+    names = settings[0] if settings else ()
+    plain = (bool, int, float, str)
+    types = {name: {type(one.get(name)) for one in settings} for name in names}
+    return [name for name in names if len(types[name]) == 1 and types[name] <= set(plain)]

@@ -1,0 +1,492 @@
+"""A study's results: its table, figures, plot and TensorBoard page, and the comparison of any two finished runs.
+
+Everything is read from the run folders OUT/<arm>/seed-<s> and from OUT/study.json: nothing is trained, and the same
+folders give the same figures. An arm counts as complete when all its seeds are finished; others are shown, not tested.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_dist.cache import card_of
+from kd_dist.checkpoint import RunFolder, ValLogits, read_state, read_val_logits
+from kd_dist.errors import UserError
+from kd_dist.files import disk_full, write_atomically
+from kd_dist.report import Run, markdown
+from kd_dist.study import breakeven
+from kd_dist.study.statistics import Difference, Spread, holm, mcnemar, over_images, paired, resampled, spread, welch
+
+HARD_TWINS = ("hard-fresh", "hard-cached")
+DISTILLED, FAIR_TWIN, BUG_CHECK = "cached-V", "hard-fresh", "shuffled-all"
+BUG_CHECK_LIMIT = 0.01  # of top-1
+METRICS = ("top1", "agreement", "calibration_error")
+TABLE, FIGURES, PLOT, PAGE = "table.md", "results.json", "plot.png", "hparams"
+_ABSENT = "-"
+
+
+# ---- what the folders hold
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """One run of an arm; its figures are those of its saved val logits."""
+
+    run: Run
+    seed: int
+
+    @cached_property
+    def finished(self) -> bool:
+        folder = self.run.folder
+        return (read_state(folder) or {}).get("status") == "finished" and folder.val_logits.exists()
+
+    @cached_property
+    def val(self) -> ValLogits:
+        return read_val_logits(self.run.folder.val_logits)
+
+    @cached_property
+    def hit_N(self) -> np.ndarray:
+        """Whether each val image was put in its class."""
+        return _hits(self.val)
+
+    @cached_property
+    def top1(self) -> float:
+        return float(self.hit_N.mean())
+
+    @cached_property
+    def calibration_error(self) -> float:
+        return _calibration_error(self.val)
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of val images in the teacher's class after the last epoch, where the run had a cache to tell it by."""
+        return self.run.metrics[-1].get("val_agreement") if self.run.metrics else None
+
+    def figures(self) -> dict[str, Any]:
+        """All of the run's numbers, as plain JSON values."""
+        seconds = breakeven.student_of(self.run.metrics).total_s
+        return {"seed": self.seed, **{name: getattr(self, name) for name in METRICS}, "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm's runs by seed; `isolates` says what it is in the study for."""
+
+    name: str
+    isolates: str
+    runs: tuple[SeedRun, ...]
+
+    @cached_property
+    def finished(self) -> dict[int, SeedRun]:
+        return {run.seed: run for run in self.runs if run.finished}
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.runs) and len(self.finished) == len(self.runs)
+
+    def values(self, metric: str) -> list[float]:
+        """A metric of the finished runs that have it, by rising seed."""
+        values = (getattr(run, metric) for run in self.finished.values())
+        return [value for value in values if value is not None]
+
+    def spread(self, metric: str) -> Spread | None:
+        """Mean and standard deviation over finished seeds, None without any."""
+        values = self.values(metric)
+        return spread(np.array(values)) if values else None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Top-1 of an arm less that of its twin; each interval is None where it cannot be told."""
+
+    arm: str
+    twin: str
+    shared_seeds: int
+    mean: float
+    paired: Difference | None
+    welch: Difference | None
+    resampled: Difference | None
+
+    def figures(self) -> dict[str, Any]:
+        """All numbers, as plain JSON values."""
+        kinds = ((name, getattr(self, name)) for name in ("paired", "welch", "resampled"))
+        shown = {name: kind and {**asdict(kind), "interval": kind.interval, "p": kind.p} for name, kind in kinds}
+        return {"arm": self.arm, "twin": self.twin, "shared_seeds": self.shared_seeds, "mean": self.mean, **shown}
+
+
+def contrast(arm: Arm, twin: Arm) -> Contrast:
+    """The difference of two arms: paired and resampled over the seeds that both have, Welch over all."""
+    shared = sorted(arm.finished.keys() & twin.finished.keys())
+    runs = [[side.finished[seed] for seed in shared] for side in (arm, twin)]
+    a_S, b_S = (np.array([run.top1 for run in side]) for side in runs)
+    several = len(shared) > 1
+    return Contrast(
+        arm=arm.name,
+        twin=twin.name,
+        shared_seeds=len(shared),
+        mean=float(np.mean(arm.values("top1")) - np.mean(twin.values("top1"))),
+        paired=paired(a_S, b_S),
+        welch=welch(np.array(arm.values("top1")), np.array(twin.values("top1"))),
+        resampled=resampled(*(np.stack([run.hit_N for run in side]) for side in runs)) if several else None,
+    )
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's folder, read. Raises UserError where it is none, and where its runs saw different val images."""
+
+    out: Path
+    document: Mapping[str, Any]
+    arms: Mapping[str, Arm]
+
+    @property
+    def cache(self) -> Path | None:
+        named = self.document.get("cache")
+        return Path(named) if named else None
+
+    @property
+    def complete(self) -> dict[str, Arm]:
+        return {name: arm for name, arm in self.arms.items() if arm.complete}
+
+    @cached_property
+    def best_twin(self) -> str | None:
+        """The complete twin on hard labels of the higher mean top-1: the one that is harder to beat."""
+        twins = [name for name in HARD_TWINS if name in self.complete]
+        return max(twins, key=lambda name: self.arms[name].spread("top1").mean) if twins else None
+
+    @cached_property
+    def primary(self) -> tuple[str, str] | None:
+        """(arm, twin) of the contrast named beforehand; None while one of them is not complete."""
+        arm, twin = self.document.get("primary") or (DISTILLED, None)
+        twin = twin if twin in self.arms else self.best_twin
+        return (arm, twin) if {arm, twin} <= self.complete.keys() and arm != twin else None
+
+    @cached_property
+    def contrasts(self) -> dict[str, Contrast]:
+        """Each other complete arm against the best hard twin."""
+        if self.best_twin is None:
+            return {}
+        others = (arm for name, arm in self.complete.items() if name != self.best_twin)
+        return {arm.name: contrast(arm, self.arms[self.best_twin]) for arm in others}
+
+    @cached_property
+    def primary_contrast(self) -> Contrast | None:
+        """The contrast named beforehand, which needs no correction."""
+        if self.primary is None:
+            return None
+        arm, twin = self.primary
+        return self.contrasts[arm] if twin == self.best_twin else contrast(self.arms[arm], self.arms[twin])
+
+    @cached_property
+    def corrected(self) -> dict[str, float]:
+        """p of the paired differences to the best hard twin after Holm, without the primary contrast."""
+        first = self.primary_contrast
+        rest = {name: one for name, one in self.contrasts.items() if one is not first and one.paired}
+        return holm({name: one.paired.p for name, one in rest.items()})
+
+    @cached_property
+    def bug_check(self) -> Contrast | None:
+        """shuffled-all against hard-fresh: rows of other images must teach nothing."""
+        if not {BUG_CHECK, FAIR_TWIN} <= self.complete.keys():
+            return None
+        return contrast(self.arms[BUG_CHECK], self.arms[FAIR_TWIN])
+
+
+def read_study(out: Path) -> Study:
+    """All of a study's runs, finished or not."""
+    document = _document(out / "study.json")
+    folders = sorted(path for path in out.glob("*/seed-*") if path.name.removeprefix("seed-").isdecimal())
+    if not folders:
+        raise UserError(f"{out} holds no runs <arm>/seed-<number>; run `python -m kd_dist.study --out {out}` first.")
+    isolates = _isolates()
+    runs: dict[str, list[SeedRun]] = {name: [] for name in document.get("arms") or ()}
+    for folder in folders:
+        seed = int(folder.name.removeprefix("seed-"))
+        run = Run(RunFolder(folder), str(folder.relative_to(out)))
+        runs.setdefault(folder.parent.name, []).append(SeedRun(run, seed))
+    order = [name for name in isolates if name in runs]
+    arms = {
+        name: Arm(name, isolates.get(name, _ABSENT), tuple(sorted(runs[name], key=lambda run: run.seed)))
+        for name in [*order, *(name for name in runs if name not in order)]
+    }
+    _require_same_val([run for arm in arms.values() for run in arm.finished.values()])
+    return Study(out, document, arms)
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it, or run the study again.") from error
+
+
+def _isolates() -> dict[str, str]:
+    """What each known arm isolates, in the ladder's order."""
+    try:
+        from kd_dist.study.arms import ARMS
+    except ModuleNotFoundError:
+        return {}
+    return {name: arm.isolates for name, arm in ARMS.items()}
+
+
+def _require_same_val(runs: Sequence[SeedRun]) -> None:
+    for run in runs[1:]:
+        _require_same_images(runs[0].run.folder.val_logits, runs[0].val, run.run.folder.val_logits, run.val)
+
+
+def _require_same_images(path_a: Path, a: ValLogits, path_b: Path, b: ValLogits) -> None:
+    if a.fingerprint != b.fingerprint:
+        raise UserError(
+            f"{path_a} is of other val images ({a.fingerprint[:12]}) than {path_b} ({b.fingerprint[:12]}); "
+            "compare runs on the same data."
+        )
+
+
+def _hits(val: ValLogits) -> np.ndarray:
+    return val.logits_NK.argmax(axis=1) == val.labels_N
+
+
+def _calibration_error(val: ValLogits) -> float:
+    return card_of(val.logits_NK[:, None], val.labels_N).calibration_error
+
+
+# ---- the table
+
+
+def table(out: Path) -> str:
+    """The study's table as Markdown, and beneath it what is to be said of it."""
+    return _text(read_study(out))
+
+
+def _text(study: Study) -> str:
+    twin = f"less {study.best_twin}" if study.best_twin else "less a hard twin"
+    head = (
+        *("arm", "what it isolates", "seeds", "top-1, %", "agreement, %", "calibration error"),
+        *(f"{twin}, points (paired)", "(Welch)", "(images resampled too)", "p (Holm)"),
+    )
+    rows = [head, *(_row(study, arm) for arm in study.arms.values())]
+    return "\n".join([markdown(rows), "", *(f"- {sentence}" for sentence in _sentences(study)), ""])
+
+
+def _row(study: Study, arm: Arm) -> tuple[str, ...]:
+    seeds = f"{len(arm.finished)}" if arm.complete else f"incomplete, {len(arm.finished)} of {len(arm.runs) or '?'}"
+    figures = (_share(arm.spread("top1")), _share(arm.spread("agreement")), _error(arm.spread("calibration_error")))
+    return (arm.name, arm.isolates, seeds, *figures, *_contrast_cells(study, arm))
+
+
+def _contrast_cells(study: Study, arm: Arm) -> tuple[str, ...]:
+    found = study.contrasts.get(arm.name)
+    if arm.name == study.best_twin:
+        return ("best hard twin", "", "", "")
+    if found is None:
+        return (_ABSENT,) * 4
+    intervals = [_points(kind) for kind in (found.paired, found.welch, found.resampled)]
+    if found is study.primary_contrast:
+        p = f"**primary: {_p(found.paired)}**"
+    else:
+        p = f"{study.corrected[arm.name]:.2g}" if arm.name in study.corrected else _ABSENT
+    if found.paired is None:
+        intervals[0] = f"{100 * found.mean:+.2f} (no interval)"
+    return (*intervals, p)
+
+
+def _sentences(study: Study) -> list[str]:
+    said = [
+        "Mean ± standard deviation over seeds; 95 % intervals. Paired and Welch: other seeds on these val images; the "
+        "third: other images too.",
+        *_about_twin(study),
+        *_about_primary(study),
+        *_about_incomplete(study),
+        *_about_bug_check(study),
+    ]
+    runs = {
+        name: [breakeven.student_of(run.run.metrics) for run in arm.finished.values() if run.run.metrics]
+        for name, arm in study.complete.items()
+    }
+    return said + breakeven.sentences(breakeven.cost_of(study.cache), runs, DISTILLED)
+
+
+def _about_twin(study: Study) -> list[str]:
+    if study.best_twin is None:
+        return [f"Neither {' nor '.join(HARD_TWINS)} is complete, so no difference is told."]
+    others = [name for name in HARD_TWINS if name != study.best_twin]
+    rest = ", ".join(name if name in study.complete else f"{name}, which is not complete" for name in others)
+    return [
+        f"{study.best_twin} is the best hard twin, by mean top-1 (the other: {rest}). Taking the better of two as the "
+        "twin makes every gain look smaller rather than larger."
+    ]
+
+
+def _about_primary(study: Study) -> list[str]:
+    one = study.primary_contrast
+    if one is None:
+        return ["The primary contrast cannot be told yet: one of its arms is not complete."]
+    named = "named beforehand" if study.document.get("primary") else "this program's default"
+    kinds = (("paired", one.paired), ("Welch", one.welch), ("images resampled too", one.resampled))
+    intervals = ", ".join(f"{name} {_points(kind)} p {_p(kind)}" for name, kind in kinds)
+    return [
+        f"**Primary contrast** ({named}; not corrected): {one.arm} less {one.twin}, {one.shared_seeds} shared seeds, "
+        f"{100 * one.mean:+.2f} points: {intervals}. The other arms' p are of the paired differences, corrected for "
+        "their number by Holm."
+    ]
+
+
+def _about_incomplete(study: Study) -> list[str]:
+    asked = set(study.document.get("seeds") or ())
+    cut = [arm.name for arm in study.arms.values() if not arm.complete]
+    fewer = [name for name, arm in study.complete.items() if asked - arm.finished.keys()]
+    lone = [name for name, one in study.contrasts.items() if one.shared_seeds < 2]
+    equal = [name for name, one in study.contrasts.items() if one.shared_seeds > 1 and one.paired is None]
+    said = {
+        "Incomplete, so not tested": cut,
+        f"Fewer seeds than the study names ({', '.join(map(str, sorted(asked)))})": fewer,
+        f"Fewer than two seeds shared with {study.best_twin}, so no interval over seeds": lone,
+        "The seeds' differences do not spread, so no paired interval can be told": equal,
+    }
+    return [f"{what}: {', '.join(names)}." for what, names in said.items() if names]
+
+
+def _about_bug_check(study: Study) -> list[str]:
+    one = study.bug_check
+    if one is None:
+        return [f"Bug check: {BUG_CHECK} and {FAIR_TWIN} are not both complete."] if BUG_CHECK in study.arms else []
+    if one.paired is None:
+        return [f"Bug check: {BUG_CHECK} less {FAIR_TWIN} is {100 * one.mean:+.2f} points; its bound cannot be told."]
+    bound = one.paired.upper_bound
+    verdict = "passed: below" if bound < BUG_CHECK_LIMIT else "NOT PASSED: not below"
+    return [
+        f"Bug check: the upper 95 % bound (one-sided, paired) of {BUG_CHECK} less {FAIR_TWIN} is {100 * bound:+.2f} "
+        f"points; {verdict} {100 * BUG_CHECK_LIMIT:+g}."
+    ]
+
+
+def _share(found: Spread | None) -> str:
+    if found is None:
+        return _ABSENT
+    return f"{100 * found.mean:.2f}" + ("" if found.deviation is None else f" ± {100 * found.deviation:.2f}")
+
+
+def _error(found: Spread | None) -> str:
+    if found is None:
+        return _ABSENT
+    return f"{found.mean:.3f}" + ("" if found.deviation is None else f" ± {found.deviation:.3f}")
+
+
+def _points(found: Difference | None) -> str:
+    if found is None:
+        return _ABSENT
+    low, high = found.interval
+    return f"{100 * found.mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def _p(found: Difference | None) -> str:
+    return _ABSENT if found is None else f"{found.p:.2g}"
+
+
+# ---- files
+
+
+def write(out: Path) -> None:
+    """Write OUT/table.md, results.json, plot.png and hparams/, each in place of an earlier one."""
+    from kd_dist.study import pictures
+
+    study = read_study(out)
+    with _writing(out):
+        _publish(out / TABLE, _text(study).encode())
+        _publish(out / FIGURES, (json.dumps(_figures(study), indent=2) + "\n").encode())
+        _publish(out / PLOT, pictures.plot(_plotted(study), study.best_twin))
+        pictures.write_page(out / PAGE, _entries(study))
+
+
+def _figures(study: Study) -> dict[str, Any]:
+    """All numbers behind the table, as plain JSON values; shares in [0, 1]."""
+    first, check = study.primary_contrast, study.bug_check
+    return {
+        "arms": {name: _arm_figures(arm) for name, arm in study.arms.items()},
+        "best_twin": study.best_twin,
+        "contrasts": [one.figures() for one in study.contrasts.values()],
+        "primary": first.figures() if first else None,
+        "p_holm": study.corrected,
+        "bug_check_upper_bound": check.paired.upper_bound if check and check.paired else None,
+        "cache": asdict(breakeven.cost_of(study.cache)),
+        "settings": study.document.get("settings"),
+    }
+
+
+def _arm_figures(arm: Arm) -> dict[str, Any]:
+    spreads = {name: arm.spread(name) for name in METRICS}
+    return {
+        "complete": arm.complete,
+        "runs": [run.figures() for run in arm.finished.values()],
+        **{name: asdict(found) if found else None for name, found in spreads.items()},
+    }
+
+
+def _plotted(study: Study) -> dict[str, dict[str, list[float]]]:
+    """Each arm's values by metric, for the arms that have any."""
+    arms = [arm for arm in study.arms.values() if arm.finished]
+    return {arm.name: {metric: arm.values(metric) for metric in METRICS} for arm in arms}
+
+
+def _entries(study: Study) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
+    """Of every finished run: what it was asked to do and its final metrics, by a name for TensorBoard."""
+    return {
+        f"{arm.name}-seed-{seed}": (
+            {"arm": arm.name, **run.run.settings, "seed": seed},
+            {name: getattr(run, name) for name in METRICS if getattr(run, name) is not None},
+        )
+        for arm in study.arms.values()
+        for seed, run in arm.finished.items()
+    }
+
+
+def _publish(path: Path, data: bytes) -> None:
+    write_atomically(path, lambda file: file.write(data))
+
+
+@contextmanager
+def _writing(out: Path):
+    """One sentence, which names the folder, of what the system says against writing."""
+    try:
+        yield
+    except OSError as error:
+        reason = "no space left" if disk_full(error) else error.strerror or error
+        raise UserError(f"the results cannot be written to {out} ({reason}); mend that and run it again.") from error
+
+
+# ---- any two runs
+
+
+def compare(a: Path, b: Path) -> str:
+    """Statistics on two finished runs, from their saved val logits. Raises UserError on other val images."""
+    files = [RunFolder(Path(path)).val_logits for path in (a, b)]
+    vals = [read_val_logits(file) for file in files]
+    _require_same_images(files[0], vals[0], files[1], vals[1])
+    hits = [_hits(val) for val in vals]
+    difference, low, high = over_images(*hits)
+    split = mcnemar(*hits)
+    same = float(np.mean(vals[0].logits_NK.argmax(axis=1) == vals[1].logits_NK.argmax(axis=1)))
+    shown = [
+        f"{name}: {path}, top-1 {100 * hit.mean():.2f} %, calibration error {_calibration_error(val):.3f}"
+        for name, path, hit, val in zip("AB", (a, b), hits, vals, strict=True)
+    ]
+    return "\n".join(
+        [
+            *shown,
+            f"A less B on {len(hits[0]):,} val images: {100 * difference:+.2f} points of top-1, 95 % interval "
+            f"[{100 * low:+.2f}, {100 * high:+.2f}] (images resampled, paired)",
+            f"only A is right on {split.only_a}, only B on {split.only_b}: p = {split.p:.2g} (McNemar, exact)",
+            f"both put {100 * same:.1f} % of the images in the same class",
+            "One run of each: this tells two networks apart, not two methods. Another seed moves both; compare arms "
+            "over several seeds by python -m kd_dist.study.",
+        ]
+    )
