@@ -33,9 +33,8 @@ class Pixels:
         return len(self.sizes_N2)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        height, width = self.sizes_N2[index]
-        start = self.starts_N[index]
-        return self.bytes_[start : start + height * width * 3].view(int(height), int(width), 3)
+        height, width = self.sizes_N2[index].tolist()
+        return self.bytes_.as_strided((height, width, 3), (width * 3, 3, 1), int(self.starts_N[index]))
 
 
 def _paths(samples: SampleList, folder: Path) -> tuple[Path, Path]:

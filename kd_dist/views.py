@@ -197,12 +197,20 @@ def show(pixels: Sequence[torch.Tensor], shown: Shown, size: int) -> torch.Tenso
     return pictures_BCHW
 
 
+@torch.no_grad()
 def _crops(pixels, index_B: np.ndarray, box_B4: np.ndarray, flip_B: np.ndarray, size: int) -> torch.Tensor:
-    shape = (len(index_B), 3, size, size)
-    pictures_BCHW = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    for picture_CHW, index, box, flip in zip(pictures_BCHW, index_B, box_B4, flip_B, strict=True):
-        picture_CHW.copy_(render(pixels[index], box, flip, size))
-    return pictures_BCHW
+    """As `render` gives them, with less work around the resizing: crops are strided views, results land in place."""
+    pictures_BHWC = torch.empty((len(index_B), size, size, 3), dtype=torch.uint8)
+    slots = pictures_BHWC.permute(0, 3, 1, 2).split(1)[: len(index_B)]  # an empty tensor splits into one piece
+    for slot_1CHW, index, (top, left, height, width) in zip(slots, index_B.tolist(), box_B4.tolist(), strict=True):
+        image_HWC = pixels[index]
+        row, column, channel = image_HWC.stride()
+        start = image_HWC.storage_offset() + top * row + left * column
+        crop_1CHW = image_HWC.as_strided((1, 3, height, width), (height * row, channel, row, column), start)
+        torch.ops.aten._upsample_bilinear2d_aa.out(crop_1CHW, (size, size), False, None, None, out=slot_1CHW)
+    flipped = torch.from_numpy(np.flatnonzero(flip_B))
+    pictures_BHWC[flipped] = pictures_BHWC[flipped].flip(2)
+    return pictures_BHWC.permute(0, 3, 1, 2)
 
 
 def blend(picture_CHW: torch.Tensor, partner_CHW: torch.Tensor, weight: float, paste_4: Sequence[float]) -> None:
@@ -215,14 +223,20 @@ def blend(picture_CHW: torch.Tensor, partner_CHW: torch.Tensor, weight: float, p
 
 
 class Normalise:
-    """Network input from uint8 pictures [B, 3, H, W]: (pixels / 255 - mean) / std for each channel, in `dtype`.
+    """Network input from uint8 pictures [B, 3, H, W]: (pixels / 255 - mean) / std for each channel, in `dtype` and
+    channels_last.
 
     Mean and deviation are put on the device once: a copy from the host in every step would make the step wait.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device):
         self.dtype = dtype
-        self.mean_C11, self.std_C11 = (torch.tensor(v, dtype=dtype, device=device)[:, None, None] for v in (mean, std))
+        self.mean_C, self.std_C = (torch.tensor(value, dtype=dtype, device=device) for value in (mean, std))
 
     def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        return (images_BCHW.to(self.dtype) / 255 - self.mean_C11) / self.std_C11
+        inputs_BCHW = images_BCHW.to(self.dtype, memory_format=torch.channels_last, copy=True)
+        # By rows of W * C numbers and in place: a loop over three channels innermost is four times as slow on a CPU.
+        rows_BHL = inputs_BCHW.permute(0, 2, 3, 1).flatten(2)
+        mean_L, std_L = (value_C.repeat(images_BCHW.shape[-1]) for value_C in (self.mean_C, self.std_C))
+        rows_BHL.div_(255).sub_(mean_L).div_(std_L)
+        return inputs_BCHW
