@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from kd_dist.errors import UserError
 
 RENDERER = "crop-bilinear-antialias-uint8-flip/1"
+DEVICE_RENDERER = f"{RENDERER} batched"  # the same pictures but for a grey level here and there, see resident.py
 SAMPLER = "random-resized-crop/1"
 ATTEMPTS = 10
 LOG_RATIO = np.log([3 / 4, 4 / 3])
@@ -36,8 +37,8 @@ def crop_scale_of(name: str) -> tuple[float, float] | None:
 
 
 def require_renderer(name: str, path: Path) -> None:
-    """Raise UserError unless a cache's pictures were drawn as `render` draws them."""
-    if name != RENDERER:
+    """Raise UserError unless a cache's pictures were drawn as this version draws them, on a CPU or a device."""
+    if name not in (RENDERER, DEVICE_RENDERER):
         raise UserError(
             f"{path} was rendered by {name}, this version renders by {RENDERER}: the same boxes would show other "
             "pictures; write the cache anew, or use the version that wrote it."

@@ -1,0 +1,107 @@
+"""Pictures on the device: the batched renderer against the one of `views`, run by the same code on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from kd_dist import resident, views
+from kd_dist.resident import TOLERANCE, ResidentPixels
+from kd_dist.views import Shown
+
+CPU = torch.device("cpu")
+
+
+def smooth_picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Noise over a gradient, so that neighbouring pixels differ as much as they ever will, uint8 [H, W, 3]."""
+    gradient = np.linspace(0, 200, height)[:, None, None] + np.linspace(0, 55, width)[None, :, None]
+    return np.where(rng.random((height, width, 3)) < 0.5, gradient, rng.integers(0, 256, (height, width, 3))).astype(
+        np.uint8
+    )
+
+
+@pytest.fixture(scope="module")
+def stored(pixels_of):
+    rng = np.random.default_rng(0)
+    return pixels_of([smooth_picture(rng, *side) for side in ((160, 213), (213, 160), (160, 160), (9, 700), (1, 1))])
+
+
+def differences(pixels, shown: Shown, size: int) -> np.ndarray:
+    """Grey levels between the two renderers' pictures, whose shape and layout are the same."""
+    host_BCHW, device_BCHW = views.show(pixels, shown, size), ResidentPixels(pixels, CPU).show(shown, size)
+    assert device_BCHW.dtype == torch.uint8 and device_BCHW.shape == host_BCHW.shape
+    assert device_BCHW.is_contiguous(memory_format=torch.channels_last)
+    return (device_BCHW.int() - host_BCHW.int()).abs().numpy()
+
+
+def random_crops(pixels, n: int, low: float = 0.08) -> Shown:
+    rng = np.random.default_rng(1)
+    index_B = rng.integers(0, 3, n)
+    return Shown.plain(index_B, views.draw_boxes(rng, pixels.sizes_N2[index_B], (low, 1.0)), views.draw_flips(rng, n))
+
+
+@pytest.mark.parametrize("size", [24, 64, 128, 160, 224])
+def test_random_crops_are_those_of_the_host(stored, size):
+    shown = random_crops(stored, 40)
+    off = differences(stored, shown, size)
+    assert off.max() <= TOLERANCE
+    largest_scale = shown.box_B4[:, 2:].max() / size
+    assert (off > 0).mean() <= (0 if largest_scale < 3 else 1e-3)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 9, 700), (3, 650, 6, 50), (8, 0, 1, 700), (0, 699, 9, 1), (4, 4, 1, 1)])
+def test_extreme_boxes(stored, box):
+    """Very long ones, slivers and single pixels, at the border of the picture that the smallest one follows."""
+    index_B, box_B4 = np.array([3, 4, 3]), np.array([box, (0, 0, 1, 1), box], np.int16)
+    off = differences(stored, Shown.plain(index_B, box_B4, np.array([0, 1, 1], np.uint8)), 32)
+    assert off.max() <= TOLERANCE and off.mean() < 1e-3
+
+
+def test_blends_are_those_of_the_host(stored):
+    rng = np.random.default_rng(2)
+    own, other = random_crops(stored, 30), random_crops(stored, 30)
+    blends = views.draw_blends(rng, 30, 0.4, 0.4)
+    partner_B = rng.permutation(30)
+    shown = Shown(
+        *(own.index_B, own.box_B4, own.flip_B),
+        *(other.index_B[partner_B], other.box_B4[partner_B], other.flip_B[partner_B]),
+        *(blends.weight_N.astype(np.float32), blends.paste_N4.astype(np.float32)),
+    )
+    kinds = {(weight < 1, bool(paste.any())) for weight, paste in zip(shown.weight_B, shown.paste_B4, strict=True)}
+    assert kinds >= {(True, True), (True, False), (False, False)}
+    assert differences(stored, shown, 64).max() <= TOLERANCE
+    unblended = differences(stored, Shown.plain(own.index_B, own.box_B4, own.flip_B), 64)
+    assert views.show(stored, shown, 64).ne(views.show(stored, own, 64)).any() and unblended.max() == 0
+
+
+def test_pictures_do_not_depend_on_the_batch_they_are_in(stored, monkeypatch):
+    """Nor on how many are rendered at once, nor on whether the filters come from a table."""
+    shown = random_crops(stored, 12)
+    whole_BCHW = ResidentPixels(stored, CPU).show(shown, 48)
+    alone_BCHW = [
+        ResidentPixels(stored, CPU).show(Shown.plain(shown.index_B[i : i + 1], shown.box_B4[i : i + 1], flip), 48)
+        for i, flip in enumerate(shown.flip_B[:, None])
+    ]
+    assert torch.equal(whole_BCHW, torch.cat(alone_BCHW))
+    monkeypatch.setattr(resident, "WORK_BYTES", 10**6)
+    monkeypatch.setattr(resident, "TABLE_BYTES", 0)
+    assert torch.equal(whole_BCHW, ResidentPixels(stored, CPU).show(shown, 48))
+
+
+def test_a_table_of_filters_grows_with_the_crops(stored):
+    on_device = ResidentPixels(stored, CPU)
+    for box in ((0, 0, 20, 20), (0, 0, 160, 200), (0, 0, 20, 20)):
+        shown = Shown.plain(np.array([0]), np.array([box], np.int16), np.array([1], np.uint8))
+        assert torch.equal(on_device.show(shown, 32), views.show(stored, shown, 32))
+
+
+def test_no_pictures(stored):
+    nothing = Shown.plain(np.zeros(0, np.int64), np.zeros((0, 4), np.int16), np.zeros(0, np.uint8))
+    assert ResidentPixels(stored, CPU).show(nothing, 16).shape == (0, 3, 16, 16)
+
+
+def test_weights_add_up_and_are_whole_multiples():
+    weights_LSW = resident.filter_weights(torch.tensor([1, 31, 32, 200]), 32, 224).double()
+    assert (weights_LSW.sum(dim=2) - 1).abs().max() < 1e-3
+    assert torch.equal(weights_LSW[2, :, :32], torch.eye(32, dtype=torch.float64))
+    assert torch.equal(weights_LSW * 2**22, (weights_LSW * 2**22).round())
+    assert not weights_LSW[0, :, 1:].any() and not weights_LSW[3, :, 200:].any()
