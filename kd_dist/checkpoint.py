@@ -326,7 +326,7 @@ def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
 
 def note_cost(folder: RunFolder, name: str, seconds: float) -> None:
     """Note what a kind of work, such as CACHE_SECONDS, took in all until now. Rank 0 only."""
-    _write_json(folder.costs, {**read_costs(folder), name: seconds})
+    write_json(folder.costs, {**read_costs(folder), name: seconds})
 
 
 def read_costs(folder: RunFolder) -> dict[str, float]:
