@@ -110,7 +110,11 @@ def steps_in_epoch(n: int, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Everything batches are made of: pictures, labels, a rule for views, and soft labels where there is a cache."""
+    """Everything batches are made of: pictures, labels, a rule for views, and soft labels where there is a cache.
+
+    members_M: the rows that are trained on, int64 and sorted; None for all. Views are drawn for all N, so that an
+    image's do not depend on who else is trained on; partners in blends are members.
+    """
 
     pixels: Pixels
     labels_N: np.ndarray
@@ -121,10 +125,19 @@ class TrainData:
     mixup: float = 0.0
     cutmix: float = 0.0
     logits_NVK: np.ndarray | None = None
+    members_M: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels_N if self.members_M is None else self.members_M)
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_in_epoch(len(self.labels_N), self.batch_size)
+        return steps_in_epoch(len(self), self.batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch in the order in which they are visited."""
+        order_M = order_of(self.seed, epoch, len(self))
+        return order_M if self.members_M is None else self.members_M[order_M]
 
     def epoch(self, epoch: int, runtime: Runtime, workers: int = 0, first_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from `first_step` on."""
@@ -147,9 +160,8 @@ class EpochBatches(Dataset):
     """One epoch as seen by one rank: item i is the rank's part of step i."""
 
     def __init__(self, data: TrainData, epoch: int, rank: int, world_size: int):
-        n = len(data.labels_N)
         self.data, self.rank, self.world_size = data, rank, world_size
-        self.batches = np.array_split(order_of(data.seed, epoch, n), data.steps_per_epoch)
+        self.batches = np.array_split(data.order(epoch), data.steps_per_epoch)
         self.views = data.views_of_epoch(epoch)
         self.blends = blends_of(data, epoch)
 
@@ -192,4 +204,5 @@ def blends_of(data: TrainData, epoch: int) -> views.Blends | None:
     """The blends of every image in one epoch; None where none are asked for."""
     if not (data.mixup or data.cutmix):
         return None
-    return views.draw_blends(_rng(data.seed, epoch, BLEND), len(data.labels_N), data.mixup, data.cutmix)
+    rng = _rng(data.seed, epoch, BLEND)
+    return views.draw_blends(rng, len(data.labels_N), data.mixup, data.cutmix, data.members_M)

@@ -473,7 +473,7 @@ def write_val_logits(
     """Publish a model's raw logits on val as HDF5: /logits [N, K] float32, /label [N] int64, /path [N] UTF-8.
 
     Rows stand in the order of the sample list that `fingerprint` names; `attrs`, such as top1= in [0, 1], become
-    attributes.
+    attributes. A run under --tune writes the logits of its part of train: of= says which, and is "val" otherwise.
     """
     import h5py
 

@@ -93,6 +93,9 @@ class Settings:
     )
     checkpoint_minutes: float = flag(RUN, 10.0, "a checkpoint at least this often, besides one an epoch", "M")
     start_over: bool = flag(RUN, False, "forget this run folder's earlier run instead of resuming it")
+    folds: int | None = flag(DATA, None, "cut train into K even parts, of which --fold is left out", "K")
+    fold: int | None = flag(DATA, None, "the part of train that is not trained on, 0 to K - 1", "k")
+    tune: bool = flag(RUN, False, "score the run on the part left out instead of on val, which is not looked at")
 
     def __post_init__(self):
         for name, low in [("epochs", 1), ("batch_size", 1), ("image_size", 8), ("workers", 0)]:
@@ -117,8 +120,20 @@ class Settings:
             self.warmup_epochs,
             f"must be below --epochs {self.epochs}",
         )
+        self._check_fold()
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+
+    def _check_fold(self) -> None:
+        _require(self.folds is None or self.folds >= 2, "folds", self.folds, "must be at least 2")
+        if (self.folds is None) != (self.fold is None):
+            raise UserError("--folds and --fold go together: --folds 10 --fold 0 leaves out the first tenth of train.")
+        if self.fold is not None:
+            _require(
+                0 <= self.fold < self.folds, "fold", self.fold, f"must be at least 0 and below --folds {self.folds}"
+            )
+        if self.tune and self.fold is None:
+            raise UserError("--tune scores on a part of train that is left out; add --folds 10 --fold 0.")
 
     def source(self) -> dict[str, str | None]:
         """The settings that say where the data comes from."""
@@ -150,11 +165,13 @@ class TeacherSettings(Settings):
         "network to train: resnet18, or resnet18_s1 with a stride-1 stem for small pictures",
         "NAME",
     )
-    views: int = flag(DATA, 16, "views of every image in the cache: the evaluation view and V - 1 random crops", "V")
+    views: int = flag(
+        DATA, 16, "views of every image in the cache: the evaluation view and V - 1 random crops; 0: no cache", "V"
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.views >= 1, "views", self.views, "must be at least 1")
+        _require(self.views >= 0, "views", self.views, "must be at least 1, or 0 for no cache")
 
 
 @dataclass(frozen=True)

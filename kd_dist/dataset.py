@@ -87,6 +87,12 @@ class SampleList:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def at(self, rows_M: np.ndarray, name: str) -> "SampleList":
+        """The samples in these rows as a list of their own, with its own fingerprint; `name` is its split's."""
+        paths = tuple(self.paths[row] for row in rows_M)
+        columns = (self.labels_N[rows_M], self.bytes_N[rows_M], self.sha256_N32[rows_M])
+        return SampleList(name, self.root, self.classes, paths, *columns)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest that changes with any byte, label, name or place in the order."""

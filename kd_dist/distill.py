@@ -57,6 +57,7 @@ def open_inputs(settings: DistillSettings, runtime: Runtime) -> tuple[Cache | No
     data = job.open_data(DataSource(**settings.source()), runtime)
     if cache is not None:
         data.require_fit(cache)
+        require_unseen(settings, data, cache)
         if not cache.noted:
             job.say(runtime, f"{cache.path} came without its digest file; its own checks hold")
     return cache, data
@@ -99,6 +100,8 @@ def open_for(settings: DistillSettings) -> Cache | None:
         return None
     cache = open_cache(Path(settings.cache))
     require_renderer(cache.header.renderer, cache.path)
+    if settings.alpha:
+        cache.check_loss(settings.loss, settings.temperature)
     if settings.views is not None and settings.views > cache.views:
         raise UserError(
             f"--views {settings.views}, but {cache.path} holds {cache.views}; use --views {cache.views} or less, or "
@@ -106,6 +109,23 @@ def open_for(settings: DistillSettings) -> Cache | None:
             f"`python -m kd_dist.cache extend {cache.path} --views {settings.views}`."
         )
     return cache
+
+
+def require_unseen(settings: DistillSettings, data: Data, cache: Cache) -> None:
+    """Under --tune the soft labels have to come from teachers that never saw the part that the student is scored on.
+
+    Raises UserError otherwise.
+    """
+    fold = job.fold_for(settings, data)
+    if not settings.tune or settings.alpha == 0:
+        return
+    for number in np.unique(cache.split("train").teacher_N[fold.train_M]):
+        row = cache.header.teachers[number]
+        if (row.fold, row.folds) != (fold.number, fold.folds):
+            raise UserError(
+                f"{cache.path} has labels of a teacher trained {row.trained_on}, but --tune scores on {fold.name}, "
+                f"which it saw; name the cache of a teacher trained with --folds {fold.folds} --fold {fold.number}."
+            )
 
 
 def train(
@@ -119,11 +139,11 @@ def train(
     rows: Rows | None,
     loss: Loss,
 ) -> None:
-    """Train the student, and keep its weights, its val logits and the name of the cache it learned from."""
+    """Train the student, and keep its weights, its logits and the name of the cache it learned from."""
     crops, logits_NVK = crops_of(settings, data, cache)
     if rows is not None:
         logits_NVK = rows(logits_NVK, data.samples.train.labels_N, settings)
-    model, val_logits_NK = job.train(
+    model, logits_MK = job.train(
         settings,
         data,
         runtime,
@@ -133,10 +153,10 @@ def train(
         crops,
         logits_NVK=logits_NVK,
         stop=stop,
-        teacher_val_NK=cache.split("val").logits_NVK[:, 0] if cache else None,
+        cache=cache,
     )
     facts = {"cache": described(cache)} if cache else {}
-    runtime.on_main(lambda: job.keep(folder, settings, settings.student, data, model, val_logits_NK, **facts))
+    runtime.on_main(lambda: job.keep(folder, settings, settings.student, data, model, logits_MK, **facts))
 
 
 def loss_of(settings: DistillSettings, classes: int) -> LossTerms:

@@ -34,7 +34,9 @@ LossTerms = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """(model, batch with normalised pictures) -> named losses [B] of every sample, "total" among them."""
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
-"""Validation: metrics by name, equal on all ranks, "val_top1" among them."""
+"""Validation: metrics by name, equal on all ranks; "val_" heads those of val, "tune_" those of a part of train."""
+
+SCORES = ("val_", "tune_")
 
 MOMENTUM = 0.9
 GPU_STEPS_BETWEEN_AGREEMENTS = 20
@@ -283,13 +285,14 @@ class Trainer:
 
     def _note_epoch(self, row: dict[str, Any]) -> None:
         checkpoint.append_metrics(self.folder, row)
-        names = {name: name.replace("_", "/", 1) for name in row if name.startswith(("val_", "train_"))}
+        names = {name: name.replace("_", "/", 1) for name in row if name.startswith((*SCORES, "train_"))}
         self.monitor.scalars(self.step, {shown: row[name] for name, shown in names.items()})
         speed = {"speed/images_per_s": row["images_per_s"], "speed/data_wait_s": row["data_wait_s"], "lr": row["lr"]}
         self.monitor.scalars(self.step, speed)
-        shown = ", ".join(f"{name.removeprefix('val_')} {row[name]:.4f}" for name in row if name.startswith("val_"))
+        scores = [name.partition("_") for name in row if name.startswith(SCORES)]
+        shown = ", ".join(f"{name} {row[head + _ + name]:.4f}" for head, _, name in scores)
         self.monitor.line(
-            f"epoch {row['epoch']}/{self.schedule.epochs}: loss {row['train_total']:.4f}, val {shown}, "
+            f"epoch {row['epoch']}/{self.schedule.epochs}: loss {row['train_total']:.4f}, {scores[0][0]} {shown}, "
             f"{row['images_per_s']:.0f} images/s, waited {row['data_wait_s']:.1f} s for data"
         )
         self.monitor.flush()  # the checkpoint of this step is written already: a resume from it will not log this again

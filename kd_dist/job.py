@@ -23,9 +23,10 @@ from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
 from kd_dist.cache import Cache
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import Settings
-from kd_dist.dataset import Dataset, locate, scan
+from kd_dist.dataset import Dataset, SampleList, locate, scan
 from kd_dist.engine import HEARTBEAT_SECONDS, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
+from kd_dist.folds import Fold, fold_of
 from kd_dist.inference import Forward, compute_dtype
 from kd_dist.models import count_weights
 from kd_dist.pixels import Pixels, build_pixels, default_folder, open_pixels
@@ -58,6 +59,35 @@ class Data:
     def split(self, name: str):
         """(sample list, pixels) of "train" or "val"."""
         return self.samples.split(name), self.pixels[name]
+
+
+def fold_for(settings: Settings, data: Data) -> Fold | None:
+    """The part of train that the settings leave out, None where they leave none out. Raises UserError."""
+    if settings.fold is None:
+        return None
+    train = data.samples.train
+    return fold_of(train.labels_N, train.sha256_N32, settings.fold, settings.folds)
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The images that a run is scored on: rows of a split, and the same as a list with its own fingerprint.
+
+    `head` begins the names of the scores: "val", or "tune" where it is a part of train and must not pass for val.
+    """
+
+    head: str
+    split: str
+    rows_M: np.ndarray
+    samples: SampleList
+
+
+def scored_on(settings: Settings, data: Data) -> Scored:
+    """val, or under --tune the part of train that is left out."""
+    if not settings.tune:
+        return Scored("val", "val", np.arange(len(data.samples.val)), data.samples.val)
+    fold = fold_for(settings, data)
+    return Scored("tune", "train", fold.held_out_M, data.samples.train.at(fold.held_out_M, fold.name))
 
 
 def say(runtime: Runtime, text: str) -> None:
@@ -224,14 +254,15 @@ def train(
     *,
     logits_NVK: np.ndarray | None = None,
     stop: StopRequest,
-    teacher_val_NK: np.ndarray | None = None,
+    cache: Cache | None = None,
 ) -> tuple[nn.Module, np.ndarray]:
-    """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its val logits float32
-    [N, K].
+    """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
+    [M, K] of the images it is scored on, val unless the settings say otherwise.
 
-    `teacher_val_NK` adds agreement with the teacher to the metrics.
+    `cache` adds agreement with the teacher to the metrics.
     """
     samples, pixels = data.split("train")
+    fold = fold_for(settings, data)
     train_data = TrainData(
         pixels=pixels,
         labels_N=samples.labels_N,
@@ -242,16 +273,15 @@ def train(
         mixup=settings.mixup,
         cutmix=settings.cutmix,
         logits_NVK=logits_NVK,
+        members_M=None if fold is None else fold.train_M,
     )
-    validation = Validation(data, settings.image_size, settings.precision, runtime, teacher_val_NK)
-    # The schedule's fields are settings of the same names.
-    schedule = Schedule(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Schedule)})
+    validation = Validation(settings, data, runtime, cache)
     trainer = Trainer(
         model,
         train_data,
         loss_terms,
         validation.metrics,
-        schedule,
+        schedule_of(settings),
         runtime,
         folder,
         stop=stop,
@@ -265,10 +295,15 @@ def train(
     return trainer.evaluated_model, validation.logits(trainer.evaluated_model)
 
 
+def schedule_of(settings: Settings) -> Schedule:
+    """The schedule's fields are settings of the same names."""
+    return Schedule(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Schedule)})
+
+
 def _introduction(settings: Settings, model: nn.Module, trainer: Trainer) -> str:
     data, runtime = trainer.data, trainer.runtime
     return (
-        f"{settings.kind}: {count_weights(model):,} weights, {len(data.labels_N):,} images at {data.image_size} px, "
+        f"{settings.kind}: {count_weights(model):,} weights, {len(data):,} images at {data.image_size} px, "
         f"{settings.epochs} epochs of {data.steps_per_epoch} steps, {runtime.world_size} ranks on "
         f"{runtime.device.type} in {trainer.compute_dtype} (preset {settings.preset})"
     )
@@ -276,7 +311,8 @@ def _introduction(settings: Settings, model: nn.Module, trainer: Trainer) -> str
 
 def require_fit(settings: Settings, data: Data, model: nn.Module, runtime: Runtime) -> None:
     """Raise UserError where the batch does not suit the data and the ranks, or the picture size the network."""
-    images, ranks = len(data.samples.train), runtime.world_size
+    fold = fold_for(settings, data)
+    images, ranks = len(data.samples.train if fold is None else fold.train_M), runtime.world_size
     if settings.batch_size > images:
         raise UserError(
             f"--batch-size {settings.batch_size} is larger than the {images} training images; use --batch-size "
@@ -299,37 +335,35 @@ def require_fit(settings: Settings, data: Data, model: nn.Module, runtime: Runti
 
 
 class Validation:
-    """The val split in its evaluation view: each image counted once, at any number of ranks."""
+    """The images a run is scored on in their evaluation view: each counted once, at any number of ranks."""
 
-    def __init__(
-        self, data: Data, image_size: int, precision: str, runtime: Runtime, teacher_val_NK: np.ndarray | None = None
-    ):
-        self.samples, self.pixels = data.split("val")
-        self.image_size, self.runtime, self.teacher_val_NK = image_size, runtime, teacher_val_NK
-        self.dtype = compute_dtype(runtime.device, precision)
-        box_N4 = views.evaluation_boxes(self.pixels.sizes_N2)
-        self.shown = views.Shown.plain(np.arange(len(box_N4)), box_N4, np.zeros(len(box_N4), np.uint8))
+    def __init__(self, settings: Settings, data: Data, runtime: Runtime, cache: Cache | None = None):
+        self.scored, self.runtime, self.image_size = scored_on(settings, data), runtime, settings.image_size
+        self.pixels, rows_M = data.pixels[self.scored.split], self.scored.rows_M
+        self.teacher_MK = cache.split(self.scored.split).logits_NVK[rows_M, 0] if cache else None
+        self.dtype = compute_dtype(runtime.device, settings.precision)
+        box_M4 = views.evaluation_boxes(self.pixels.sizes_N2[rows_M])
+        self.shown = views.Shown.plain(rows_M, box_M4, np.zeros(len(rows_M), np.uint8))
 
     def logits(self, model: nn.Module) -> np.ndarray:
-        """Logits float32 [N, K], the same on every rank."""
+        """Logits float32 [M, K], the same on every rank."""
         forward = Forward(model, self.pixels, self.image_size, config.MEAN, config.STD, self.runtime.device, self.dtype)
-        return forward.all_logits(self.shown, len(self.samples.classes), self.runtime)
+        return forward.all_logits(self.shown, len(self.scored.samples.classes), self.runtime)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """val_top1, val_loss (cross-entropy in nats), and val_agreement with the teacher's top class where a teacher is
-        cached.
+        cached; "tune_" heads the names where it is not val.
         """
         return self.metrics_of(self.logits(model))
 
-    def metrics_of(self, logits_NK: np.ndarray) -> dict[str, float]:
-        """The metrics of given val logits."""
-        loss = torch.nn.functional.cross_entropy(
-            torch.from_numpy(logits_NK).double(), torch.from_numpy(self.samples.labels_N)
-        )
-        metrics = {"val_top1": top1(logits_NK, self.samples.labels_N), "val_loss": float(loss)}
-        if self.teacher_val_NK is not None:
-            metrics["val_agreement"] = top1(logits_NK, self.teacher_val_NK.argmax(axis=1))
-        return metrics
+    def metrics_of(self, logits_MK: np.ndarray) -> dict[str, float]:
+        """The metrics of given logits."""
+        labels_M = self.scored.samples.labels_N
+        loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits_MK).double(), torch.from_numpy(labels_M))
+        metrics = {"top1": top1(logits_MK, labels_M), "loss": float(loss)}
+        if self.teacher_MK is not None:
+            metrics["agreement"] = top1(logits_MK, self.teacher_MK.argmax(axis=1))
+        return {f"{self.scored.head}_{name}": value for name, value in metrics.items()}
 
 
 def top1(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
@@ -343,15 +377,20 @@ def keep(
     arch: str,
     data: Data,
     model: nn.Module,
-    val_logits_NK: np.ndarray,
+    logits_MK: np.ndarray,
     **facts: object,
 ) -> None:
-    """Write the result of a run, on rank 0: its val logits, then the weights with what one must know to use them."""
-    val = data.samples.val
-    val_top1 = top1(val_logits_NK, val.labels_N)
+    """Write the result of a run, on rank 0: its logits on what it is scored on, then the weights with what one must
+    know to use them.
+
+    A run under --tune has no val_top1 but a tune_top1.
+    """
+    scored = scored_on(settings, data)
+    samples, score = scored.samples, top1(logits_MK, scored.samples.labels_N)
     checkpoint.write_val_logits(
-        folder.val_logits, val_logits_NK, val.labels_N, val.paths, val.fingerprint, top1=val_top1
+        folder.val_logits, logits_MK, samples.labels_N, samples.paths, samples.fingerprint, top1=score, of=samples.split
     )
+    fingerprints = {split: data.samples.split(split).fingerprint for split in ("train", "val")}
     checkpoint.save_model(
         folder,
         {
@@ -363,8 +402,9 @@ def keep(
             "mean": list(config.MEAN),
             "std": list(config.STD),
             "seed": settings.seed,
-            "val_top1": val_top1,
-            "data": {"name": data.samples.name, "train": data.samples.train.fingerprint, "val": val.fingerprint},
+            f"{scored.head}_top1": score,
+            "fold": None if settings.fold is None else {"number": settings.fold, "folds": settings.folds},
+            "data": {"name": data.samples.name, **fingerprints},
             "settings": settings.stored(),
             "software": software(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,6 +1,6 @@
-"""Writing the cache: a trained teacher's logits on views of every image, by all ranks in blocks."""
+"""Writing the cache: trained teachers' logits on views of every image, by all ranks in blocks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from kd_dist import checkpoint, views
-from kd_dist.cache import BlockWriter, Cache, Header, Table, TeacherRow
+from kd_dist.cache import VIEW_FEATURES, Block, BlockWriter, Cache, Header, Table, TeacherRow, bare, mean_of
 from kd_dist.dataset import SampleList
 from kd_dist.errors import UserError
+from kd_dist.folds import parts_of
 from kd_dist.inference import FORWARD_BATCH, Forward
 from kd_dist.job import Data, software
 from kd_dist.models import TEACHERS
@@ -29,6 +30,8 @@ class Teacher:
     classes: tuple[str, ...]
     crop_scale: tuple[float, float]
     finished: str
+    path: Path = Path("model.pt")
+    data: str = ""  # fingerprint of the train split that it was trained on, or on a part of
 
 
 def load_teacher(path: Path, device: torch.device) -> Teacher:
@@ -38,15 +41,17 @@ def load_teacher(path: Path, device: torch.device) -> Teacher:
         raise UserError(f"{path} holds a {saved.get('kind')}, not a teacher; name a teacher's model.pt.")
     if saved["arch"] not in TEACHERS:
         raise UserError(f"{path} is a {saved['arch']}, which is not known; add it to TEACHERS in kd_dist/models.py.")
+    fold = saved.get("fold") or {"number": -1, "folds": 0}
     model = TEACHERS[saved["arch"]](len(saved["classes"]))
     model.load_state_dict(saved["weights"])
     row = TeacherRow(
         sha256=checkpoint.weights_digest(saved["weights"]),
         arch=saved["arch"],
         seed=saved["seed"],
-        fold=-1,
+        fold=fold["number"],
         image_size=saved["image_size"],
-        val_top1=saved["val_top1"],
+        val_top1=saved.get("val_top1"),
+        folds=fold["folds"],
     )
     model = model.to(device, memory_format=torch.channels_last).eval()
     return Teacher(
@@ -57,6 +62,8 @@ def load_teacher(path: Path, device: torch.device) -> Teacher:
         classes=tuple(saved["classes"]),
         crop_scale=tuple(saved["settings"]["crop_scale"]),
         finished=saved["finished"],
+        path=path,
+        data=saved["data"]["train"],
     )
 
 
@@ -97,9 +104,130 @@ def _table(samples: SampleList, boxes_and_flips: tuple[np.ndarray, np.ndarray]) 
     return Table(samples.paths, samples.labels_N, samples.bytes_N, samples.sha256_N32, teacher_N, box_NV4, flip_NV)
 
 
+def plan_like(teacher: Teacher, data: Data, like: Cache, dtype: str) -> tuple[Header, dict[str, Table]]:
+    """As plan, with the very views of another cache, whatever this version's generator would draw.
+
+    Raises UserError where that cache is of other data, or of pictures that are not drawn here.
+    """
+    data.require_fit(like)
+    views.require_renderer(like.header.renderer, like.path)
+    header, _ = plan(teacher, data, 1, teacher.crop_scale, like.header.seed, dtype)
+    features = tuple(feature for feature in like.header.features if feature in VIEW_FEATURES)
+    header = replace(header, view_sampler=like.header.view_sampler, features=features)
+    return header, {split: by_one(like.split(split)) for split in ("train", "val")}
+
+
+def by_one(table: Table) -> Table:
+    """A cache's table without its logits, for the first teacher to label."""
+    return replace(bare(table), teacher_N=np.zeros(len(table), np.int16))
+
+
+def out_of_fold(
+    header: Header, tables: Mapping[str, Table], teachers: Sequence[Teacher], data: Data
+) -> tuple[Header, dict[str, Table]]:
+    """A plan in which each train image is labelled by the one teacher that never saw it, and val by the mean of all.
+
+    Raises UserError unless these are the teachers of all parts of this train split, and see pictures alike.
+    """
+    teachers = _in_order_of_folds(teachers, data)
+    rows = [teacher.row for teacher in teachers]
+    train = data.samples.train
+    part_N = parts_of(train.labels_N, train.sha256_N32, len(rows))
+    created = max(teacher.finished for teacher in teachers)
+    header = replace(header, teachers=(*rows, mean_of(rows, range(len(rows)))), created=created)
+    of_val_N = np.full(len(tables["val"]), len(rows), np.int16)
+    return header, {
+        "train": replace(tables["train"], teacher_N=part_N.astype(np.int16)),
+        "val": replace(tables["val"], teacher_N=of_val_N),
+    }
+
+
+def _in_order_of_folds(teachers: Sequence[Teacher], data: Data) -> list[Teacher]:
+    first, fingerprint = teachers[0], data.samples.train.fingerprint
+    for teacher in teachers:
+        row = teacher.row
+        if row.fold < 0 or row.val_top1 is None:
+            why = "on all of train" if row.fold < 0 else "with --tune"
+            raise UserError(f"{teacher.path} was trained {why}: train teachers with --folds K --fold 0 to K - 1 alone.")
+        if teacher.data != fingerprint:
+            raise UserError(
+                f"{teacher.path} was trained on train images {teacher.data[:12]}, {data.samples.root} has "
+                f"{fingerprint[:12]}: name the data it was trained on with --data."
+            )
+        for name, ours, theirs in (
+            ("folds", first.row.folds, row.folds),
+            ("image size", first.row.image_size, row.image_size),
+            ("mean and std", (first.mean, first.std), (teacher.mean, teacher.std)),
+        ):
+            if ours != theirs:
+                raise UserError(f"{first.path} has {name} {ours}, {teacher.path} {theirs}: name teachers of one set.")
+    return _one_of_each([*teachers], first.row.folds)
+
+
+def _one_of_each(teachers: list[Teacher], folds: int) -> list[Teacher]:
+    by_fold = {teacher.row.fold: teacher for teacher in teachers}
+    for teacher in teachers:
+        if by_fold[teacher.row.fold] is not teacher:
+            part = f"part {teacher.row.fold} of {folds}"
+            raise UserError(
+                f"{teacher.path} and {by_fold[teacher.row.fold].path} both leave out {part}: name one teacher of each."
+            )
+    if missing := sorted(set(range(folds)) - by_fold.keys()):
+        raise UserError(
+            f"no teacher leaves out part {', '.join(map(str, missing))} of {folds}: train it with --folds {folds} "
+            f"--fold {missing[0]}, and name all {folds}."
+        )
+    return [by_fold[fold] for fold in range(folds)]
+
+
+class Labeller:
+    """The logits of a header's teachers on views of the data, as far as these teachers and means of them go."""
+
+    def __init__(self, teachers: Sequence[Teacher], data: Data, header: Header, device: torch.device):
+        models = {teacher.row.sha256: teacher.model for teacher in teachers}
+        pictures = (header.image_size, header.mean, header.std, device, header.compute_dtype)
+        self.rows = header.teachers
+        self.forwards = {
+            (split, number): Forward(models[row.sha256], data.pixels[split], *pictures)
+            for split in data.pixels
+            for number, row in enumerate(self.rows)
+            if row.sha256 in models
+        }
+
+    def knows(self, number: int) -> bool:
+        """Whether the rows of this teacher can be computed."""
+        members = self.rows[number].member_rows
+        return all(map(self.knows, members)) if members else ("train", number) in self.forwards
+
+    def logits(self, split: str, table: Table, index_B: np.ndarray, view: int) -> np.ndarray:
+        """Logits float32 [B, K] of some samples in one view, each by its own teacher.
+
+        A teacher's samples go through it in their order in fixed batches, so that equal calls give equal bits.
+        """
+        shown, teacher_B = _shown(table, index_B, view), table.teacher_N[index_B]
+        logits_BK = None
+        for number in np.unique(teacher_B):
+            places = np.flatnonzero(teacher_B == number)
+            rows = self._of_teacher(split, int(number), shown.at(places))
+            logits_BK = np.empty((len(index_B), rows.shape[1]), np.float32) if logits_BK is None else logits_BK
+            logits_BK[places] = rows
+        return logits_BK
+
+    def _of_teacher(self, split: str, number: int, shown: views.Shown) -> np.ndarray:
+        members = self.rows[number].member_rows
+        if not members:
+            return self.forwards[split, number].logits(shown)
+        total_BK = sum(self._of_teacher(split, member, shown).astype(np.float64) for member in members)
+        return (total_BK / len(members)).astype(np.float32)
+
+
+def _shown(table: Table, index_B: np.ndarray, view: int) -> views.Shown:
+    return views.Shown.plain(index_B, table.box_NV4[index_B, view], table.flip_NV[index_B, view])
+
+
 def write_cache(
     target: Path,
-    teacher: Teacher,
+    teachers: Sequence[Teacher],
     data: Data,
     header: Header,
     tables: Mapping[str, Table],
@@ -110,40 +238,31 @@ def write_cache(
 ) -> None:
     """Label what is missing, share by share on all ranks, and publish. Raises UserError where it cannot be written.
 
-    `known` is a cache of the same teacher and data with fewer views, whose rows are taken over. Blocks written before
+    `known` is a cache of the same teachers and data with fewer views, whose rows are taken over. Blocks written before
     an interruption are kept, whatever the number of ranks was then.
     """
     # Rank 0 makes the parts folder before the others look into it.
     runtime.on_main(lambda: BlockWriter(target, header, tables) and None)
     writer = BlockWriter(target, header, tables)
     missing = runtime.on_main(writer.missing)
-    forward = {split: _forward(teacher, data, split, header, runtime.device) for split in tables}
+    labeller = Labeller(teachers, data, header, runtime.device)
     mine = runtime.shard(len(missing))
     for done, position in enumerate(mine, start=1):
         if stop.signal is not None:  # no need to agree: every block that was put is safe
             raise Interrupted(stop.signal)
         block = missing[position]
-        writer.put(block, _labels(block, forward, tables, known))
+        writer.put(block, _labels(block, labeller, tables, known))
         progress(done, len(mine))
     runtime.wait_for_all(f"label {target}")
     runtime.on_main(lambda: writer.publish() and None)
 
 
-def _forward(teacher: Teacher, data: Data, split: str, header: Header, device: torch.device) -> Forward:
-    pictures = (data.pixels[split], header.image_size, header.mean, header.std)
-    return Forward(teacher.model, *pictures, device, header.compute_dtype)
-
-
-def _labels(block, forward: Mapping[str, Forward], tables: Mapping[str, Table], known: Cache | None) -> np.ndarray:
+def _labels(block: Block, labeller: Labeller, tables: Mapping[str, Table], known: Cache | None) -> np.ndarray:
     if known is not None and block.view < known.split(block.split).views:
         return known.split(block.split).logits_NVK[block.start : block.stop, block.view]
-    shown = _shown(tables[block.split], block.view, block.start, block.stop)
+    rows_B = np.arange(block.start, block.stop)
     with np.errstate(over="ignore"):  # the writer refuses what does not fit float16, naming the image
-        return forward[block.split].logits(shown).astype(np.float16)
-
-
-def _shown(table: Table, view: int, start: int, stop: int) -> views.Shown:
-    return views.Shown.plain(np.arange(start, stop), table.box_NV4[start:stop, view], table.flip_NV[start:stop, view])
+        return labeller.logits(block.split, tables[block.split], rows_B, block.view).astype(np.float16)
 
 
 def keep_views(table: Table, known: Table) -> Table:
@@ -153,31 +272,51 @@ def keep_views(table: Table, known: Table) -> Table:
     return replace(table, box_NV4=box_NV4, flip_NV=np.concatenate([known.flip_NV, table.flip_NV[:, v:]], axis=1))
 
 
-def largest_difference(cache: Cache, teacher: Teacher, data: Data, rows: int, runtime: Runtime) -> tuple[float, int]:
+def why_not_computed(cache: Cache, labeller: Labeller, teachers: Sequence[Teacher]) -> str | None:
+    """Why no row of a cache can be computed from these teachers, in words; None where some can."""
+    header = cache.header
+    if header.temperature is not None:
+        return (
+            f"the rows are means of probabilities at temperature {header.temperature:g}, which the teachers' logits do "
+            "not give again one by one: verify the caches it was combined from"
+        )
+    of_header = (header.image_size, header.mean, header.std)
+    alike = all((teacher.row.image_size, teacher.mean, teacher.std) == of_header for teacher in teachers)
+    if cache.is_combined and not (alike and " and " not in header.compute_dtype):
+        return "the teachers saw or computed differently, see the caches it was combined from: verify those"
+    if not any(len(_known(labeller, table)) for table in cache.splits.values()):
+        return "each row is a mean of several teachers: name the model.pt of all of them"
+    return None
+
+
+def largest_difference(cache: Cache, labeller: Labeller, rows: int, runtime: Runtime) -> tuple[float, int]:
     """Recompute about `rows` rows, drawn in whole forward batches over splits and views: the largest |new - stored| /
-    max(1, |stored|), and how many rows were compared.
+    max(1, |stored|), and how many rows were compared. Rows of teachers that are not at hand are passed over.
     """
+    known_N = {split: _known(labeller, table) for split, table in cache.splits.items()}
     batches = [
         (split, view, start)
         for split, table in cache.splits.items()
         for view in range(table.views)
-        for start in range(0, len(table), FORWARD_BATCH)
+        for start in range(0, len(known_N[split]), FORWARD_BATCH)
     ]
     drawn = np.random.default_rng(0).permutation(len(batches))[: max(1, round(rows / FORWARD_BATCH))]
-    differences = [
-        _difference(cache, teacher, data, *batches[drawn[i]], runtime.device) for i in runtime.shard(len(drawn))
-    ]
+    differences = []
+    for split, view, start in (batches[drawn[i]] for i in runtime.shard(len(drawn))):
+        index_B = known_N[split][start : start + FORWARD_BATCH]
+        differences.append((_difference(cache, labeller, split, view, index_B), len(index_B)))
     everyone = [pair for mine in runtime.gather(differences) for pair in mine]
     return float(np.max([worst for worst, _ in everyone])), sum(count for _, count in everyone)
 
 
-def _difference(
-    cache: Cache, teacher: Teacher, data: Data, split: str, view: int, start: int, device
-) -> tuple[float, int]:
-    table, header = cache.split(split), cache.header
-    stop = min(len(table), start + FORWARD_BATCH)
-    forward = _forward(teacher, data, split, header, device)
-    new_BK = forward.logits(_shown(table, view, start, stop))
-    stored_BK = table.logits_NVK[start:stop, view].astype(np.float32)
-    difference_BK = np.abs(new_BK - stored_BK) / np.maximum(1, np.abs(stored_BK))
-    return float(difference_BK.max()), stop - start
+def _known(labeller: Labeller, table: Table) -> np.ndarray:
+    """The rows of a split whose teachers are at hand."""
+    known_T = np.array([labeller.knows(number) for number in range(len(labeller.rows))])
+    return np.flatnonzero(known_T[table.teacher_N])
+
+
+def _difference(cache: Cache, labeller: Labeller, split: str, view: int, index_B: np.ndarray) -> float:
+    table = cache.split(split)
+    stored_BK = table.logits_NVK[index_B, view].astype(np.float32)
+    new_BK = labeller.logits(split, table, index_B, view)
+    return float((np.abs(new_BK - stored_BK) / np.maximum(1, np.abs(stored_BK))).max())

@@ -54,6 +54,11 @@ class Run:
         named = self.settings.get("cache")
         return Path(named) if named else self.folder.cache if self.kind == "teacher" else None
 
+    @property
+    def head(self) -> str:
+        """What the names of its scores begin with: "tune" where it is scored on a part of train, else "val"."""
+        return "tune" if self.settings.get("tune") else "val"
+
     def row(self, agreement: float | None) -> tuple[str, ...]:
         """The run's cells, one for each of COLUMNS."""
         last = self.metrics[-1] if self.metrics else {}  # a row an epoch
@@ -64,8 +69,8 @@ class Run:
             _text(self.settings.get("alpha")),
             _text(self.settings.get("temperature")),
             f"{len(self.metrics)}/{_text(self.settings.get('epochs'))}",
-            _percent(last.get("val_top1")),
-            _percent(last.get("val_agreement") if agreement is None else agreement),
+            _percent(last.get(f"{self.head}_top1")),
+            _percent(last.get(f"{self.head}_agreement") if agreement is None else agreement),
             f"{statistics.median(rates):.0f}" if rates else _ABSENT,
             _status(read_state(self.folder)),
         )
@@ -111,7 +116,10 @@ def table_of(runs: Sequence[Run], caches: Caches) -> tuple[list[tuple[str, ...]]
     rows, notes = [COLUMNS], []
     for run in runs:
         agreement = None
-        if run.kind == "student" and run.folder.val_logits.exists():
+        if run.head == "tune":
+            part = f"part {run.settings['fold']} of {run.settings['folds']} of train"
+            notes.append(f"{run.name}: top-1 and agreement are those on {part} (--tune), not on val")
+        elif run.kind == "student" and run.folder.val_logits.exists():
             try:
                 cache = caches.of(run)
                 agreement = agreement_of(run, cache) if cache else None

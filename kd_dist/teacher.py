@@ -38,12 +38,14 @@ def main() -> None:
         torch.manual_seed(settings.seed)
         model = TEACHERS[settings.teacher](len(data.samples.classes))
         job.require_fit(settings, data, model, runtime)
-        runtime.on_main(lambda: require_own_cache(settings, target, data))
+        if settings.views:
+            runtime.on_main(lambda: require_own_cache(settings, target, data))
         folder = job.claim(settings, data, runtime)
         with job.running(folder, runtime) as stop:
             if not runtime.on_main(folder.model.exists):
                 train(settings, data, model, folder, runtime, stop)
-            write(settings, data, target, folder, runtime, stop)
+            if settings.views:
+                write(settings, data, target, folder, runtime, stop)
 
 
 def require_own_cache(settings: TeacherSettings, target: Path, data: Data) -> None:
@@ -79,8 +81,8 @@ def train(
     """Train the teacher and keep its last weights (or their moving average), not the best on val."""
     loss = objectives.hard(len(data.samples.classes), settings.label_smoothing)
     crops = job.fresh_crops(settings, data)
-    model, val_logits_NK = job.train(settings, data, runtime, folder, model, loss, crops, stop=stop)
-    runtime.on_main(lambda: job.keep(folder, settings, settings.teacher, data, model, val_logits_NK))
+    model, logits_MK = job.train(settings, data, runtime, folder, model, loss, crops, stop=stop)
+    runtime.on_main(lambda: job.keep(folder, settings, settings.teacher, data, model, logits_MK))
 
 
 def write(
@@ -93,13 +95,13 @@ def write(
     teacher = label.load_teacher(folder.model, runtime.device)
     job.say(
         runtime,
-        f"teacher: top-1 {teacher.row.val_top1:.4f} on val; writing {settings.views} views of every image to {target}",
+        f"teacher trained {teacher.row.trained_on}; writing {settings.views} views of every image to {target}",
     )
     dtype = compute_dtype(runtime.device, settings.precision)
     header, tables = label.plan(teacher, data, settings.views, settings.crop_scale, settings.seed, dtype)
     progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
     with clocked(folder, target, runtime, progress) as progress:
-        label.write_cache(target, teacher, data, header, tables, runtime, stop, progress)
+        label.write_cache(target, [teacher], data, header, tables, runtime, stop, progress)
     job.say(runtime, f"wrote {target}. Next: python -m kd_dist.distill --cache {target}")
 
 

@@ -135,12 +135,14 @@ class Blends:
     paste_N4: np.ndarray
 
 
-def draw_blends(rng: np.random.Generator, n: int, mixup: float, cutmix: float) -> Blends:
+def draw_blends(
+    rng: np.random.Generator, n: int, mixup: float, cutmix: float, partners_M: np.ndarray | None = None
+) -> Blends:
     """Blend a share `mixup` of n pictures by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, area
-    uniform before it is cut off); partners are any of the n.
+    uniform before it is cut off); partners are any of the n, or of partners_M alone.
     """
     lot_N = rng.random(n)
-    partner_N = rng.integers(0, n, n)
+    partner_N = rng.integers(0, n, n) if partners_M is None else rng.choice(partners_M, n)
     mixed_N = rng.beta(MIXUP_BETA, MIXUP_BETA, n)
     pasted_weight_N = rng.random(n)
     centre_N2 = rng.random((n, 2))

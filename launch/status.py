@@ -62,7 +62,12 @@ def _progress(run: RunFolder) -> tuple[str, str]:
     except UserError:  # a file in the middle of a failing disk must not hide the other jobs
         return "?", "?"
     epoch = f"{state['epoch']:.1f}/{state['epochs']}" if "epochs" in state else f"{len(metrics)}" if metrics else "-"
-    return epoch, f"{100 * metrics[-1]['val_top1']:.1f} %" if metrics else "-"
+    return epoch, _top1(metrics[-1]) if metrics else "-"
+
+
+def _top1(row: dict[str, Any]) -> str:
+    tuned = "tune_top1" in row  # on a part of train, not on val
+    return f"{100 * row['tune_top1' if tuned else 'val_top1']:.1f} %{' (tune)' if tuned else ''}"
 
 
 def _last_line(folder: JobFolder) -> str:

@@ -984,7 +984,7 @@ def test_info_is_one_screen(reference):
     for shown in (
         cache.digest,
         "1,030 images x 2 views",
-        "resnet18-s1 without fold 1",
+        "resnet18-s1 without part 1 of ? of train",
         "sha256 cdcdcdcdcdcd",
         "beagle, dingo, Samoyède",
         "some-sampler/1",

@@ -123,7 +123,7 @@ def write_and_predict(runtime, root, target):
     data = open_tiny(root)
     teacher = small_teacher(data.samples.classes)
     header, tables = label.plan(teacher, data, 3, (0.4, 1.0), 5, "float32")
-    label.write_cache(target, teacher, data, header, tables, runtime, StopRequest(), lambda done, total: None)
+    label.write_cache(target, [teacher], data, header, tables, runtime, StopRequest(), lambda done, total: None)
     forward = Forward(teacher.model, data.pixels["val"], 32, MEAN, STD, runtime.device)
     table = tables["val"]
     shown = views.Shown.plain(np.arange(len(table)), table.box_NV4[:, 0], table.flip_NV[:, 0])

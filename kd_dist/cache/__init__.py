@@ -1,13 +1,15 @@
 """The cache of soft labels: one HDF5 file that describes itself, proves itself complete and refuses the wrong data."""
 
 from kd_dist.cache.card import LabelCard, card_of, render_info
-from kd_dist.cache.format import Header, Table, TeacherRow
+from kd_dist.cache.combine import bare, combine
+from kd_dist.cache.format import VIEW_FEATURES, Header, Table, TeacherRow, mean_of
 from kd_dist.cache.parts import BLOCK_SAMPLES, Block, blocks
 from kd_dist.cache.reader import Cache, LabelledTable, open_cache
 from kd_dist.cache.writer import BlockWriter
 
 __all__ = [
     "BLOCK_SAMPLES",
+    "VIEW_FEATURES",
     "Block",
     "BlockWriter",
     "Cache",
@@ -16,8 +18,11 @@ __all__ = [
     "LabelledTable",
     "Table",
     "TeacherRow",
+    "bare",
     "blocks",
     "card_of",
+    "combine",
+    "mean_of",
     "open_cache",
     "render_info",
 ]

@@ -113,24 +113,32 @@ def _divergence(logits_NVK: np.ndarray, entropy_NV: np.ndarray) -> float:
 
 def render_info(cache: Cache) -> str:
     """One screen about a cache: what it is, what it fits, and what its labels are worth."""
-    cards = [card_of(split.logits_NVK, split.labels_N) for split in cache.splits.values()]
+    cards = [card_of(_logits_at_1(cache, split), split.labels_N) for split in cache.splits.values()]
     lines = [*_identity(cache), "", *_worth(list(cache.splits), cards)]
     if cards[0].warning:
         lines += ["", *wrap(cards[0].warning, WIDTH)]
     return "\n".join(lines)
 
 
+def _logits_at_1(cache: Cache, split: LabelledTable) -> np.ndarray:
+    """A split's rows; those that hold at one temperature alone, divided by it: the figures are of what holds there."""
+    temperature = cache.header.temperature
+    return split.logits_NVK if temperature is None else split.logits_NVK / np.float16(temperature)
+
+
 def _identity(cache: Cache) -> list[str]:
     header = cache.header
+    shown = sorted(header.teachers, key=lambda row: not row.members)  # means first
     facts = [
         ("cache", f"{cache.path} ({cache.path.stat().st_size:,} bytes)"),
         ("sha256", cache.digest),
         ("data", f"{header.dataset}, {len(header.classes)} classes: {', '.join(header.classes)}"),
         *((name, _describe_split(split)) for name, split in cache.splits.items()),
-        *(("teacher", _describe_teacher(row)) for row in header.teachers[:TEACHERS_SHOWN]),
+        *(("teacher", _describe_teacher(row)) for row in shown[:TEACHERS_SHOWN]),
         ("views", f"{header.view_sampler}, seed {header.seed}; view 0 is the evaluation view"),
         ("pictures", f"{header.renderer} at {header.image_size} px, {_describe_scale(header.mean, header.std)}"),
         ("written", f"{header.created} in {header.compute_dtype} by {header.software}"),
+        *(("labels", text) for text in _describe_labels(cache)),
     ]
     if len(header.teachers) > TEACHERS_SHOWN:
         facts.insert(5 + TEACHERS_SHOWN, ("", f"and {len(header.teachers) - TEACHERS_SHOWN} more teachers"))
@@ -147,9 +155,19 @@ def _describe_split(split: LabelledTable) -> str:
 
 
 def _describe_teacher(row: TeacherRow) -> str:
-    origin = "on all of train" if row.fold < 0 else f"without fold {row.fold}"
-    figures = f"seed {row.seed}, {row.image_size} px, val top-1 {row.val_top1:.2%}"
-    return f"{row.arch} {origin}, {figures}, sha256 {row.sha256[:12]}..."
+    figures = f"val top-1 {row.val_top1:.2%}, sha256 {row.sha256[:12]}..."
+    if row.members:
+        return f"{row.arch} (rows {row.members} of the teachers), {figures}"
+    return f"{row.arch} {row.trained_on}, seed {row.seed}, {row.image_size} px, {figures}"
+
+
+def _describe_labels(cache: Cache) -> Iterator[str]:
+    """Lines on what a row is where it is not one teacher's logits."""
+    if cache.header.temperature is not None:
+        t = f"{cache.header.temperature:g}"
+        yield f"T * log of mean probabilities at T = {t}: of use at --temperature {t} alone, as are the figures below"
+    if cache.is_out_of_fold:
+        yield "out-of-fold: each train image by the one teacher that never saw it, val by the mean of all"
 
 
 def _describe_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> str:

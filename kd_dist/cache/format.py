@@ -3,8 +3,8 @@
 docs/cache-format.md describes the same file for people who read it without this package.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,9 @@ from kd_dist.dataset import fingerprint_of
 
 FORMAT = "kd_dist.teacher_cache"
 VERSION = 1
-KNOWN_FEATURES: frozenset[str] = frozenset()  # what is written and understood here beyond version 1
+ONE_TEMPERATURE = "one_temperature"
+KNOWN_FEATURES: frozenset[str] = frozenset({ONE_TEMPERATURE})  # what is written and understood here beyond version 1
+VIEW_FEATURES: frozenset[str] = frozenset()  # those of KNOWN_FEATURES that are about views, and go along with them
 SPLITS = ("train", "val")
 CHUNK_SAMPLES = 1024
 
@@ -34,6 +36,7 @@ HEADER_ATTRIBUTES = {  # field of Header -> type and shape of the file's attribu
     "software": (TEXT, ()),
 }
 PROOF_ATTRIBUTES = {"val_top1": FLOAT, "train_rows": TEXT, "val_rows": TEXT}  # computed again by each reader
+TEMPERATURE = ("temperature", FLOAT)  # an attribute of files that require ONE_TEMPERATURE
 TEACHER_COLUMNS = {  # field of TeacherRow -> type of /teachers/<field>
     "sha256": TEXT,
     "arch": TEXT,
@@ -42,6 +45,7 @@ TEACHER_COLUMNS = {  # field of TeacherRow -> type of /teachers/<field>
     "image_size": INT,
     "val_top1": FLOAT,
 }
+LATER_TEACHER_COLUMNS = {"folds": INT, "members": TEXT}  # as TEACHER_COLUMNS; files of earlier writers lack them
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,12 @@ LOGITS = Column("logits", "logits_NVK", np.dtype("<f2"), ("N", "V", "K"))
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """One teacher whose labels stand in the cache.
+    """One teacher whose labels stand in the cache, or a mean of several.
 
     sha256: hex, over its weights; fold: the part of train it never saw, -1 when it was trained on all of
-    train; image_size: its render size in pixels; val_top1 in [0, 1].
+    train; image_size: its render size in pixels; val_top1 in [0, 1], None to have the writer put in that of the val
+    rows it writes; folds: how many parts train was cut into, 0 where it was not, or nobody noted it; members: of a
+    mean, the rows it is the mean of, "0 1 2", all before its own.
     """
 
     sha256: str
@@ -82,7 +88,19 @@ class TeacherRow:
     seed: int
     fold: int
     image_size: int
-    val_top1: float
+    val_top1: float | None
+    folds: int = 0
+    members: str = ""
+
+    @property
+    def member_rows(self) -> tuple[int, ...]:
+        """The rows of Header.teachers that this is the mean of; none for a single teacher."""
+        return tuple(map(int, self.members.split()))
+
+    @property
+    def trained_on(self) -> str:
+        """On what part of train, in words."""
+        return "on all of train" if self.fold < 0 else f"without part {self.fold} of {self.folds or '?'} of train"
 
 
 @dataclass(frozen=True)
@@ -92,7 +110,7 @@ class Header:
     image_size: the teachers' render size in pixels; mean, std: by RGB channel, on pixels in [0, 1]; renderer,
     view_sampler: names of rules, so that a reader can refuse one it does not know; created: ISO 8601, chosen by
     the caller, since the writer reads no clock; features: what a reader of this very file has to understand beyond
-    version 1, of KNOWN_FEATURES.
+    version 1, of KNOWN_FEATURES; temperature: the only one at which the rows mean anything, for ONE_TEMPERATURE.
     """
 
     classes: tuple[str, ...]
@@ -108,6 +126,33 @@ class Header:
     software: str
     teachers: tuple[TeacherRow, ...]
     features: tuple[str, ...] = ()
+    temperature: float | None = None
+
+
+def mean_of(rows: Sequence[TeacherRow], members: Sequence[int], how: str = "") -> TeacherRow:
+    """The row of a mean of the teachers in these rows; `how` tells a mean of other things than logits.
+
+    Its digest is the SHA-256 over those of its members, in hex, in order.
+    """
+    of = [rows[member] for member in members]
+    parts = {(row.fold, row.folds) for row in of}
+    fold, folds = parts.pop() if len(parts) == 1 else (-1, 0)
+    return TeacherRow(
+        sha256=sha256("".join(row.sha256 for row in of).encode()).hexdigest(),
+        arch=f"mean{how} of {len(of)}: {', '.join(row.arch for row in of)}",
+        seed=-1,
+        fold=fold,
+        image_size=max(row.image_size for row in of),
+        val_top1=None,
+        folds=folds,
+        members=" ".join(map(str, members)),
+    )
+
+
+def with_val_top1(header: Header, val_top1: float) -> Header:
+    """The header with this for the teachers that lack one."""
+    rows = (replace(row, val_top1=val_top1) if row.val_top1 is None else row for row in header.teachers)
+    return replace(header, teachers=tuple(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,9 +230,24 @@ def check_header(header: Header) -> None:
         raise ValueError(f"the features {', '.join(sorted(unknown))} are not known")
     if not header.teachers:
         raise ValueError("there is no teacher")
-    for row in header.teachers:
-        if not 0 <= row.val_top1 <= 1:
-            raise ValueError(f"val_top1 of a teacher is {row.val_top1}")
+    for number, row in enumerate(header.teachers):
+        _check_teacher(number, row)
+    _check_temperature(header)
+
+
+def _check_teacher(number: int, row: TeacherRow) -> None:
+    if row.val_top1 is not None and not 0 <= row.val_top1 <= 1:
+        raise ValueError(f"val_top1 of a teacher is {row.val_top1}")
+    if row.fold < -1 or (row.folds and row.fold >= row.folds):
+        raise ValueError(f"fold of a teacher is {row.fold} of {row.folds}")
+    if not all(0 <= member < number for member in row.member_rows):
+        raise ValueError(f"teacher {number} is the mean of the rows {row.members}")
+
+
+def _check_temperature(header: Header) -> None:
+    given = header.temperature is not None
+    if given != (ONE_TEMPERATURE in header.features) or (given and not 0 < header.temperature < np.inf):
+        raise ValueError(f"temperature is {header.temperature} with the features {list(header.features)}")
 
 
 def check_table(split: str, table: Table, header: Header) -> None:

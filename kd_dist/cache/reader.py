@@ -10,19 +10,22 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from kd_dist.cache.fits import check_classes, check_samples
+from kd_dist.cache.fits import Pair, check_classes, check_samples
 from kd_dist.cache.format import (
     FLAG,
     FORMAT,
     HEADER_ATTRIBUTES,
     INT,
     KNOWN_FEATURES,
+    LATER_TEACHER_COLUMNS,
     LOGITS,
     NUMBERS,
+    ONE_TEMPERATURE,
     PATH,
     PROOF_ATTRIBUTES,
     SPLITS,
     TEACHER_COLUMNS,
+    TEMPERATURE,
     TEXT,
     VERSION,
     Header,
@@ -40,6 +43,7 @@ from kd_dist.cache.format import (
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
 
+TEMPERED_LOSSES = ("kl", "ce")  # those that see nothing of a row but its probabilities at --temperature
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 GROUPS = ("/", "teachers", *SPLITS, *(f"{split}/view" for split in SPLITS))
 WRITE_ONE = "write one with `python -m kd_dist.teacher` or, from a finished teacher, `python -m kd_dist.cache write`"
@@ -69,6 +73,22 @@ class Cache:
         return self.header.classes
 
     @property
+    def teacher_digests(self) -> set[str]:
+        """The digests of all teachers; a mean of some is none of them."""
+        return {row.sha256 for row in self.header.teachers if not row.members}
+
+    @property
+    def is_combined(self) -> bool:
+        """Whether the rows of train are means of other caches' rows."""
+        return any(self.header.teachers[number].members for number in np.unique(self.split("train").teacher_N))
+
+    @property
+    def is_out_of_fold(self) -> bool:
+        """Whether val has the mean of the teachers, each of which labelled a part of train that it never saw."""
+        of_val = np.unique(self.split("val").teacher_N)
+        return not self.is_combined and any(self.header.teachers[number].members for number in of_val)
+
+    @property
     def views(self) -> int:
         """V of train: view 0 is the evaluation view, the others are drawn."""
         return self.split("train").views
@@ -93,10 +113,25 @@ class Cache:
         `dataset` is the data's name for messages; `splits` maps "train" and "val" to anything with paths, labels_N
         and sha256_N32.
         """
-        names = (f"the cache {self.path} (of {self.header.dataset})", dataset)
+        names = Pair(f"the cache {self.path} (of {self.header.dataset})", dataset)
         check_classes(names, self.classes, tuple(classes))
         for name in SPLITS:
             check_samples(names, name, self.split(name), splits[name])
+
+    def check_loss(self, loss: str, temperature: float) -> None:
+        """Raise UserError where the rows hold at one temperature only, and this is another one, or a loss without."""
+        own = self.header.temperature
+        if own is None:
+            return
+        what = f"{self.path} holds means of probabilities at temperature {own:g}"
+        if loss not in TEMPERED_LOSSES:
+            raise UserError(
+                f"{what}, and --loss {loss} looks at logits; use --loss {' or --loss '.join(TEMPERED_LOSSES)}."
+            )
+        if temperature != own:
+            raise UserError(
+                f"{what}, not {temperature:g}: use --temperature {own:g}, or a mean of logits, which holds at any."
+            )
 
 
 def open_cache(path: Path) -> Cache:
@@ -202,11 +237,15 @@ def _refuse_other_formats(path: Path, file: h5py.File) -> None:
 def _read_header(file: h5py.File, columns: "_Columns") -> Header:
     classes = columns.read("classes", TEXT, ("K",), {})
     sizes: dict[str, int] = {}
-    teachers = [columns.read(f"teachers/{name}", dtype, ("T",), sizes) for name, dtype in TEACHER_COLUMNS.items()]
-    rows = zip(*(list(column) for column in teachers), strict=True)
+    later = {name: dtype for name, dtype in LATER_TEACHER_COLUMNS.items() if name in file["teachers"]}
+    names = TEACHER_COLUMNS | later
+    teachers = [columns.read(f"teachers/{name}", dtype, ("T",), sizes) for name, dtype in names.items()]
+    rows = (dict(zip(names, row, strict=True)) for row in zip(*teachers, strict=True))
     values = {name: _attribute(file, name, *kind) for name, kind in HEADER_ATTRIBUTES.items()}
     features = _attribute(file, "required_features", TEXT, None)
-    header = Header(classes=classes, teachers=tuple(TeacherRow(*row) for row in rows), features=features, **values)
+    if ONE_TEMPERATURE in features:
+        values["temperature"] = _attribute(file, *TEMPERATURE, ())
+    header = Header(classes=classes, teachers=tuple(TeacherRow(**row) for row in rows), features=features, **values)
     check_header(header)
     return header
 

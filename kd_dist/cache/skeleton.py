@@ -15,11 +15,13 @@ from kd_dist.cache.format import (
     FORMAT,
     HEADER_ATTRIBUTES,
     INT,
+    LATER_TEACHER_COLUMNS,
     LOGITS,
     NUMBERS,
     PATH,
     PROOF_ATTRIBUTES,
     TEACHER_COLUMNS,
+    TEMPERATURE,
     TEXT,
     VERSION,
     Header,
@@ -36,7 +38,7 @@ def skeleton(header: Header, tables: Mapping[str, Table], proofs: Mapping[str, o
     with h5py.File("skeleton", "w", driver="core", backing_store=False, libver=LAYOUT) as file:
         _write_attributes(file, header, proofs)
         _write_column(file, "classes", TEXT, ("K",), header.classes)
-        for name, dtype in TEACHER_COLUMNS.items():
+        for name, dtype in (TEACHER_COLUMNS | LATER_TEACHER_COLUMNS).items():
             _write_column(file, f"teachers/{name}", dtype, ("T",), [getattr(row, name) for row in header.teachers])
         for split, table in tables.items():
             _write_table(file, split, table, len(header.classes))
@@ -58,6 +60,8 @@ def _write_attributes(file: h5py.File, header: Header, proofs: Mapping[str, obje
     _write_attribute(file, "complete", FLAG, 0)
     for name, (dtype, _) in HEADER_ATTRIBUTES.items():
         _write_attribute(file, name, dtype, getattr(header, name))
+    if header.temperature is not None:
+        _write_attribute(file, *TEMPERATURE, header.temperature)
     for name, dtype in PROOF_ATTRIBUTES.items():
         _write_attribute(file, name, dtype, proofs[name])
 

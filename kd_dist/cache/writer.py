@@ -20,6 +20,7 @@ from kd_dist.cache.format import (
     first_true,
     parts_of,
     top1_of,
+    with_val_top1,
 )
 from kd_dist.cache.parts import BLOCK_SAMPLES, Block, Parts, blocks, plan_of, writing
 from kd_dist.cache.reader import read_cache
@@ -102,7 +103,8 @@ class BlockWriter:
         )
 
     def _assemble(self, temporary: Path) -> None:
-        self._reserve(temporary, skeleton(self.header, self.tables, self._proofs()))
+        proofs = self._proofs()
+        self._reserve(temporary, skeleton(with_val_top1(self.header, proofs["val_top1"]), self.tables, proofs))
         with h5py.File(temporary, "r+", libver=LAYOUT, locking=False) as file:
             logits = {split: file[f"{split}/{LOGITS.name}"] for split in SPLITS}
             for block in blocks(self.tables):

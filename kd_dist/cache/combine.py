@@ -1,0 +1,146 @@
+"""One cache out of several whose teachers labelled the same views: each row is the mean of theirs.
+
+A mean of logits holds at every temperature: its softmax is the normalised geometric mean of the members' probabilities,
+at any T. A mean of probabilities is taken at one temperature T and stored as T * log(mean), whose softmax at T, and at
+no other, it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from kd_dist.cache.fits import Pair, check_classes, check_samples
+from kd_dist.cache.format import (
+    LOGITS,
+    NUMBERS,
+    ONE_TEMPERATURE,
+    SPLITS,
+    VIEW_FEATURES,
+    Header,
+    Table,
+    TeacherRow,
+    first_true,
+    mean_of,
+)
+from kd_dist.cache.parts import Block
+from kd_dist.cache.reader import Cache
+from kd_dist.cache.writer import BlockWriter
+from kd_dist.errors import UserError
+
+MEND = "label the views of one with the other's teacher by `python -m kd_dist.cache write --like FILE`"
+
+
+def combine(caches: Sequence[Cache], target: Path, temperature: float | None, software: str) -> None:
+    """Write the mean of the caches' logits, or of their probabilities at `temperature`, to `target`.
+
+    Raises UserError, naming both values, where they are not of the same views, and where `target` cannot be written.
+    One process does it, a block at a time; interrupted, it goes on with the missing blocks.
+    """
+    for cache in caches:
+        _require_plain_rows(cache)
+    for one, other in pairwise(caches):
+        check_same_views(one, other)
+    header, tables = _plan(caches, temperature, software)
+    writer = BlockWriter(target, header, tables)
+    for block in writer.missing():
+        writer.put(block, _mean(caches, block, temperature))
+    writer.publish()
+
+
+def check_same_views(one: Cache, other: Cache) -> None:
+    """Raise UserError, naming both values, unless two caches are of the same views of the same images."""
+    names = Pair(f"the cache {one.path}", str(other.path), MEND)
+    check_classes(names, one.classes, other.classes)
+    if one.header.renderer != other.header.renderer:
+        names.refuse(f"pictures by {one.header.renderer}", other.header.renderer)
+    for split in SPLITS:
+        ours, theirs = one.split(split), other.split(split)
+        check_samples(names, split, ours, theirs)
+        if ours.views != theirs.views:
+            names.refuse(f"{ours.views} views of {split}", str(theirs.views))
+        for column in (column for column in NUMBERS if "V" in column.axes):
+            _check_column(names, ours, column.name, getattr(ours, column.field), getattr(theirs, column.field))
+
+
+def _check_column(names: Pair, table: Table, name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+    for view in range(table.views):
+        row = first_true((ours[:, view] != theirs[:, view]).reshape(len(table), -1).any(axis=1))
+        if row is not None:
+            where = f"{name} {ours[row, view].tolist()} for view {view} of {table.paths[row]}"
+            names.refuse(where, str(theirs[row, view].tolist()))
+
+
+def _require_plain_rows(cache: Cache) -> None:
+    other = sorted(set(cache.header.features) - VIEW_FEATURES)
+    if other:
+        raise UserError(
+            f"{cache.path} does not hold teachers' logits as they were (it uses {', '.join(other)}); combine the files "
+            "it was made from."
+        )
+
+
+def _plan(caches: Sequence[Cache], temperature: float | None, software: str) -> tuple[Header, dict[str, Table]]:
+    """Header and tables: the first cache's, with the teachers of all, and a row for each mean that occurs."""
+    rows, numbers = _all_teachers(caches)
+    of_splits = {split: _members(caches, numbers, split) for split in SPLITS}
+    means, mean_M = np.unique(np.concatenate(list(of_splits.values())), axis=0, return_inverse=True)
+    how = "" if temperature is None else f" of probabilities at T={temperature:g}"
+    teachers = (*rows, *(mean_of(rows, members.tolist(), how) for members in means))
+    column_M = (len(rows) + mean_M.reshape(-1)).astype(np.int16)
+    train = len(of_splits["train"])
+    tables = {
+        split: replace(bare(caches[0].split(split)), teacher_N=teacher_N)
+        for split, teacher_N in (("train", column_M[:train]), ("val", column_M[train:]))
+    }
+    header = caches[0].header
+    if temperature is not None:
+        header = replace(header, features=(*header.features, ONE_TEMPERATURE), temperature=temperature)
+    types = sorted({cache.header.compute_dtype for cache in caches})
+    created = max(cache.header.created for cache in caches)
+    header = replace(header, teachers=teachers, software=software, created=created, compute_dtype=" and ".join(types))
+    return header, tables
+
+
+def bare(table: Table) -> Table:
+    """A cache's table without its logits."""
+    return Table(**{field.name: getattr(table, field.name) for field in fields(Table)})
+
+
+def _all_teachers(caches: Sequence[Cache]) -> tuple[list[TeacherRow], list[np.ndarray]]:
+    """The teachers of all caches, each once, and for each cache where its own now stand."""
+    rows: list[TeacherRow] = []
+    numbers = []
+    for cache in caches:
+        new: list[int] = []
+        for row in cache.header.teachers:
+            row = replace(row, members=" ".join(str(new[member]) for member in row.member_rows))
+            if row not in rows:
+                rows.append(row)
+            new.append(rows.index(row))
+        numbers.append(np.array(new))
+    return rows, numbers
+
+
+def _members(caches: Sequence[Cache], numbers: Sequence[np.ndarray], split: str) -> np.ndarray:
+    """The teacher that each cache has for each sample: int [N, caches]."""
+    columns = (number[cache.split(split).teacher_N] for cache, number in zip(caches, numbers, strict=True))
+    return np.stack(list(columns), axis=1)
+
+
+def _mean(caches: Sequence[Cache], block: Block, temperature: float | None) -> np.ndarray:
+    """A block's rows, float16 [B, K], computed in float64."""
+    rows = (cache.split(block.split).logits_NVK[block.start : block.stop, block.view] for cache in caches)
+    if temperature is None:
+        return (sum(logits_BK.astype(np.float64) for logits_BK in rows) / len(caches)).astype(LOGITS.dtype)
+    log_p_BK = np.full((1, 1), -np.inf)
+    for logits_BK in rows:
+        log_p_BK = np.logaddexp(log_p_BK, _log_softmax(logits_BK.astype(np.float64) / temperature))
+    lowest = np.finfo(LOGITS.dtype).min
+    return np.maximum(temperature * (log_p_BK - np.log(len(caches))), lowest).astype(LOGITS.dtype)
+
+
+def _log_softmax(logits_BK: np.ndarray) -> np.ndarray:
+    return logits_BK - np.logaddexp.reduce(logits_BK, axis=1, keepdims=True)
