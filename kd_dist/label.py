@@ -165,13 +165,12 @@ def _in_order_of_folds(teachers: Sequence[Teacher], data: Data) -> list[Teacher]
 
 
 def _one_of_each(teachers: list[Teacher], folds: int) -> list[Teacher]:
-    by_fold = {teacher.row.fold: teacher for teacher in teachers}
+    by_fold: dict[int, Teacher] = {}
     for teacher in teachers:
-        if by_fold[teacher.row.fold] is not teacher:
+        if (other := by_fold.get(teacher.row.fold)) is not None:
             part = f"part {teacher.row.fold} of {folds}"
-            raise UserError(
-                f"{teacher.path} and {by_fold[teacher.row.fold].path} both leave out {part}: name one teacher of each."
-            )
+            raise UserError(f"{other.path} and {teacher.path} both leave out {part}: name one teacher of each.")
+        by_fold[teacher.row.fold] = teacher
     if missing := sorted(set(range(folds)) - by_fold.keys()):
         raise UserError(
             f"no teacher leaves out part {', '.join(map(str, missing))} of {folds}: train it with --folds {folds} "
