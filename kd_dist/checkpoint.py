@@ -497,6 +497,11 @@ class ValLogits:
     fingerprint: str
     attrs: dict[str, Any]
 
+    @property
+    def of(self) -> str:
+        """ "val", or the part of train that a run under --tune is scored on."""
+        return self.attrs.get("of", "val")
+
 
 def read_val_logits(path: Path) -> ValLogits:
     """What write_val_logits wrote. Raises UserError: missing, damaged, or not written by this program."""

@@ -142,7 +142,7 @@ def train(
     """Train the student, and keep its weights, its logits and the name of the cache it learned from."""
     crops, logits_NVK = crops_of(settings, data, cache)
     if rows is not None:
-        logits_NVK = rows(logits_NVK, data.samples.train.labels_N, settings)
+        logits_NVK = _made_of_members(rows, logits_NVK, data, settings)
     model, logits_MK = job.train(
         settings,
         data,
@@ -157,6 +157,17 @@ def train(
     )
     facts = {"cache": described(cache)} if cache else {}
     runtime.on_main(lambda: job.keep(folder, settings, settings.student, data, model, logits_MK, **facts))
+
+
+def _made_of_members(rows: Rows, logits_NVK: np.ndarray, data: Data, settings: DistillSettings) -> np.ndarray:
+    """Soft labels [N, V, K] made from the rows that are trained on; a part of train that is left out has zeros."""
+    labels_N, fold = data.samples.train.labels_N, job.fold_for(settings, data)
+    if fold is None:
+        return rows(logits_NVK, labels_N, settings)
+    made_MVK = rows(logits_NVK[fold.train_M], labels_N[fold.train_M], settings)
+    all_NVK = np.zeros((len(labels_N), *made_MVK.shape[1:]), made_MVK.dtype)
+    all_NVK[fold.train_M] = made_MVK
+    return all_NVK
 
 
 def loss_of(settings: DistillSettings, classes: int) -> LossTerms:

@@ -325,7 +325,7 @@ def test_compare_two_runs(study):
     """Seed 0: hard-fresh is wrong on images 0 to 11, cached-V on 0 to 5; where both are wrong, on the same class."""
     text = results.compare(study / "cached-V" / "seed-0", study / "hard-fresh" / "seed-0")
     assert "top-1 85.00 %" in text and "top-1 70.00 %" in text
-    assert "A less B on 40 val images: +15.00 points" in text
+    assert "A less B on 40 images of val: +15.00 points" in text
     low, high = (float(end) for end in re.search(r"\[([-+][\d.]+), ([-+][\d.]+)\]", text).groups())
     assert 2.5 <= low <= 7.5 and 22.5 <= high <= 30
     assert f"only A is right on 6, only B on 0: p = {2 / 64:.2g}" in text

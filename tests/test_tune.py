@@ -103,6 +103,18 @@ def test_agreement_is_with_the_caches_rows_of_the_part(made):
     assert read_metrics(RunFolder(made / "student"))[-1]["tune_agreement"] == agreement
 
 
+def test_rows_that_an_arm_makes_are_made_of_the_members_alone(made):
+    """class-mean, say, must not take in rows of the part that is scored on."""
+    data = job.Data(scan(made / "data"), {})
+    settings = config.resolve(DistillSettings, {"folds": 4, "fold": 1, "tune": True}, has_gpu=False)
+    logits_NVK = np.ones((48, 2, 4), np.float16)
+    held_out_M = job.fold_for(settings, data).held_out_M
+    logits_NVK[held_out_M] = np.nan
+    rows = lambda logits_NVK, labels_N, _: np.broadcast_to(logits_NVK.mean(axis=0), logits_NVK.shape)  # noqa: E731
+    made_NVK = distill._made_of_members(rows, logits_NVK, data, settings)
+    assert (np.delete(made_NVK, held_out_M, axis=0) == 1).all() and (made_NVK[held_out_M] == 0).all()
+
+
 def test_the_teachers_cache_names_its_part(made):
     cache = open_cache(made / "teacher/logits.h5")
     (row,) = cache.header.teachers

@@ -60,7 +60,8 @@ def cost_of(cache: Path | None) -> CacheCost:
 
 def student_of(rows: Sequence[Mapping]) -> Student:
     """A run's epochs from the rows of its metrics."""
-    return Student(tuple(row.get("epoch_s") for row in rows), tuple(row["val_top1"] for row in rows))
+    top1 = (row["tune_top1" if "tune_top1" in row else "val_top1"] for row in rows)  # see --tune
+    return Student(tuple(row.get("epoch_s") for row in rows), tuple(top1))
 
 
 def sentences(cost: CacheCost, runs: Mapping[str, Sequence[Student]], distilled: str) -> list[str]:

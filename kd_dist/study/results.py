@@ -67,7 +67,7 @@ class SeedRun:
     @property
     def agreement(self) -> float | None:
         """Share of val images in the teacher's class after the last epoch, where the run had a cache to tell it by."""
-        return self.run.metrics[-1].get("val_agreement") if self.run.metrics else None
+        return self.run.metrics[-1].get(f"{self.run.head}_agreement") if self.run.metrics else None
 
     def figures(self) -> dict[str, Any]:
         """All of the run's numbers, as plain JSON values."""
@@ -303,6 +303,7 @@ def _sentences(study: Study) -> list[str]:
     said = [
         "Mean ± standard deviation over seeds; 95 % intervals. Paired and Welch: other seeds on these val images; the "
         "third: other images too.",
+        *_about_images(study),
         *_about_twin(study),
         *_about_primary(study),
         *_about_incomplete(study),
@@ -463,6 +464,11 @@ def _writing(out: Path):
         raise UserError(f"the results cannot be written to {out} ({reason}); mend that and run it again.") from error
 
 
+def _about_images(study: Study) -> list[str]:
+    of = {run.val.of for arm in study.arms.values() for run in arm.finished.values()} - {"val"}
+    return [f"Scored on {part} (--tune): none of these figures is val's." for part in sorted(of)]
+
+
 # ---- any two runs
 
 
@@ -482,8 +488,8 @@ def compare(a: Path, b: Path) -> str:
     return "\n".join(
         [
             *shown,
-            f"A less B on {len(hits[0]):,} val images: {100 * difference:+.2f} points of top-1, 95 % interval "
-            f"[{100 * low:+.2f}, {100 * high:+.2f}] (images resampled, paired)",
+            f"A less B on {len(hits[0]):,} images of {vals[0].of}: {100 * difference:+.2f} points of top-1, 95 % "
+            f"interval [{100 * low:+.2f}, {100 * high:+.2f}] (images resampled, paired)",
             f"only A is right on {split.only_a}, only B on {split.only_b}: p = {split.p:.2g} (McNemar, exact)",
             f"both put {100 * same:.1f} % of the images in the same class",
             "One run of each: this tells two networks apart, not two methods. Another seed moves both; compare arms "
