@@ -274,14 +274,6 @@ class StudySettings(DistillSettings):
         """The usual cache where none was named."""
         return dataclasses.replace(self, cache=self.cache or "runs/teacher/logits.h5")
 
-    def of_run(self, kind: type[DistillSettings], out: str, seed: int, **changes: Any) -> DistillSettings:
-        """The settings of one run, with an arm's own changes; blends are for fresh crops alone."""
-        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(DistillSettings)}
-        values = {**shared, **changes, "out": out, "seed": seed}
-        if values["crops"] != "fresh":
-            values |= {"mixup": 0.0, "cutmix": 0.0}
-        return kind(**values).resolved()
-
 
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:

@@ -11,22 +11,23 @@ from typing import Any
 
 from kd_dist import config
 from kd_dist.checkpoint import RunFolder, read_settings, read_state
-from kd_dist.config import DistillSettings, Settings, TeacherSettings
+from kd_dist.config import DistillSettings, Settings, StudySettings, TeacherSettings
 from kd_dist.errors import UserError
 from launch import queue
 from launch.folders import Job, JobFolder, job_folders, read_json
 from launch.resources import Resources, Site
 from launch.task import MODULES
 
-KINDS: dict[str, type[Settings]] = {"teacher": TeacherSettings, "distill": DistillSettings}
-PATHS = ("data", "out", "cache", "archive", "pixels_dir")
+KINDS: dict[str, type[Settings]] = {"teacher": TeacherSettings, "distill": DistillSettings, "study": StudySettings}
+PIPELINE = ("teacher", "distill")
+PATHS = ("data", "out", "cache", "archive", "pixels_dir", "teacher_model")
 HEARTBEAT_SECONDS = 120
 GPU_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One job to be: its settings, as they resolve here, and the options it will be started with."""
+    """One job to be: the settings of its run, as they resolve here, and the options it will be started with."""
 
     name: str
     kind: str
@@ -112,7 +113,7 @@ def plan_pipeline(options: argparse.Namespace, own: list[str], resources: Resour
     """Teacher and student in one tree; an option after -- goes to whichever of the two jobs knows it."""
     shared = _shared(own)
     typed = {}
-    for kind in KINDS:
+    for kind in PIPELINE:
         typed[kind] = {**shared[kind], **_typed(kind, shlex.split(getattr(options, kind)))}
         for name in {"out", "cache"} & typed[kind].keys():
             raise UserError(f"a pipeline names --{name} itself; choose the folder of both runs by --runs DIR.")
@@ -138,7 +139,7 @@ def plan_pipeline(options: argparse.Namespace, own: list[str], resources: Resour
 def _shared(own: list[str]) -> dict[str, dict[str, Any]]:
     """What was typed after -- for each job. Raises UserError for an option that neither knows."""
     known, unknown = {}, []
-    for kind in KINDS:
+    for kind in PIPELINE:
         namespace, rest = _job_parser(kind).parse_known_args(own)
         known[kind] = vars(namespace)
         unknown.append({word for word in rest if word.startswith("--")})
@@ -153,8 +154,7 @@ def _shared(own: list[str]) -> dict[str, dict[str, Any]]:
 
 def plan_sweep(options: argparse.Namespace, own: list[str], resources: Resources, site: Site) -> list[Plan]:
     """One student for each combination; at alpha 0 there is no soft loss, so no temperature either."""
-    if options.at_once < 1:
-        raise UserError(f"--at-once {options.at_once} must be at least 1.")
+    _require_turns(options)
     typed = _typed("distill", own)
     for name in {"alpha", "temperature", "seed"} & typed.keys():
         raise UserError(f"--{name} belongs before the --, where it may have several values.")
@@ -173,13 +173,41 @@ def plan_sweep(options: argparse.Namespace, own: list[str], resources: Resources
     return plans
 
 
+def _require_turns(options: argparse.Namespace) -> None:
+    if options.at_once < 1:
+        raise UserError(f"--at-once {options.at_once} must be at least 1.")
+
+
+def plan_study(options: argparse.Namespace, own: list[str], resources: Resources, site: Site) -> list[Plan]:
+    """One job for each arm and seed, all in one study's folder; the last to finish writes the whole table."""
+    from kd_dist.study.arms import chosen_arms  # takes torch, which the other jobs' submission does without
+    from kd_dist.study.folder import run_settings
+
+    _require_turns(options)
+    typed = _typed("study", own)
+    for name in {"arms", "seeds"} & typed.keys():
+        raise UserError(f"--{name} belongs before the --, so that each can become a job.")
+    base = {"out": str(options.runs / "study"), **typed}
+    asked = config.resolve(StudySettings, {**base, "arms": options.arms, "seeds": options.seeds}, resources.gpus > 0)
+    plans = []
+    for arm, seed in product(chosen_arms(asked), dict.fromkeys(options.seeds)):
+        plan = _plan(f"{arm.name}_seed-{seed}", "study", {**base, "arms": [arm.name], "seeds": [seed]}, resources, site)
+        plans.append(replace(plan, settings=run_settings(plan.settings, arm, seed)))
+    for plan in plans:
+        require_cache(plan)
+    return plans
+
+
 Planner = Callable[[argparse.Namespace, list[str], Resources, Site], list[Plan]]
 PLANNERS: dict[str, Planner] = {
     "teacher": plan_one,
     "distill": plan_one,
     "pipeline": plan_pipeline,
     "sweep": plan_sweep,
+    "study": plan_study,
 }
+ARRAYS = ("sweep", "study")
+"""Submitted as one array of jobs that do not wait for each other."""
 
 
 # ---- may it run

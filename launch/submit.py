@@ -4,11 +4,13 @@ python -m launch.submit teacher  --nodes 2 --gpus-per-node 4 --partition gpu --t
 python -m launch.submit distill  --nodes 1 --gpus-per-node 4
 python -m launch.submit pipeline --nodes 1 --gpus-per-node 4     # teacher, then distill if the teacher succeeds
 python -m launch.submit sweep    --alpha 0 0.5 0.9 --temperature 2 4 --seed 0 1 2
+python -m launch.submit study    --arms hard-fresh cached-V --seeds 0 1 2
 """
 
 import argparse
 import glob
 import importlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -17,13 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kd_dist.config import DistillSettings
+from kd_dist.config import DistillSettings, StudySettings
 from kd_dist.errors import UserError
 from launch import executors
 from launch.code import snapshot
 from launch.executors import CLUSTERS, FOR_EVER_MINUTES, Submission
 from launch.folders import JOBS, Job, JobFolder, new_folder, now
-from launch.plans import PLANNERS, Plan, is_finished, refuse_used
+from launch.plans import ARRAYS, PLANNERS, Plan, is_finished, refuse_used
 from launch.resources import SITE_FILE, Resources, Site, minutes_of, read_site
 from launch.task import MODULES, Task
 
@@ -68,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "launch.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.error = _raise_user_error
-    jobs = parser.add_subparsers(dest="job", required=True, metavar="teacher|distill|pipeline|sweep")
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="|".join(PLANNERS))
     for name in PLANNERS:
         job = jobs.add_parser(
             name, allow_abbrev=False, description="The job's own options come after --, such as: -- --epochs 200"
@@ -82,10 +84,14 @@ def _parser() -> argparse.ArgumentParser:
             job.add_argument(
                 "--distill", default="", metavar="'OPTIONS'", help="options for the student's job alone, in quotes"
             )
+        if name == "study":
+            job.add_argument("--arms", nargs="+", metavar="ARM", help="see python -m kd_dist.study --list [all]")
+            job.add_argument("--seeds", type=int, nargs="+", default=list(StudySettings.seeds), metavar="SEED")
         if name == "sweep":
             job.add_argument("--alpha", type=float, nargs="+", default=[DistillSettings.alpha])
             job.add_argument("--temperature", type=float, nargs="+")
             job.add_argument("--seed", type=int, nargs="+", default=[0])
+        if name in ARRAYS:
             job.add_argument(
                 "--at-once", type=int, default=4, metavar="N", help="jobs that may run at the same time [4]"
             )
@@ -123,7 +129,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--signal-before", type=int, default=90, metavar="S", help="seconds from the warning to the time limit [90]")
     add("--site", type=Path, default=SITE_FILE, metavar="FILE", help="the site's settings [slurm/site.conf]")
     add(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of a pipeline's or a sweep's runs [runs]"
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="folder of a pipeline's, a sweep's or a study's runs [runs]",
     )
 
 
@@ -171,8 +181,8 @@ def _gpus_here() -> int:
 
 
 def _runs_of(options: argparse.Namespace, plans: list[Plan]) -> Path:
-    """The folder under which these jobs are kept: the pipeline's and the sweep's own, else the one beside the run."""
-    return options.runs.absolute() if options.job in ("pipeline", "sweep") else plans[0].run.parent
+    """The folder under which these jobs are kept: an array's and a pipeline's own, else the one beside the run."""
+    return options.runs.absolute() if options.job in ("pipeline", *ARRAYS) else plans[0].run.parent
 
 
 def _submission(
@@ -208,11 +218,11 @@ def _task(plan: Plan, folder: JobFolder, options: argparse.Namespace, resources:
 
 
 def _submit_all(options: argparse.Namespace, plans: list[Plan], resources: Resources, site: Site, runs: Path) -> None:
-    """A sweep goes in as one array, a pipeline one after the other, each waiting for the one before."""
+    """A sweep or a study goes in as one array, a pipeline one after the other, each waiting for the one before."""
     for plan in plans:
         refuse_used(plan, runs)
     code = snapshot(runs)
-    batches = [plans] if options.job == "sweep" else [[plan] for plan in plans]
+    batches = [plans] if options.job in ARRAYS else [[plan] for plan in plans]
     before: tuple[JobFolder, str] | None = None
     for batch in batches:
         folder = new_folder(runs, options.job if len(batch) > 1 else batch[0].kind)
@@ -299,14 +309,15 @@ def _record(
 def _run_here(plans: list[Plan]) -> None:
     """--cluster debug: the jobs, one after the other, in this process, where a debugger can look."""
     for plan in plans:
-        module = importlib.import_module(MODULES[plan.kind])
-        sys.argv = [MODULES[plan.kind], *plan.arguments]
-        module.main()
+        name = MODULES[plan.kind]
+        in_package = importlib.util.find_spec(name).submodule_search_locations
+        sys.argv = [name, *plan.arguments]
+        importlib.import_module(f"{name}.__main__" if in_package else name).main()
 
 
 def _show(options: argparse.Namespace, plans: list[Plan], resources: Resources, site: Site, runs: Path) -> None:
     """--dry-run: the settings of each job, and the text that sbatch would get."""
-    batches = [plans] if options.job == "sweep" else [[plan] for plan in plans]
+    batches = [plans] if options.job in ARRAYS else [[plan] for plan in plans]
     before = None
     for batch in batches:
         for plan in batch:

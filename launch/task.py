@@ -25,7 +25,7 @@ from launch.folders import Job, JobFolder, now, read_json, tail_of, write_json
 from launch.meeting import GivenUp, Place, meet
 from launch.restarts import PREEMPTED, TIME_OUT, Journal, progress_of
 
-MODULES = {"teacher": "kd_dist.teacher", "distill": "kd_dist.distill"}
+MODULES = {"teacher": "kd_dist.teacher", "distill": "kd_dist.distill", "study": "kd_dist.study"}
 WARNING = signal.SIGUSR2
 EXIT_USER_ERROR = 2
 LOCAL_REQUEUE = 144  # what submitit's local executor takes for "start me again"

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from kd_dist.checkpoint import RunFolder, claim, write_state
-from kd_dist.config import DistillSettings, TeacherSettings, resolve
+from kd_dist.config import DistillSettings, StudySettings, TeacherSettings, resolve
+from kd_dist.study.arms import ARMS
+from kd_dist.study.folder import run_settings
 from launch import submit
 from launch.code import snapshot
 from launch.folders import Job, JobFolder, new_folder, write_json
@@ -131,9 +133,42 @@ def test_a_sweep_is_an_array_in_which_alpha_0_has_no_temperature(here, capsys):
     assert f"--out {here}/runs/sweep/alpha-0.5_temperature-4_seed-1" in text
 
 
+def test_a_study_is_an_array_of_arms_and_seeds_in_one_folder(here, capsys):
+    (here / "logits.h5").touch()
+    own = "--cache logits.h5 --cutmix 0.5 --epochs 9"
+    text = said(
+        capsys, f"study --arms hard-fresh cached-V --seeds 4 7 --at-once 2 --dry-run --gpus-per-node 0 -- {own}"
+    )
+    cells = [line.split(": python -m kd_dist.study ") for line in text.splitlines() if "python -m kd_dist" in line]
+    assert [cell[0][2:] for cell in cells] == [
+        *("hard-fresh_seed-4", "hard-fresh_seed-7", "cached-V_seed-4", "cached-V_seed-7"),
+    ]
+    assert cells[3][1] == (
+        f"--arms cached-V --cache {here}/logits.h5 --cutmix 0.5 --epochs 9 --out {here}/runs/study --preset cpu-64px "
+        "--seeds 7"
+    )
+    assert "#SBATCH --array=0-3%2" in text and text.count("#!/bin/bash") == 1
+    assert text.count(f"#   out = {here}/runs/study/cached-V/seed-7\n") == 1  # where its state is looked for
+    assert text.count("#   cutmix = 0.5\n") == text.count("#   crops = fresh\n") == 2
+
+
+def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
+    (here / "logits.h5").touch()
+    asked = resolve(StudySettings, {"out": str(here / "runs/study"), "cache": str(here / "logits.h5")}, False)
+    settings = run_settings(asked, ARMS["hard-cached"], 0)
+    make_run(here / "runs/study/hard-cached/seed-0", settings, "finished")
+    words = "study --arms hard-cached --seeds 0 --gpus-per-node 0 -- --cache logits.h5"
+    assert "finished already in" in said(capsys, words)
+    assert "--lr was 0.05, now 0.1" in refused(capsys, f"{words} --lr 0.1")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        ("study -- --seeds 1", "--seeds belongs before the --"),
+        ("study --arms cashed-1", "arm cashed-1 is not known; choose from hard-fresh, hard-cached"),
+        ("study --arms online", "arm online needs the teacher"),
+        ("study --arms cached-1", "there is no cache HERE/runs/teacher/logits.h5"),
         ("teacher", "no Slurm (srun) on this machine, so nothing was submitted; add --cluster local"),
         ("distill", "there is no cache HERE/runs/teacher/logits.h5"),
         ("teacher --time soon", "--time soon is no time; write 2h"),

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from kd_dist import checkpoint, distill, job
 from kd_dist.cache import Cache
+from kd_dist.checkpoint import RunFolder
 from kd_dist.config import StudySettings
 from kd_dist.errors import UserError
+from kd_dist.files import locked
 from kd_dist.job import Data
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, joined, launched_rank, run_entry
-from kd_dist.study.arms import ARMS, Arm
-from kd_dist.study.folder import StudyFolder, note
+from kd_dist.study.arms import ARMS, Arm, chosen_arms
+from kd_dist.study.folder import StudyFolder, note, run_settings
 from kd_dist.study.online import OnlineTeacher, open_teacher
 
 DESCRIPTION = """Train the same student in several ways (arms), each with several seeds, under one schedule, and compare
@@ -34,23 +36,11 @@ def main() -> None:
             command(words[1:])
         return
     settings = job.read_settings(StudySettings, "kd_dist.study", DESCRIPTION, EPILOG)
-    arms = arms_of(settings)
+    arms = chosen_arms(settings)
     settings = replace(settings, arms=tuple(arm.name for arm in arms), seeds=tuple(dict.fromkeys(settings.seeds)))
     distill.require_known(settings)
     with joined(settings.device) as runtime, StopRequest() as stop:
         study(settings, arms, runtime, stop)
-
-
-def arms_of(settings: StudySettings) -> list[Arm]:
-    """The arms that were asked for, in the ladder's order. Raises UserError for one that is not known or cannot run."""
-    default = [arm.name for arm in ARMS.values() if settings.teacher_model or not arm.needs_teacher]
-    asked = [name for word in settings.arms or default for name in word.split(",") if name]
-    for name in (*asked, *settings.primary):
-        if name not in ARMS:
-            raise UserError(f"arm {name} is not known; choose from {', '.join(ARMS)}.")
-        if name in asked and ARMS[name].needs_teacher and not settings.teacher_model:
-            raise UserError(f"arm {name} needs the teacher: name its weights, --teacher-model runs/teacher/model.pt.")
-    return [arm for arm in ARMS.values() if arm.name in asked]
 
 
 def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
@@ -80,12 +70,12 @@ def run(
     stop: StopRequest,
 ) -> None:
     """One student of an arm, unless it is finished."""
-    out = StudyFolder(Path(study_settings.out)).run(arm.name, seed)
-    settings = study_settings.of_run(arm.settings, str(out.path), seed, **arm.changes)
+    settings = run_settings(study_settings, arm, seed)
+    folder = RunFolder(Path(settings.out))
     identity = {"study arm": arm.name, **({"teacher weights": online.digest} if online else {})}
     stored = job.stored_settings(settings, data, **distill.learned_from(settings, cache), **identity)
     if not settings.start_over and runtime.on_main(
-        lambda: checkpoint.is_finished(out, settings.kind, stored, settings.may_change)
+        lambda: checkpoint.is_finished(folder, settings.kind, stored, settings.may_change)
     ):
         job.say(runtime, f"{arm.name}, seed {seed}: finished already")
         return
@@ -100,7 +90,8 @@ def show(folder: StudyFolder) -> None:
     except ImportError:
         return
 
-    results.write(folder.path)
+    with locked(folder.lock):  # of several processes, the last to finish a run is the last to look at all of them
+        results.write(folder.path)
     print(folder.table.read_text(encoding="utf-8"), flush=True)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from kd_dist import objectives
-from kd_dist.config import DistillSettings, OnlineSettings
+from kd_dist.config import DistillSettings, OnlineSettings, StudySettings
 from kd_dist.distill import Loss, Rows
 from kd_dist.engine import LossTerms
 from kd_dist.errors import UserError
@@ -207,3 +207,15 @@ _LADDER = (
 )
 
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _LADDER}
+
+
+def chosen_arms(settings: StudySettings) -> list[Arm]:
+    """The arms that were asked for, in the ladder's order. Raises UserError for one that is not known or cannot run."""
+    default = [arm.name for arm in ARMS.values() if settings.teacher_model or not arm.needs_teacher]
+    asked = [name for word in settings.arms or default for name in word.split(",") if name]
+    for name in (*asked, *settings.primary):
+        if name not in ARMS:
+            raise UserError(f"arm {name} is not known; choose from {', '.join(ARMS)}.")
+        if name in asked and ARMS[name].needs_teacher and not settings.teacher_model:
+            raise UserError(f"arm {name} needs the teacher: name its weights, --teacher-model runs/teacher/model.pt.")
+    return [arm for arm in ARMS.values() if arm.name in asked]

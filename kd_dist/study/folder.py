@@ -7,16 +7,16 @@ runs/study/
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from kd_dist import checkpoint
 from kd_dist.checkpoint import RunFolder
-from kd_dist.config import StudySettings
+from kd_dist.config import DistillSettings, StudySettings
 from kd_dist.errors import UserError
 from kd_dist.files import locked
-from kd_dist.study.arms import ARMS
+from kd_dist.study.arms import ARMS, Arm
 
 _FORMAT, _VERSION = "kd_dist.study", 1
 _OWN = StudySettings.may_change | StudySettings.not_typed
@@ -33,12 +33,26 @@ class StudyFolder:
         return self.path / "study.json"
 
     @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
     def table(self) -> Path:
         return self.path / "table.md"
 
     def run(self, arm: str, seed: int) -> RunFolder:
         """The run of an arm with a seed."""
         return RunFolder(self.path / arm / f"seed-{seed}")
+
+
+def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:
+    """The settings of one run: the study's, with the arm's own changes. Blends are for fresh crops alone."""
+    shared = {field.name: getattr(study, field.name) for field in fields(DistillSettings)}
+    out = StudyFolder(Path(study.out)).run(arm.name, seed).path
+    values = {**shared, **arm.changes, "out": str(out), "seed": seed}
+    if values["crops"] != "fresh":
+        values |= {"mixup": 0.0, "cutmix": 0.0}
+    return arm.settings(**values).resolved()
 
 
 def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[str]) -> None:
@@ -50,7 +64,7 @@ def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[str]) -> N
     shared = {name: value for name, value in settings.stored().items() if name not in _OWN}
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        with locked(folder.path / ".lock"):
+        with locked(folder.lock):
             earlier = _earlier(folder, shared, settings.start_over)
             document = {
                 "format": _FORMAT,
