@@ -85,13 +85,10 @@ def run(
 
 def show(folder: StudyFolder) -> None:
     """Write the study's table and plot, and print the table."""
-    try:
-        from kd_dist.study import results  # needs matplotlib, which trains nobody
-    except ImportError:
-        return
+    from kd_dist.study.results import write  # needs scipy and more, which train nobody
 
     with locked(folder.lock):  # of several processes, the last to finish a run is the last to look at all of them
-        results.write(folder.path)
+        write(folder.path)
     print(folder.table.read_text(encoding="utf-8"), flush=True)
 
 
@@ -102,11 +99,11 @@ def _table(words: Sequence[str]) -> None:
 
 
 def _compare(words: Sequence[str]) -> None:
-    from kd_dist.study import results
+    from kd_dist.study.results import compare
 
     if len(words) != 2:
         raise UserError("name two runs' folders: python -m kd_dist.study compare runs/a runs/b.")
-    print(results.compare(*map(Path, words)), flush=True)
+    print(compare(*map(Path, words)), flush=True)
 
 
 def _list(_words: Sequence[str]) -> None:

@@ -3,6 +3,8 @@
 runs/study/
     study.json               arms, seeds, the primary contrast, the cache, the settings that all runs share
     cached-V/seed-0/ ...     a run's folder for each arm and seed
+    table.md, plot.png       the results, and results.json with all their numbers
+    hparams/                 an entry a run for TensorBoard's HParams page
 """
 
 import json
@@ -40,9 +42,39 @@ class StudyFolder:
     def table(self) -> Path:
         return self.path / "table.md"
 
+    @property
+    def figures(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "plot.png"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "hparams"
+
     def run(self, arm: str, seed: int) -> RunFolder:
         """The run of an arm with a seed."""
         return RunFolder(self.path / arm / f"seed-{seed}")
+
+    def runs(self) -> dict[str, dict[int, RunFolder]]:
+        """The runs that are there, finished or not, by arm and seed."""
+        found: dict[str, dict[int, RunFolder]] = {}
+        for path in sorted(self.path.glob("*/seed-*")):
+            number = path.name.removeprefix("seed-")
+            if number.isdecimal():
+                found.setdefault(path.parent.name, {})[int(number)] = RunFolder(path)
+        return found
+
+    def document(self) -> dict[str, Any]:
+        """What study.json says; empty where there is none. Raises UserError where it cannot be read."""
+        try:
+            return json.loads(self.study.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.study} cannot be read ({error}); restore it, or run the study again.") from error
 
 
 def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:

@@ -21,14 +21,15 @@ from kd_dist.checkpoint import RunFolder, ValLogits, read_state, read_val_logits
 from kd_dist.errors import UserError
 from kd_dist.files import disk_full, write_atomically
 from kd_dist.report import Run, markdown
-from kd_dist.study import breakeven
+from kd_dist.study.arms import ARMS
+from kd_dist.study.breakeven import cost_of, sentences, student_of
+from kd_dist.study.folder import StudyFolder
 from kd_dist.study.statistics import Difference, Spread, holm, mcnemar, over_images, paired, resampled, spread, welch
 
 HARD_TWINS = ("hard-fresh", "hard-cached")
 DISTILLED, FAIR_TWIN, BUG_CHECK = "cached-V", "hard-fresh", "shuffled-all"
 BUG_CHECK_LIMIT = 0.01  # of top-1
 METRICS = ("top1", "agreement", "calibration_error")
-TABLE, FIGURES, PLOT, PAGE = "table.md", "results.json", "plot.png", "hparams"
 _ABSENT = "-"
 
 
@@ -71,7 +72,7 @@ class SeedRun:
 
     def figures(self) -> dict[str, Any]:
         """All of the run's numbers, as plain JSON values."""
-        seconds = breakeven.student_of(self.run.metrics).total_s
+        seconds = student_of(self.run.metrics).total_s
         return {"seed": self.seed, **{name: getattr(self, name) for name in METRICS}, "seconds": seconds}
 
 
@@ -200,42 +201,22 @@ class Study:
 
 
 def read_study(out: Path) -> Study:
-    """All of a study's runs, finished or not."""
-    document = _document(out / "study.json")
-    folders = sorted(path for path in out.glob("*/seed-*") if path.name.removeprefix("seed-").isdecimal())
-    if not folders:
+    """All of a study's runs, finished or not. Raises UserError where there is none."""
+    folder = StudyFolder(out)
+    document, there = folder.document(), folder.runs()
+    if not there:
         raise UserError(f"{out} holds no runs <arm>/seed-<number>; run `python -m kd_dist.study --out {out}` first.")
-    isolates = _isolates()
-    runs: dict[str, list[SeedRun]] = {name: [] for name in document.get("arms") or ()}
-    for folder in folders:
-        seed = int(folder.name.removeprefix("seed-"))
-        run = Run(RunFolder(folder), str(folder.relative_to(out)))
-        runs.setdefault(folder.parent.name, []).append(SeedRun(run, seed))
-    order = [name for name in isolates if name in runs]
-    arms = {
-        name: Arm(name, isolates.get(name, _ABSENT), tuple(sorted(runs[name], key=lambda run: run.seed)))
-        for name in [*order, *(name for name in runs if name not in order)]
-    }
+    named = {*(document.get("arms") or ()), *there}
+    order = [name for name in ARMS if name in named]
+    arms = {name: _arm(name, there.get(name, {})) for name in [*order, *sorted(named - set(order))]}
     _require_same_val([run for arm in arms.values() for run in arm.finished.values()])
     return Study(out, document, arms)
 
 
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it, or run the study again.") from error
-
-
-def _isolates() -> dict[str, str]:
-    """What each known arm isolates, in the ladder's order."""
-    try:
-        from kd_dist.study.arms import ARMS
-    except ModuleNotFoundError:
-        return {}
-    return {name: arm.isolates for name, arm in ARMS.items()}
+def _arm(name: str, folders: Mapping[int, RunFolder]) -> Arm:
+    isolates = ARMS[name].isolates if name in ARMS else _ABSENT
+    runs = (SeedRun(Run(folders[seed], f"{name}/{folders[seed].path.name}"), seed) for seed in sorted(folders))
+    return Arm(name, isolates, tuple(runs))
 
 
 def _require_same_val(runs: Sequence[SeedRun]) -> None:
@@ -310,10 +291,10 @@ def _sentences(study: Study) -> list[str]:
         *_about_bug_check(study),
     ]
     runs = {
-        name: [breakeven.student_of(run.run.metrics) for run in arm.finished.values() if run.run.metrics]
+        name: [student_of(run.run.metrics) for run in arm.finished.values() if run.run.metrics]
         for name, arm in study.complete.items()
     }
-    return said + breakeven.sentences(breakeven.cost_of(study.cache), runs, DISTILLED)
+    return said + sentences(cost_of(study.cache), runs, DISTILLED)
 
 
 def _about_twin(study: Study) -> list[str]:
@@ -398,14 +379,14 @@ def _p(found: Difference | None) -> str:
 
 def write(out: Path) -> None:
     """Write OUT/table.md, results.json, plot.png and hparams/, each in place of an earlier one."""
-    from kd_dist.study import pictures
+    from kd_dist.study.pictures import plot, write_page  # they alone need matplotlib and torch's SummaryWriter
 
-    study = read_study(out)
+    study, folder = read_study(out), StudyFolder(out)
     with _writing(out):
-        _publish(out / TABLE, _text(study).encode())
-        _publish(out / FIGURES, (json.dumps(_figures(study), indent=2) + "\n").encode())
-        _publish(out / PLOT, pictures.plot(_plotted(study), study.best_twin))
-        pictures.write_page(out / PAGE, _entries(study))
+        _publish(folder.table, _text(study).encode())
+        _publish(folder.figures, (json.dumps(_figures(study), indent=2) + "\n").encode())
+        _publish(folder.plot, plot(_plotted(study), study.best_twin))
+        write_page(folder.page, _entries(study))
 
 
 def _figures(study: Study) -> dict[str, Any]:
@@ -418,7 +399,7 @@ def _figures(study: Study) -> dict[str, Any]:
         "primary": first.figures() if first else None,
         "p_holm": study.corrected,
         "bug_check_upper_bound": check.paired.upper_bound if check and check.paired else None,
-        "cache": asdict(breakeven.cost_of(study.cache)),
+        "cache": asdict(cost_of(study.cache)),
         "settings": study.document.get("settings"),
     }
 
