@@ -31,10 +31,10 @@ class Cnn5(nn.Module):
         self,
         classes: int,
         channels: tuple[int, ...] = (32, 64, 128, 256, 512),
-        kernels: tuple[int, ...] = (3, 3, 3, 3, 3),
+        kernels: tuple[int, ...] | None = None,
     ):
         super().__init__()
-        sides = zip((3, *channels[:-1]), channels, kernels, strict=True)
+        sides = zip((3, *channels[:-1]), channels, kernels or (3,) * len(channels), strict=True)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False) for before, after, kernel in sides
         )
