@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -251,13 +252,32 @@ def train(
     model: nn.Module,
     loss_terms: LossTerms,
     views_of_epoch: FreshCrops | CachedCrops,
+    **rest: Any,
+) -> tuple[nn.Module, np.ndarray]:
+    """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
+    [M, K] of the images it is scored on, val unless the settings say otherwise. `rest` is what `trainer_for` takes
+    besides.
+    """
+    trainer, validation = trainer_for(settings, data, runtime, folder, model, loss_terms, views_of_epoch, **rest)
+    say(runtime, _introduction(settings, model, trainer))
+    trainer.run()
+    return trainer.evaluated_model, validation.logits(trainer.evaluated_model)
+
+
+def trainer_for(
+    settings: Settings,
+    data: Data,
+    runtime: Runtime,
+    folder: RunFolder,
+    model: nn.Module,
+    loss_terms: LossTerms,
+    views_of_epoch: FreshCrops | CachedCrops,
     *,
     logits_NVK: np.ndarray | None = None,
     stop: StopRequest,
     cache: Cache | None = None,
-) -> tuple[nn.Module, np.ndarray]:
-    """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
-    [M, K] of the images it is scored on, val unless the settings say otherwise.
+) -> tuple[Trainer, "Validation"]:
+    """The engine with all that the settings say put into it, ready to run, and the validation it calls.
 
     `cache` adds agreement with the teacher to the metrics.
     """
@@ -290,9 +310,7 @@ def train(
         workers=workers_for(settings, runtime),
         precision=settings.precision,
     )
-    say(runtime, _introduction(settings, model, trainer))
-    trainer.run()
-    return trainer.evaluated_model, validation.logits(trainer.evaluated_model)
+    return trainer, validation
 
 
 def schedule_of(settings: Settings) -> Schedule:

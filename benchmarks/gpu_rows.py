@@ -1,0 +1,72 @@
+"""The rows that only a GPU has: rates of training, the share of the processor's peak, and memory."""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import Goal, Row, interleaved, row
+from benchmarks.setting import Bench
+from benchmarks.steps import Steps
+from kd_dist import job, objectives
+from kd_dist.config import TeacherSettings
+from kd_dist.engine import Trainer
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16 FLOP a second of the SXM models, from NVIDIA's data sheets, by a part of the device's name."""
+
+ON_H100 = {("teacher", 160): Goal(16_000), ("student", 128): Goal(60_000)}
+
+
+def rates(bench: Bench) -> Iterator[Row]:
+    """Images a second of teacher and student training, whole steps; with --quick one size on a CPU too."""
+    if not (bench.on_gpu or bench.quick):
+        return
+    for size in (32,) if bench.quick else (160, 128):
+        yield from _measured(bench, "teacher", size, _teacher(bench, size))
+    size = 32 if bench.quick else 128
+    yield from _measured(bench, "student", size, bench.student_trainer(image_size=size))
+
+
+def _teacher(bench: Bench, size: int) -> Trainer:
+    settings = bench.settings(TeacherSettings, image_size=size)
+    terms = objectives.hard(bench.classes, settings.label_smoothing)
+    return bench.trainer(settings, bench.network(settings.teacher), terms, job.fresh_crops(settings, bench.data))
+
+
+def _measured(bench: Bench, who: str, size: int, trainer: Trainer) -> Iterator[Row]:
+    device, batch = bench.runtime.device, trainer.data.batch_size
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    count = 2 if bench.quick else trainer.steps_per_epoch
+    taken = interleaved({"step": Steps(trainer, count)}, bench.effort(30))
+    rate = batch / taken["step"]
+    goal = ON_H100.get((who, size)) if bench.on_gpu and "H100" in torch.cuda.get_device_name(device) else None
+    flops = flops_an_image(trainer)
+    name = f"{who} training {size} px"
+    facts = {"GFLOP an image": flops / 1e9, "batch": batch}
+    yield row(f"gpu {name}", rate, unit="images/s", goal=goal, facts=facts)
+    peak = peak_flops(device)
+    if peak:
+        yield row(f"gpu {name}, share of {peak / 1e12:.0f} TFLOP/s", rate * flops / peak)
+    if bench.on_gpu:
+        yield Row(f"gpu {name}, peak memory", torch.cuda.max_memory_allocated(device) / 2**30, unit="GiB")
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What the device can do in bfloat16 at best, None for one that is not listed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def flops_an_image(trainer: Trainer) -> float:
+    """FLOP that forward and backward of one picture take, counted by torch (two for a multiplication and addition)."""
+    model = trainer.model.train()
+    side = trainer.data.image_size
+    images_BCHW = torch.zeros(2, 3, side, side, device=trainer.runtime.device)
+    with warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
+        warnings.simplefilter("ignore")
+        model(images_BCHW).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / len(images_BCHW)

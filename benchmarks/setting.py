@@ -1,0 +1,143 @@
+"""What the rows are measured on: the data, the networks and settings of the machine's own preset, and its soft labels.
+
+Everything is made by the jobs' own code. Only the teacher is untrained: what its logits are worth does not change what
+they cost.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.measure import Effort
+from kd_dist import config, distill, job, label
+from kd_dist.cache import BlockWriter, Cache
+from kd_dist.checkpoint import RunFolder
+from kd_dist.config import DistillSettings, TeacherSettings
+from kd_dist.engine import LossTerms, Trainer
+from kd_dist.inference import compute_dtype
+from kd_dist.job import Data, DataSource
+from kd_dist.models import STUDENTS, TEACHERS
+from kd_dist.runtime import Runtime, StopRequest
+
+CACHED_VIEWS = 8
+SMALL = {"image_size": 32, "batch_size": 16}
+QUICK = Effort(seconds=0, least=2, most=2)
+CALM = {"lr": 1e-4, "mixup": 0.0, "cutmix": 0.0, "seed": 0}  # an untrained teacher's logits must not make it diverge
+
+
+def source_of(data: str | None, archive: str | None, folder: Path) -> DataSource:
+    """Where the pictures come from, first found: --data, $KD_DIST_DATA, --archive, $KD_DIST_IMAGEWOOF; else the drawn
+    set.
+    """
+    named = data or os.environ.get("KD_DIST_DATA")
+    archive = archive or os.environ.get("KD_DIST_IMAGEWOOF")
+    if named:
+        return DataSource(data=named, pixels_dir=None)
+    if archive:
+        return DataSource(data=str(folder / "data"), archive=archive)
+    return DataSource(data=str(folder / "data"), release="demo")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The data on this rank, and how hard to measure. `quick` is for looking whether it runs at all."""
+
+    data: Data
+    runtime: Runtime
+    folder: Path
+    threads: int
+    quick: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.runtime.device.type == "cuda"
+
+    def effort(self, seconds: float, least: int = 5) -> Effort:
+        """About so many seconds, or next to none when all is to be quick."""
+        return QUICK if self.quick else Effort(seconds, least)
+
+    def settings(self, kind: type[config.Settings], **changes: Any) -> Any:
+        """The machine's own preset for a job of this kind, with changes."""
+        small = SMALL if self.quick else {}
+        # The preset follows from the device that is measured, not from the GPUs that the machine has besides.
+        return config.resolve(kind, {**CALM, **small, **changes}, has_gpu=self.on_gpu)
+
+    @cached_property
+    def student(self) -> DistillSettings:
+        """The distilled student's settings."""
+        return self.settings(DistillSettings)
+
+    @cached_property
+    def teacher(self) -> TeacherSettings:
+        """The teacher's settings."""
+        return self.settings(TeacherSettings)
+
+    @property
+    def classes(self) -> int:
+        return len(self.data.samples.classes)
+
+    def network(self, name: str) -> nn.Module:
+        """A teacher or a student of this name with fresh weights, always the same."""
+        torch.manual_seed(0)
+        return {**TEACHERS, **STUDENTS}[name](self.classes)
+
+    @cached_property
+    def untrained(self) -> label.Teacher:
+        """The preset's teacher as a finished run would leave it, on this device."""
+        folder = RunFolder(self.folder / f"teacher-{self.teacher.image_size}px-{self.classes}")
+        if not folder.model.exists():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            val_logits_NK = np.zeros((len(self.data.samples.val), self.classes), np.float32)
+            model = self.network(self.teacher.teacher)
+            job.keep(folder, self.teacher, self.teacher.teacher, self.data, model, val_logits_NK)
+        return label.load_teacher(folder.model, self.runtime.device)
+
+    @cached_property
+    def soft_labels(self) -> Cache:
+        """A cache of this data, complete and checked like any other, whose logits are drawn instead of computed."""
+        dtype = compute_dtype(self.runtime.device)
+        teacher = self.untrained
+        header, tables = label.plan(teacher, self.data, CACHED_VIEWS, self.teacher.crop_scale, 0, dtype)
+        name = f"{self.data.samples.train.fingerprint[:12]}-{teacher.row.sha256[:12]}"
+        target = self.folder / f"drawn-{name}-{header.created[:19].replace(':', '')}.h5"
+        if not target.exists():
+            rng = np.random.default_rng(0)
+            writer = BlockWriter(target, header, tables)
+            for block in writer.missing():
+                writer.put(block, (4 * rng.standard_normal((len(block), self.classes))).astype(np.float16))
+            writer.publish()
+        return distill.open_for(dataclasses.replace(self.student, cache=str(target)))
+
+    def trainer(
+        self, settings: config.Settings, model: nn.Module, terms: LossTerms, crops, soft_labels=None
+    ) -> Trainer:
+        """The jobs' own trainer under these settings."""
+        name = f"{settings.kind}-{settings.image_size}px-{id(model)}"
+        trainer, _ = job.trainer_for(
+            settings,
+            self.data,
+            self.runtime,
+            RunFolder(self.folder / "runs" / name),
+            model,
+            terms,
+            crops,
+            logits_NVK=soft_labels,
+            stop=StopRequest(),
+        )
+        return trainer
+
+    def student_trainer(self, **changes: Any) -> Trainer:
+        """A student's trainer: distilled from the drawn soft labels, or as `changes` say (alpha=0: the hard-label twin
+        on the same cached crops).
+        """
+        settings = self.settings(DistillSettings, **{"crops": "cached", **changes})
+        crops, soft_labels = distill.crops_of(settings, self.data, self.soft_labels)
+        terms = distill.loss_of(settings, self.classes)
+        return self.trainer(settings, self.network(settings.student), terms, crops, soft_labels)

@@ -1,0 +1,68 @@
+"""The engine's own training steps, a few at a time, so that two jobs can take turns in one process."""
+
+import time
+
+import torch
+
+from kd_dist.batches import Batch
+from kd_dist.engine import FirstBadStep, Trainer
+from kd_dist.monitor import Monitor
+
+
+class Steps:
+    """An arm: the next `count` steps of a trainer, as its `run` would take them; gives the seconds a step took.
+
+    A step is all of it: the wait for the batch, forward, backward, update, bookkeeping, and the ranks' agreement; the
+    start of an epoch counts with each step's share. What comes once an epoch, evaluation and checkpoint, is left out.
+    With `fixed` every step gets the same batch, in memory on the device but not yet normalised: that is part of a step.
+    """
+
+    def __init__(self, trainer: Trainer, count: int, fixed: bool = False):
+        self.trainer, self.count = trainer, count
+        self.epoch, self.left = -1, 0
+        self.epoch_start_seconds = 0.0
+        trainer.bad = FirstBadStep(trainer.runtime.device)
+        trainer.monitor = Monitor(trainer.folder.path, enabled=False, resume_step=0)
+        trainer.saved_at = trainer.beat_at = time.monotonic()
+        trainer.sums.start_clock()
+        self.fixed = self._coming().to(trainer.runtime.device) if fixed else None
+
+    def __call__(self) -> float:
+        if self.fixed is None and self.left < self.count:
+            self._start_epoch()
+        synchronise(self.trainer.runtime.device)
+        started = time.perf_counter()
+        for _ in range(self.count):
+            self._step(self.fixed or self._coming())
+        synchronise(self.trainer.runtime.device)
+        seconds = (time.perf_counter() - started) / self.count
+        return seconds if self.fixed else seconds + self.epoch_start_seconds / self.trainer.steps_per_epoch
+
+    def _start_epoch(self) -> None:
+        """Draw up the next epoch, up to its first batch; a rest of the last one too short for a turn is left out."""
+        trainer = self.trainer
+        self.epoch, self.left = self.epoch + 1, trainer.steps_per_epoch
+        started = time.perf_counter()
+        self._batches = trainer.data.epoch(self.epoch, trainer.runtime, trainer.workers, 0)
+        self._next = next(self._batches)
+        self.epoch_start_seconds = time.perf_counter() - started
+
+    def _coming(self) -> Batch:
+        if self.left == 0:
+            self._start_epoch()
+        batch = self._next if self._next is not None else next(self._batches)
+        self._next, self.left = None, self.left - 1
+        return batch
+
+    def _step(self, batch: Batch) -> None:
+        trainer = self.trainer
+        trainer._train_step(trainer._prepare(batch))
+        # At an epoch's end the agreement also saves, which is not a step's work.
+        if trainer.step % trainer.agree_every == 0 and trainer.step % trainer.steps_per_epoch:
+            trainer._agree()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,121 @@
+"""Rows 1, 2 and 4: what soft labels, a teacher in the loop and the data cost the student's step."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from benchmarks.measure import Goal, Row, interleaved, medians, row
+from benchmarks.setting import Bench
+from benchmarks.steps import Steps, synchronise
+from kd_dist.inference import autocast
+from kd_dist.study.online import OnlineTeacher
+
+DISTILL_COST = Goal(1.02, at_least=False)
+OF_THE_POSSIBLE = Goal(0.95)
+FED = Goal(0.97)
+
+
+def steps_in_turn(bench: Bench) -> int:
+    """Steps that an arm takes at a time: few on a CPU, so that both arms see the same machine; an epoch on a GPU."""
+    if bench.quick:
+        return 1
+    return bench.student_trainer().steps_per_epoch if bench.on_gpu else 4
+
+
+def distillation(bench: Bench) -> Iterator[Row]:
+    """Row 1: the distilled step over the hard-label step, same student, same cached crops."""
+    count = steps_in_turn(bench)
+    arms = {
+        "distilled": Steps(bench.student_trainer(), count),
+        "hard labels alone": Steps(bench.student_trainer(alpha=0.0), count),
+    }
+    taken = interleaved(arms, bench.effort(60))
+    yield row(
+        f"1 distill step / hard-label step, {what(bench)}",
+        taken["distilled"] / taken["hard labels alone"],
+        goal=DISTILL_COST,
+        facts=rates(bench, taken),
+    )
+
+
+def teacher_in_the_loop(bench: Bench) -> Iterator[Row]:
+    """Row 2: throughput with cached labels over throughput with the teacher's forward pass in every step."""
+    count = steps_in_turn(bench)
+    looped = bench.student_trainer()
+    looped.loss_terms = online(bench)(bench.student, bench.classes)
+    arms = {
+        "cached": Steps(bench.student_trainer(), count),
+        "teacher in the loop": Steps(looped, count),
+        "teacher's forward alone": TeacherForward(bench, count),
+        "student alone": Steps(bench.student_trainer(alpha=0.0), count, fixed=True),
+    }
+    taken = interleaved(arms, bench.effort(75))
+    gain = taken["teacher in the loop"] / taken["cached"]
+    student = taken["student alone"]
+    possible = (taken["teacher's forward alone"] + student) / student
+    sizes = f"{what(bench)}, {bench.teacher.teacher} at the same size"
+    yield row(f"2 cached labels / teacher in the loop, {sizes}", gain, facts=rates(bench, taken))
+    yield row(
+        "2 the same as a share of (teacher + student) / student",
+        gain / possible,
+        goal=OF_THE_POSSIBLE,
+        facts={"possible": float(possible.mean())},
+    )
+
+
+def feeding(bench: Bench) -> Iterator[Row]:
+    """Row 4: throughput of the whole step over that of the same step on one batch in memory."""
+    count = steps_in_turn(bench) * (1 if bench.on_gpu or bench.quick else 2)
+    arms = {
+        "whole step": Steps(bench.student_trainer(), count),
+        "batch in memory": Steps(bench.student_trainer(), count, fixed=True),
+    }
+    taken = interleaved(arms, bench.effort(60))
+    yield row(
+        f"4 whole step / step on a batch in memory, {what(bench)}",
+        taken["batch in memory"] / taken["whole step"],
+        goal=FED,
+        facts=rates(bench, taken),
+    )
+
+
+def what(bench: Bench) -> str:
+    """Which student at which size: "cnn5 64 px"."""
+    return f"{bench.student.student} {bench.student.image_size} px"
+
+
+def rates(bench: Bench, taken) -> dict[str, float]:
+    """Median seconds of a step, and images a second, of each arm."""
+    seconds = {f"{name}, s/step": round(value, 5) for name, value in medians(taken).items()}
+    batch = bench.student.batch_size
+    return seconds | {f"{name}, images/s": round(batch / value, 1) for name, value in medians(taken).items()}
+
+
+def online(bench: Bench) -> OnlineTeacher:
+    """The study's teacher in the loop, which sees the very pictures that the student does."""
+    teacher = bench.untrained
+    row = replace(teacher.row, image_size=bench.student.image_size)
+    return OnlineTeacher(replace(teacher, row=row), bench.data.pixels["train"], bench.runtime.device)
+
+
+class TeacherForward:
+    """An arm: the teacher's forward pass on one batch in memory, in the engine's precision."""
+
+    def __init__(self, bench: Bench, count: int):
+        trainer = bench.student_trainer()
+        self.device, self.dtype = bench.runtime.device, trainer.compute_dtype
+        batch = next(trainer.data.epoch(0, bench.runtime))
+        self.images_BCHW = trainer._prepare(batch).images_BCHW
+        self.model, self.count = bench.untrained.model, count
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        synchronise(self.device)
+        started = time.perf_counter()
+        for _ in range(self.count):
+            with autocast(self.device, self.dtype):
+                self.model(self.images_BCHW)
+        synchronise(self.device)
+        return (time.perf_counter() - started) / self.count
