@@ -1,4 +1,4 @@
-# make setup | demo | imagewoof-cpu | test | test-cluster | lint; each does the set-up it needs.
+# make setup | demo | imagewoof-cpu | bench | test | test-cluster | lint; each does the set-up it needs.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ DEMO := runs/demo
 RANKS := 2
 JOB := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m
 
-.PHONY: setup demo imagewoof-cpu test test-cluster lint format clean-demo
+.PHONY: setup demo imagewoof-cpu bench test test-cluster lint format clean-demo
 
 setup: .venv/installed
 
@@ -34,6 +34,11 @@ imagewoof-cpu: setup
 	$(JOB) kd_dist.teacher --preset cpu-64px --precision $(WOOF_PRECISION) --out $(WOOF)/teacher
 	$(JOB) kd_dist.study --preset cpu-64px --precision $(WOOF_PRECISION) --cache $(WOOF)/teacher/logits.h5 \
 	  --arms $(WOOF_ARMS) --seeds 0 1 2 --out $(WOOF)/study
+
+# Ratios measured in turns, ten minutes on two idle cores or minutes on a GPU. On real pictures where KD_DIST_DATA names a
+# folder of them or KD_DIST_IMAGEWOOF an archive. BENCH="--rows 1 3" for some rows; benchmarks/setup_peers.sh adds FFCV and torchdistill.
+bench: setup
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 test: setup
 	$(BIN)/python -m pytest tests

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -86,6 +86,7 @@ def measure(bench: Bench, names: Sequence[str], folder: Path, about: dict[str, A
 def arguments(typed: Sequence[str] | None = None) -> argparse.Namespace:
     """What was typed. Raises UserError for a flag or a row that is not known."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__.splitlines()[0])
+    parser.error = refuse
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"{', '.join(ROWS)}")
     parser.add_argument("--data", metavar="DIR", help="folder with train/ and val/ [$KD_DIST_DATA]")
     parser.add_argument("--archive", metavar="FILE", help="unpack this archive instead [$KD_DIST_IMAGEWOOF]")
@@ -94,6 +95,11 @@ def arguments(typed: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/bench", metavar="DIR", help="results and scratch files [runs/bench]")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: whether it runs, not how fast")
     return parser.parse_args(typed)
+
+
+def refuse(message: str) -> NoReturn:
+    """One sentence, as all our commands refuse."""
+    raise UserError(f"{message}; `python -m benchmarks.bench --help` lists the flags.")
 
 
 def machine(threads: int) -> dict[str, Any]:

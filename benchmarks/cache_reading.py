@@ -1,8 +1,75 @@
-"""Row 7 comes with the reader that leaves rows on file."""
+"""Row 7: what a cached soft label costs to read, and what memory that takes, from 10^4 to 10^7 rows."""
 
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.children import ROOT
+from benchmarks.measure import Goal, Row, interleaved, medians, row
 from benchmarks.setting import Bench
+from kd_dist.errors import UserError
+
+IMAGES = 10_000
+VIEWS = (1, 10, 100, 1000)
+"""Memory grows with the images of a set, as their names and labels are loaded; what must not count are the views."""
+
+LOADED, ON_FILE = "loaded whole", "left on file"
+MEMORY = {LOADED: "64G", ON_FILE: "0"}  # --cache-memory
+ALIKE = Goal(1.5, at_least=False)
+FLAT = Goal(1.1, at_least=False)
 
 
-def reading(bench: Bench):
-    """Nothing yet."""
-    yield from ()
+def reading(bench: Bench) -> Iterator[Row]:
+    """Each size in a process of its own, in turns: the dearest read over the cheapest, and peak memory at the largest
+    size over that at the second largest.
+    """
+    images, sizes = (1000, VIEWS[:2]) if bench.quick else (IMAGES, VIEWS)
+    for name, memory in MEMORY.items():
+        arms = {str(images * views): Reading(stored(bench, images, views), memory) for views in sizes}
+        taken = interleaved(arms, bench.effort(45, least=3))
+        microseconds = {f"{rows} rows, us/sample": value for rows, value in medians(taken, 1e6).items()}
+        costs = np.stack(list(taken.values()))
+        dearest = costs.max(axis=0) / costs.min(axis=0)
+        what = f"{images * sizes[0]:.0e} to {images * sizes[-1]:.0e} rows, {name}".replace("e+0", "e")
+        yield row(f"7 dearest / cheapest read a sample, {what}", dearest, goal=ALIKE, facts=microseconds)
+        if name == ON_FILE:
+            yield _memory([arms[str(images * views)] for views in sizes[-2:]], images * np.array(sizes[-2:]))
+
+
+def _memory(arms: list["Reading"], rows_2: np.ndarray) -> Row:
+    fewer, more = (np.array(arm.peaks) for arm in arms)
+    facts = {f"{rows} rows, peak MB": float(np.median(arm.peaks)) for rows, arm in zip(rows_2, arms, strict=True)}
+    name = f"7 peak memory at {rows_2[1]:.0e} rows / at {rows_2[0]:.0e}, {ON_FILE}".replace("e+0", "e")
+    return row(name, more / fewer, goal=FLAT, facts=facts)
+
+
+def stored(bench: Bench, images: int, views: int) -> Path:
+    """A generated cache of this size, written once."""
+    path = bench.folder / f"generated-{images}x{views}.h5"
+    if not path.exists():
+        _run("benchmarks.generated_cache", [str(path), "--images", str(images), "--views", str(views)])
+    return path
+
+
+class Reading:
+    """An arm: some epochs of soft labels out of a cache, in a fresh process; gives the seconds a sample took."""
+
+    def __init__(self, path: Path, memory: str):
+        self.arguments = [str(path), "--cache-memory", memory]
+        self.peaks: list[float] = []
+
+    def __call__(self) -> float:
+        found = json.loads(_run("benchmarks.cache_reads", self.arguments))
+        self.peaks.append(found["peak_mb"])
+        return found["us_per_sample"] / 1e6
+
+
+def _run(module: str, arguments: list[str]) -> str:
+    result = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise UserError(f"{module} ended with code {result.returncode}; its own message stands above.")
+    return result.stdout
