@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -143,14 +144,10 @@ def test_the_ends_of_smoothing():
     assert arms.smoothing_of_entropy(-0.91 * np.log(0.91) - 0.09 * np.log(0.01), 10) == pytest.approx(0.1)
 
 
-def test_rows_that_cannot_be_made_are_refused(rows):
+def test_a_class_of_one_image_has_no_other(rows):
     logits_NVK, labels_N = rows
     with pytest.raises(UserError, match="class 9 has one training image"):
         ARMS["shuffled-within"].rows(logits_NVK, np.where(np.arange(N) == 4, 9, labels_N), SETTINGS)
-    with pytest.raises(UserError, match="the cache has 2 views and this arm needs two drawn views"):
-        ARMS["shuffled-view"].rows(logits_NVK[:, :2], labels_N, SETTINGS)
-    with pytest.raises(UserError, match="the cache has 1 views and this arm needs a drawn view"):
-        ARMS["cached-1"].rows(logits_NVK[:, :1], labels_N, SETTINGS)
 
 
 # ---- settings and losses
@@ -382,6 +379,24 @@ def test_a_signal_between_two_runs_ends_the_study(made, tmp_path, monkeypatch):
     assert not (tmp_path / "study/cached-V").exists()
 
 
+def test_two_ranks_do_a_study_together(made, tmp_path):
+    out = tmp_path / "study"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command = [
+        *launcher,
+        "kd_dist.study",
+        *map(str, words(made, out, "--arms", "hard-fresh", "smooth", "--epochs", "1")),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    how = {"env": environment, "cwd": Path(__file__).parent.parent, "text": True, "timeout": 240}
+    done = subprocess.run(command, capture_output=True, **how)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks on cpu" in done.stdout and done.stdout.count("| smooth |") == 1
+    assert [read_state(StudyFolder(out).run(name, 0))["status"] for name in ("hard-fresh", "smooth")] == [
+        "finished"
+    ] * 2
+
+
 def test_list_shows_the_ladder(capsys):
     call(entry.main, "--list")
     lines = capsys.readouterr().out.splitlines()
@@ -402,7 +417,11 @@ def test_list_shows_the_ladder(capsys):
         (["--student", "vgg"], "--student vgg is not known"),
         (["--cache", "nowhere.h5"], "there is no cache nowhere.h5"),
         (["--views", "9"], "--views 9, but"),
-        (["--arms", "shuffled-view", "--views", "2"], "the cache has 2 views and this arm needs two drawn views"),
+        (
+            ["--views", "2"],
+            "arm shuffled-view needs 3 views of every image, one of them for evaluation, and 2 are used",
+        ),
+        (["--arms", "cached-1", "--views", "1"], "arm cached-1 needs 2 views"),
         (["--teacher-model", "DATA/teacher/logits.h5", "--arms", "online"], "is cut short, damaged or no file of ours"),
     ],
 )

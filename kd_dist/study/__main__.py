@@ -16,7 +16,7 @@ from kd_dist.errors import UserError
 from kd_dist.files import locked
 from kd_dist.job import Data
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, joined, launched_rank, run_entry
-from kd_dist.study.arms import ARMS, Arm, chosen_arms
+from kd_dist.study.arms import ARMS, Arm, chosen_arms, require_views
 from kd_dist.study.folder import StudyFolder, note, run_settings
 from kd_dist.study.online import OnlineTeacher, open_teacher
 
@@ -46,6 +46,7 @@ def main() -> None:
 def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
     """All runs that are not finished, one after the other, a seed's arms together; then the results."""
     cache, data = distill.open_inputs(settings, runtime)
+    require_views(arms, settings.views or cache.views)
     online = None
     if any(arm.needs_teacher for arm in arms):
         online = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)

@@ -6,7 +6,7 @@ the cached ones or another loss. Students of one seed start from the same weight
 those on cached crops, the same crops.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ LEAST_SMOOTHING = 1e-9
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to teach the student. `needs_teacher`: it cannot run from the cache alone."""
+    """One way to teach the student. `needs_views` counts the evaluation view; `needs_teacher`: the cache is not enough."""
 
     name: str
     isolates: str
@@ -37,6 +37,7 @@ class Arm:
     rows: Rows | None = None
     loss: Loss | None = None
     settings: type[DistillSettings] = DistillSettings
+    needs_views: int = 1
     needs_teacher: bool = False
 
 
@@ -125,7 +126,6 @@ def others(groups_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def shuffled_views(logits_NVK: np.ndarray, _labels_N: np.ndarray, settings: DistillSettings) -> np.ndarray:
     """The row of another drawn view of the same image: each image's rows moved on by a number of its own."""
     n, views, _ = logits_NVK.shape
-    _require_views(views, 3, "two drawn views")
     drawn = views - 1
     shift_N1 = np.random.default_rng([settings.seed, VIEW]).integers(1, drawn, (n, 1))
     source_NV = np.concatenate([np.zeros((n, 1), np.int64), 1 + (np.arange(drawn) + shift_N1) % drawn], axis=1)
@@ -134,16 +134,7 @@ def shuffled_views(logits_NVK: np.ndarray, _labels_N: np.ndarray, settings: Dist
 
 def first_view(logits_NVK: np.ndarray, _labels_N: np.ndarray, _settings: DistillSettings) -> np.ndarray:
     """The row of the first drawn view, whatever crop is shown."""
-    _require_views(logits_NVK.shape[1], 2, "a drawn view")
     return np.broadcast_to(logits_NVK[:, 1:2], logits_NVK.shape)
-
-
-def _require_views(views: int, needed: int, what: str) -> None:
-    if views < needed:
-        raise UserError(
-            f"the cache has {views} views and this arm needs {what} beside the evaluation view; add some by "
-            "`python -m kd_dist.cache extend`, or leave the arm out by --arms."
-        )
 
 
 # ---- other losses: (settings, classes) -> loss terms
@@ -188,9 +179,19 @@ _LADDER = (
         "rows of another image of the class: what knowing the image itself is worth",
         rows=shuffled_within,
     ),
-    Arm("shuffled-view", "the row of another view of the image: what consistent crops are worth", rows=shuffled_views),
+    Arm(
+        "shuffled-view",
+        "the row of another view of the image: what consistent crops are worth",
+        rows=shuffled_views,
+        needs_views=3,
+    ),
     Arm("shuffled-all", "rows of any other image: a check for bugs, it must not help", rows=shuffled_all),
-    Arm("cached-1", "one view's row for every crop of the image: what caching a single view gives", rows=first_view),
+    Arm(
+        "cached-1",
+        "one view's row for every crop of the image: what caching a single view gives",
+        rows=first_view,
+        needs_views=2,
+    ),
     Arm("cached-V", "the row of the very crop that is shown: the method"),
     Arm(
         "online",
@@ -219,3 +220,13 @@ def chosen_arms(settings: StudySettings) -> list[Arm]:
         if name in asked and ARMS[name].needs_teacher and not settings.teacher_model:
             raise UserError(f"arm {name} needs the teacher: name its weights, --teacher-model runs/teacher/model.pt.")
     return [arm for arm in ARMS.values() if arm.name in asked]
+
+
+def require_views(arms: Sequence[Arm], views: int) -> None:
+    """Raise UserError, before anything is trained, where an arm needs more views than are used."""
+    for arm in arms:
+        if views < arm.needs_views:
+            raise UserError(
+                f"arm {arm.name} needs {arm.needs_views} views of every image, one of them for evaluation, and "
+                f"{views} are used; add some by `python -m kd_dist.cache extend`, or leave the arm out by --arms."
+            )
