@@ -9,13 +9,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kd_dist import views
+from kd_dist.cache import SoftLabels
 from kd_dist.pixels import Pixels
 from kd_dist.runtime import Runtime, ignore_stop_signals
 
 ORDER, CROPS, FLIPS, VIEW_CHOICE, BLEND = range(5)
+CHOICE_CELLS = 1 << 20  # numbers of views permuted at once
+AHEAD_BYTES = 32 << 20  # of soft labels read at once
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,13 @@ class CachedCrops:
         n, all_views = self.flip_NV.shape
         numbers = np.arange(min(1, all_views - 1), all_views, dtype=np.int32)
         cycle, turn = divmod(epoch, len(numbers))
-        choice_N = _rng(self.seed, cycle, VIEW_CHOICE).permuted(np.tile(numbers, (n, 1)), axis=1)[:, turn]
-        rows_N = np.arange(n)
+        rng, rows = _rng(self.seed, cycle, VIEW_CHOICE), max(1, CHOICE_CELLS // len(numbers))
+        # Piece by piece the generator gives what it would give at once, without memory for all views of all images.
+        pieces = [
+            rng.permuted(np.tile(numbers, (min(rows, n - start), 1)), axis=1)[:, turn].copy()
+            for start in range(0, n, rows)
+        ]
+        choice_N, rows_N = np.concatenate(pieces), np.arange(n)
         return EpochViews(self.box_NV4[rows_N, choice_N], self.flip_NV[rows_N, choice_N], choice_N)
 
 
@@ -124,7 +132,7 @@ class TrainData:
     seed: int
     mixup: float = 0.0
     cutmix: float = 0.0
-    logits_NVK: np.ndarray | None = None
+    logits_NVK: SoftLabels | None = None
     members_M: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -164,13 +172,14 @@ class EpochBatches(Dataset):
         self.batches = np.array_split(data.order(epoch), data.steps_per_epoch)
         self.views = data.views_of_epoch(epoch)
         self.blends = blends_of(data, epoch)
+        self._ahead: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, step: int) -> Batch:
         whole_batch = self.batches[step]
-        mine_B = np.array_split(whole_batch, self.world_size)[self.rank]
+        mine_B = self._mine(step)
         shown = self.shown(mine_B)
         return Batch(
             index_B=torch.from_numpy(mine_B),
@@ -178,15 +187,39 @@ class EpochBatches(Dataset):
             labels_B=torch.from_numpy(self.data.labels_N[mine_B]),
             partner_labels_B=torch.from_numpy(self.data.labels_N[shown.partner_B]),
             weights_B=torch.from_numpy(shown.weight_B),
-            teacher_logits_BK=self._soft_labels(mine_B),
+            teacher_logits_BK=self.soft_labels(step),
             global_size=len(whole_batch),
             shown=shown,
         )
 
-    def _soft_labels(self, index_B: np.ndarray) -> torch.Tensor | None:
+    def _mine(self, step: int) -> np.ndarray:
+        return np.array_split(self.batches[step], self.world_size)[self.rank]
+
+    def soft_labels(self, step: int) -> torch.Tensor | None:
+        """The cached logits [B, K] of the rank's part of a step, in the views of this epoch; None without a cache."""
         if self.data.logits_NVK is None:
             return None
-        return torch.from_numpy(self.data.logits_NVK[index_B, self.views.choice_N[index_B]])
+        ahead = self._ahead
+        if step not in ahead:
+            ahead = self._ahead = self._read_ahead(step)
+        return torch.from_numpy(ahead[step])
+
+    def _read_ahead(self, first: int) -> dict[int, np.ndarray]:
+        """Soft labels of this and later steps of this process, read together: sorted, rows of a file lie close."""
+        logits_NVK, worker = self.data.logits_NVK, get_worker_info()
+        wanted = AHEAD_BYTES // (logits_NVK.shape[2] * logits_NVK.dtype.itemsize)
+        mine, count = {}, 0
+        for step in range(first, len(self), worker.num_workers if worker else 1):
+            mine[step] = self._mine(step)
+            count += len(mine[step])
+            if count >= wanted:
+                break
+        index_R = np.concatenate(list(mine.values()))
+        order_R = np.argsort(index_R)
+        rows_RK = np.empty((len(index_R), logits_NVK.shape[2]), logits_NVK.dtype)
+        rows_RK[order_R] = logits_NVK[index_R[order_R], self.views.choice_N[index_R[order_R]]]
+        ends = np.cumsum([len(index_B) for index_B in mine.values()])[:-1]
+        return dict(zip(mine, np.split(rows_RK, ends), strict=True))
 
     def shown(self, index_B: np.ndarray) -> views.Shown:
         """What these images show in this epoch."""

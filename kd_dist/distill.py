@@ -3,6 +3,7 @@
 torchrun --nproc_per_node=4 -m kd_dist.distill
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from kd_dist import job, objectives
 from kd_dist.batches import CachedCrops
-from kd_dist.cache import Cache, open_cache
+from kd_dist.cache import Cache, TopK, open_cache, require_temperature
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import DistillSettings
 from kd_dist.engine import LossTerms
@@ -98,7 +99,9 @@ def open_for(settings: DistillSettings) -> Cache | None:
     """The cache this run reads, checked; None where it reads none. Raises UserError where it cannot be used."""
     if settings.cache is None:
         return None
-    cache = open_cache(Path(settings.cache))
+    cache = open_cache(Path(settings.cache), settings.cache_memory_bytes)
+    if cache.header.top_k and settings.alpha:
+        require_temperature(temperature_of(settings), cache.path)
     require_renderer(cache.header.renderer, cache.path)
     if settings.alpha:
         cache.check_loss(settings.loss, settings.temperature)
@@ -185,7 +188,15 @@ def crops_of(settings: DistillSettings, data: Data, cache: Cache | None):
     rows = cache.split("train")
     used = slice(settings.views)
     crops = CachedCrops(rows.box_NV4[:, used], rows.flip_NV[:, used], settings.seed)
-    return crops, rows.logits_NVK[:, used] if settings.alpha else None
+    if not settings.alpha:
+        return crops, None
+    logits_NVK = rows.logits_NVK[:, used]
+    return crops, logits_NVK.at(temperature_of(settings)) if isinstance(logits_NVK, TopK) else logits_NVK
+
+
+def temperature_of(settings: DistillSettings) -> float:
+    """The temperature at which the soft loss looks at the teacher: `mse` is the limit of the others for infinity."""
+    return math.inf if settings.loss == "mse" else settings.temperature
 
 
 def described(cache: Cache) -> dict:

@@ -21,7 +21,7 @@ from torch import nn
 
 from kd_dist import checkpoint, config, views
 from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
-from kd_dist.cache import Cache
+from kd_dist.cache import Cache, SoftLabels
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import Settings
 from kd_dist.dataset import Dataset, SampleList, locate, scan
@@ -273,7 +273,7 @@ def trainer_for(
     loss_terms: LossTerms,
     views_of_epoch: FreshCrops | CachedCrops,
     *,
-    logits_NVK: np.ndarray | None = None,
+    logits_NVK: SoftLabels | None = None,
     stop: StopRequest,
     cache: Cache | None = None,
 ) -> tuple[Trainer, "Validation"]:

@@ -9,7 +9,20 @@ import torch
 from torch import nn
 
 from kd_dist import checkpoint, views
-from kd_dist.cache import VIEW_FEATURES, Block, BlockWriter, Cache, Header, Table, TeacherRow, bare, mean_of
+from kd_dist.cache import (
+    TOP_K,
+    VIEW_FEATURES,
+    Block,
+    BlockWriter,
+    Cache,
+    Header,
+    Table,
+    TeacherRow,
+    TopK,
+    bare,
+    mean_of,
+    rows_of,
+)
 from kd_dist.dataset import SampleList
 from kd_dist.errors import UserError
 from kd_dist.folds import parts_of
@@ -96,6 +109,21 @@ def plan(
         for split, samples in (("train", data.samples.train), ("val", data.samples.val))
     }
     return header, tables
+
+
+def shortened(header: Header, top_k: int | None) -> Header:
+    """The header of a cache that keeps the k largest logits of each row; the same where that is None.
+
+    Raises UserError where that would leave no class out.
+    """
+    if top_k is None:
+        return header
+    if top_k >= len(header.classes):
+        raise UserError(
+            f"--top-k {top_k} of {len(header.classes)} classes leaves none out: use a smaller one, or leave it out to "
+            "keep all logits."
+        )
+    return replace(header, features=(*header.features, TOP_K), top_k=top_k)
 
 
 def _table(samples: SampleList, boxes_and_flips: tuple[np.ndarray, np.ndarray]) -> Table:
@@ -250,15 +278,17 @@ def write_cache(
         if stop.signal is not None:  # no need to agree: every block that was put is safe
             raise Interrupted(stop.signal)
         block = missing[position]
-        writer.put(block, _labels(block, labeller, tables, known))
+        if known is not None and block.view < known.split(block.split).views:
+            columns = known.split(block.split).row_columns
+            writer.put_rows(block, [column[block.start : block.stop, block.view] for column in columns])
+        else:
+            writer.put(block, _labels(block, labeller, tables))
         progress(done, len(mine))
     runtime.wait_for_all(f"label {target}")
     runtime.on_main(lambda: writer.publish() and None)
 
 
-def _labels(block: Block, labeller: Labeller, tables: Mapping[str, Table], known: Cache | None) -> np.ndarray:
-    if known is not None and block.view < known.split(block.split).views:
-        return known.split(block.split).logits_NVK[block.start : block.stop, block.view]
+def _labels(block: Block, labeller: Labeller, tables: Mapping[str, Table]) -> np.ndarray:
     rows_B = np.arange(block.start, block.stop)
     with np.errstate(over="ignore"):  # the writer refuses what does not fit float16, naming the image
         return labeller.logits(block.split, tables[block.split], rows_B, block.view).astype(np.float16)
@@ -267,8 +297,9 @@ def _labels(block: Block, labeller: Labeller, tables: Mapping[str, Table], known
 def keep_views(table: Table, known: Table) -> Table:
     """A longer table whose first views are a cache's own, whatever this version's generator would draw for them."""
     v = known.views
-    box_NV4 = np.concatenate([known.box_NV4, table.box_NV4[:, v:]], axis=1)
-    return replace(table, box_NV4=box_NV4, flip_NV=np.concatenate([known.flip_NV, table.flip_NV[:, v:]], axis=1))
+    known_box_NV4, known_flip_NV = (rows_of(column, 0, len(known)) for column in (known.box_NV4, known.flip_NV))
+    box_NV4 = np.concatenate([known_box_NV4, table.box_NV4[:, v:]], axis=1)
+    return replace(table, box_NV4=box_NV4, flip_NV=np.concatenate([known_flip_NV, table.flip_NV[:, v:]], axis=1))
 
 
 def why_not_computed(cache: Cache, labeller: Labeller, teachers: Sequence[Teacher]) -> str | None:
@@ -316,6 +347,9 @@ def _known(labeller: Labeller, table: Table) -> np.ndarray:
 
 def _difference(cache: Cache, labeller: Labeller, split: str, view: int, index_B: np.ndarray) -> float:
     table = cache.split(split)
-    stored_BK = table.logits_NVK[index_B, view].astype(np.float32)
     new_BK = labeller.logits(split, table, index_B, view)
+    if isinstance(table.logits_NVK, TopK):
+        stored_BK, new_BK = table.logits_NVK.compared(new_BK, index_B, view)
+    else:
+        stored_BK = table.logits_NVK[index_B, view].astype(np.float32)
     return float((np.abs(new_BK - stored_BK) / np.maximum(1, np.abs(stored_BK))).max())

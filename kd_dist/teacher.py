@@ -63,6 +63,11 @@ def require_own_cache(settings: TeacherSettings, target: Path, data: Data) -> No
             f"{target} was labelled by the teacher {cache.header.teachers[0].sha256}, the one in {folder.path} is "
             f"{own}; name another --cache."
         )
+    if cache.header.top_k != (settings.top_k or 0):
+        kept = f"the top {cache.header.top_k}" if cache.header.top_k else "all"
+        raise UserError(
+            f"{target} holds {kept} logits of a row, --top-k asks for {settings.top_k or 'all'}; name another --cache."
+        )
     if cache.views != settings.views:
         raise UserError(
             f"{target} holds {cache.views} views, --views asks for {settings.views}; `python -m kd_dist.cache extend` "
@@ -99,6 +104,7 @@ def write(
     )
     dtype = compute_dtype(runtime.device, settings.precision)
     header, tables = label.plan(teacher, data, settings.views, settings.crop_scale, settings.seed, dtype)
+    header = label.shortened(header, settings.top_k)
     progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
     with clocked(folder, target, runtime, progress) as progress:
         label.write_cache(target, [teacher], data, header, tables, runtime, stop, progress)

@@ -709,8 +709,8 @@ REFUSALS = {
     "another format": (set_attribute("format", np.bytes_("other")), "not a cache of soft labels"),
     "a later version": (set_attribute("version", 2), "has format version 2, this kd_dist reads 1: update kd_dist"),
     "unknown features": (
-        set_attribute("required_features", np.array([b"top_k", b"mixed_views"])),
-        "uses mixed_views, top_k, unknown to this kd_dist: update kd_dist",
+        set_attribute("required_features", np.array([b"zoom", b"colours"])),
+        "uses colours, zoom, unknown to this kd_dist: update kd_dist",
     ),
     "no list of features": (drop_attribute("required_features"), "required_features is missing"),
     "half-written": (set_attribute("complete", np.uint8(0)), "is half-written: run the command"),

@@ -2,13 +2,15 @@
 
 from kd_dist.cache.card import LabelCard, card_of, render_info
 from kd_dist.cache.combine import bare, combine
-from kd_dist.cache.format import VIEW_FEATURES, Header, Table, TeacherRow, mean_of
+from kd_dist.cache.format import TOP_K, VIEW_FEATURES, Header, Table, TeacherRow, mean_of, rows_of
 from kd_dist.cache.parts import BLOCK_SAMPLES, Block, blocks
-from kd_dist.cache.reader import Cache, LabelledTable, open_cache
+from kd_dist.cache.reader import Cache, LabelledTable, SoftLabels, open_cache
+from kd_dist.cache.topk import TopK, require_temperature
 from kd_dist.cache.writer import BlockWriter
 
 __all__ = [
     "BLOCK_SAMPLES",
+    "TOP_K",
     "VIEW_FEATURES",
     "Block",
     "BlockWriter",
@@ -16,8 +18,10 @@ __all__ = [
     "Header",
     "LabelCard",
     "LabelledTable",
+    "SoftLabels",
     "Table",
     "TeacherRow",
+    "TopK",
     "bare",
     "blocks",
     "card_of",
@@ -25,4 +29,6 @@ __all__ = [
     "mean_of",
     "open_cache",
     "render_info",
+    "require_temperature",
+    "rows_of",
 ]

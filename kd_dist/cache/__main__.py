@@ -128,6 +128,7 @@ def write(options: argparse.Namespace) -> None:
         else:
             drawn = _drawn(options, teachers[0])
             header, tables = label.plan(teachers[0], data, options.views, *drawn, dtype)
+        header = label.shortened(header, options.top_k)
         if len(teachers) > 1:
             header, tables = label.out_of_fold(header, tables, teachers, data)
         _label(options.output, teachers, data, header, tables, runtime, None)
@@ -182,6 +183,7 @@ def extend(options: argparse.Namespace) -> None:
         views.require_renderer(cache.header.renderer, cache.path)
         drawn = (options.views, crop_scale, cache.header.seed, cache.header.compute_dtype)
         header, tables = label.plan(teachers[0], data, *drawn)
+        header = label.shortened(header, cache.header.top_k or None)
         if len(teachers) > 1:
             header, tables = label.out_of_fold(header, tables, teachers, data)
         tables = {split: label.keep_views(table, cache.split(split)) for split, table in tables.items()}
@@ -266,6 +268,9 @@ def _add_flags(command: argparse.ArgumentParser, run) -> None:
         add("--like", type=Path, metavar="FILE", help="label the very views of this cache, to combine the two")
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="what the network computes in [auto]")
         add("--seed", type=int, metavar="N", help="of the crops and flips [the teacher's]")
+        add(
+            "--top-k", type=_positive, metavar="K", help="keep the K largest logits of a row and the others' mass [all]"
+        )
         add("--crop-scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="area share of a crop [the teacher's]")
 
 

@@ -9,8 +9,8 @@ from textwrap import shorten, wrap
 
 import numpy as np
 
-from kd_dist.cache.format import TeacherRow, top1_of
-from kd_dist.cache.reader import Cache, LabelledTable
+from kd_dist.cache.format import CHUNK_SAMPLES, LOGITS, Header, TeacherRow, row_bytes, rows_of
+from kd_dist.cache.reader import Cache, LabelledTable, SoftLabels
 
 BINS = 15
 ONE_HOT = 0.99  # a row with a larger probability than this says little more than a class
@@ -47,25 +47,28 @@ class LabelCard:
         )
 
 
-def card_of(logits_NVK: np.ndarray, labels_N: np.ndarray) -> LabelCard:
-    """The figures of a split's raw logits; view by view, so that memory stays at a few arrays [N, K]."""
-    views = logits_NVK.shape[1]
-    drawn_NVK = logits_NVK[:, 1:] if views > 1 else logits_NVK
-    rows = (_figures_of_rows(log_p_NK, labels_N) for log_p_NK in _log_probabilities(drawn_NVK))
-    entropy_NV, max_NV, log_label_NV, hit_NV = (np.stack(figure, axis=1) for figure in zip(*rows, strict=True))
-    several = views > 2
+def card_of(logits_NVK: SoftLabels, labels_N: np.ndarray) -> LabelCard:
+    """The figures of a split's raw logits, a chunk of samples at a time, so that a cache on file needs no memory."""
+    several = logits_NVK.shape[1] > 2
+    sums: dict[str, np.ndarray] = {}
+    for start in range(0, len(labels_N), CHUNK_SAMPLES):
+        piece = slice(start, min(start + CHUNK_SAMPLES, len(labels_N)))
+        for name, value in _sums_of(rows_of(logits_NVK, piece.start, piece.stop), labels_N[piece]).items():
+            sums[name] = sums.get(name, 0) + value
+    mean = {name: value / sums["rows"] for name, value in sums.items()}
+    samples = len(labels_N)
     return LabelCard(
-        top1=top1_of(logits_NVK[:, 0], labels_N),
-        top1_drawn=float(hit_NV.mean()) if views > 1 else None,
-        entropy=float(entropy_NV.mean()),
-        entropy_share=float(entropy_NV.mean() / np.log(max(logits_NVK.shape[2], 2))),
-        label_probability=float(np.exp(log_label_NV).mean()),
-        max_probability=float(max_NV.mean()),
-        calibration_error=calibration_error(max_NV.ravel(), hit_NV.ravel()),
-        nll=float(-log_label_NV.mean()),
-        near_one_hot=float((max_NV > ONE_HOT).mean()),
-        spread=_spread(drawn_NVK) if several else None,
-        divergence=_divergence(drawn_NVK, entropy_NV) if several else None,
+        top1=float(sums["hits in view 0"]) / samples,
+        top1_drawn=float(mean["hits"]) if logits_NVK.shape[1] > 1 else None,
+        entropy=float(mean["entropy"]),
+        entropy_share=float(mean["entropy"] / np.log(max(logits_NVK.shape[2], 2))),
+        label_probability=float(mean["label"]),
+        max_probability=float(mean["max"]),
+        calibration_error=float(np.abs(mean["excess"]).sum()),
+        nll=float(-mean["log label"]),
+        near_one_hot=float(mean["near one-hot"]),
+        spread=float(sums["spread"]) / samples if several else None,
+        divergence=float(sums["divergence"]) / samples if several else None,
     )
 
 
@@ -75,40 +78,41 @@ def calibration_error(confidence_R: np.ndarray, hit_R: np.ndarray) -> float:
     Rows are binned by their largest probability into 15 bins of equal width ((m - 1) / 15, m / 15]; the error is the
     mean over rows of the distance between their bin's accuracy and mean confidence.
     """
+    return float(np.abs(_excess(confidence_R, hit_R)).sum() / len(confidence_R))
+
+
+def _excess(confidence_R: np.ndarray, hit_R: np.ndarray) -> np.ndarray:
+    """Confidence less hits, summed over the rows of each bin."""
     bin_R = np.clip(np.ceil(confidence_R * BINS).astype(int) - 1, 0, BINS - 1)
-    excess_M = np.bincount(bin_R, weights=confidence_R - hit_R, minlength=BINS)
-    return float(np.abs(excess_M).sum() / len(confidence_R))
+    return np.bincount(bin_R, weights=confidence_R - hit_R, minlength=BINS)
 
 
-def _log_probabilities(logits_NVK: np.ndarray) -> Iterator[np.ndarray]:
-    """log softmax of one view after the other, float64 [N, K]."""
-    for logits_NK in np.moveaxis(logits_NVK, 1, 0):
-        shifted_NK = logits_NK.astype(np.float64) - logits_NK.max(axis=1, keepdims=True)
-        yield shifted_NK - np.log(np.exp(shifted_NK).sum(axis=1, keepdims=True))
-
-
-def _figures_of_rows(log_p_NK: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Each row's entropy, largest probability, log-probability of the label, and whether the label's is the largest."""
-    entropy_N = -(np.exp(log_p_NK) * log_p_NK).sum(axis=1)
-    log_label_N = np.take_along_axis(log_p_NK, labels_N[:, None], axis=1)[:, 0]
-    return entropy_N, np.exp(log_p_NK.max(axis=1)), log_label_N, log_p_NK.argmax(axis=1) == labels_N
-
-
-def _mean_probabilities(logits_NVK: np.ndarray) -> np.ndarray:
-    return sum(np.exp(log_p_NK) for log_p_NK in _log_probabilities(logits_NVK)) / logits_NVK.shape[1]
-
-
-def _spread(logits_NVK: np.ndarray) -> float:
-    mean_NK = _mean_probabilities(logits_NVK)
-    squares = ((np.exp(log_p_NK) - mean_NK) ** 2 for log_p_NK in _log_probabilities(logits_NVK))
-    return float(np.sqrt(sum(squares) / logits_NVK.shape[1]).mean())
-
-
-def _divergence(logits_NVK: np.ndarray, entropy_NV: np.ndarray) -> float:
-    """The mean KL is the entropy of the mean less the mean of the entropies (Lin 1991, equation 4.1)."""
-    mean_NK = _mean_probabilities(logits_NVK)
-    entropy_of_mean_N = -(mean_NK * np.log(np.maximum(mean_NK, np.finfo(float).tiny))).sum(axis=1)
-    return float((entropy_of_mean_N - entropy_NV.mean(axis=1)).mean())
+def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarray]:
+    """What the figures are means of, summed over the drawn rows of some samples."""
+    drawn_BVK = logits_BVK[:, 1:] if logits_BVK.shape[1] > 1 else logits_BVK
+    shifted_BVK = drawn_BVK.astype(np.float64) - drawn_BVK.max(axis=2, keepdims=True)
+    log_p_BVK = shifted_BVK - np.log(np.exp(shifted_BVK).sum(axis=2, keepdims=True))
+    p_BVK = np.exp(log_p_BVK)
+    entropy_BV = -(p_BVK * log_p_BVK).sum(axis=2)
+    log_label_BV = np.take_along_axis(log_p_BVK, labels_B[:, None, None], axis=2)[..., 0]
+    max_BV = p_BVK.max(axis=2)
+    hit_BV = log_p_BVK.argmax(axis=2) == labels_B[:, None]
+    mean_BK = p_BVK.mean(axis=1)
+    # The mean KL is the entropy of the mean less the mean of the entropies (Lin 1991, equation 4.1).
+    entropy_of_mean_B = -(mean_BK * np.log(np.maximum(mean_BK, np.finfo(float).tiny))).sum(axis=1)
+    return {
+        "rows": np.float64(hit_BV.size),
+        "hits in view 0": (logits_BVK[:, 0].argmax(axis=1) == labels_B).sum(),
+        "hits": hit_BV.sum(),
+        "entropy": entropy_BV.sum(),
+        "label": np.exp(log_label_BV).sum(),
+        "max": max_BV.sum(),
+        "excess": _excess(max_BV.ravel(), hit_BV.ravel()),
+        "log label": log_label_BV.sum(),
+        "near one-hot": (max_BV > ONE_HOT).sum(),
+        "spread": p_BVK.std(axis=1).mean(axis=1).sum(),
+        "divergence": (entropy_of_mean_B - entropy_BV.mean(axis=1)).sum(),
+    }
 
 
 def render_info(cache: Cache) -> str:
@@ -134,6 +138,7 @@ def _identity(cache: Cache) -> list[str]:
         ("sha256", cache.digest),
         ("data", f"{header.dataset}, {len(header.classes)} classes: {', '.join(header.classes)}"),
         *((name, _describe_split(split)) for name, split in cache.splits.items()),
+        ("rows", _describe_rows(header)),
         *(("teacher", _describe_teacher(row)) for row in shown[:TEACHERS_SHOWN]),
         ("views", f"{header.view_sampler}, seed {header.seed}; view 0 is the evaluation view"),
         ("pictures", f"{header.renderer} at {header.image_size} px, {_describe_scale(header.mean, header.std)}"),
@@ -141,7 +146,7 @@ def _identity(cache: Cache) -> list[str]:
         *(("labels", text) for text in _describe_labels(cache)),
     ]
     if len(header.teachers) > TEACHERS_SHOWN:
-        facts.insert(5 + TEACHERS_SHOWN, ("", f"and {len(header.teachers) - TEACHERS_SHOWN} more teachers"))
+        facts.insert(6 + TEACHERS_SHOWN, ("", f"and {len(header.teachers) - TEACHERS_SHOWN} more teachers"))
     return [_fact(name, text) for name, text in facts]
 
 
@@ -152,6 +157,18 @@ def _fact(name: str, text: str) -> str:
 
 def _describe_split(split: LabelledTable) -> str:
     return f"{len(split):,} images x {split.views} views, fingerprint {split.fingerprint[:32]}..."
+
+
+def _describe_rows(header: Header) -> str:
+    """What an image in one view takes, and what that is of."""
+    dense = len(header.classes) * LOGITS.dtype.itemsize
+    if not header.top_k:
+        return f"{dense:,} bytes of logits per (image, view): all {len(header.classes)} of them in float16"
+    kept = sum(row_bytes(column, header) for column in header.row_columns)
+    return (
+        f"{kept:,} bytes per (image, view): the {header.top_k} largest logits of {len(header.classes)} and the tail's "
+        f"mass; dense {dense:,}"
+    )
 
 
 def _describe_teacher(row: TeacherRow) -> str:

@@ -3,11 +3,14 @@
 docs/cache-format.md describes the same file for people who read it without this package.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +19,8 @@ from kd_dist.dataset import fingerprint_of
 FORMAT = "kd_dist.teacher_cache"
 VERSION = 1
 ONE_TEMPERATURE = "one_temperature"
-KNOWN_FEATURES: frozenset[str] = frozenset({ONE_TEMPERATURE})  # what is written and understood here beyond version 1
+TOP_K = "top_k"  # of each row the k largest logits and the mass of the others, see kd_dist.cache.topk
+KNOWN_FEATURES: frozenset[str] = frozenset({ONE_TEMPERATURE, TOP_K})  # what is understood here beyond version 1
 VIEW_FEATURES: frozenset[str] = frozenset()  # those of KNOWN_FEATURES that are about views, and go along with them
 SPLITS = ("train", "val")
 CHUNK_SAMPLES = 1024
@@ -70,7 +74,17 @@ NUMBERS = (
     Column("view/box", "box_NV4", np.dtype("<i2"), ("N", "V", 4)),
     Column("view/flip", "flip_NV", np.dtype("u1"), ("N", "V")),
 )
+VIEW_COLUMNS = tuple(column for column in NUMBERS if "V" in column.axes)
 LOGITS = Column("logits", "logits_NVK", np.dtype("<f2"), ("N", "V", "K"))
+TOP_LOGITS = Column("top/logits", "top_NVk", np.dtype("<f2"), ("N", "V", "k"))
+TAIL_TEMPERATURES = (math.inf, 8.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)
+TAIL = Column("top/tail", "tail_NVG", np.dtype("<f2"), ("N", "V", len(TAIL_TEMPERATURES)))
+
+
+def top_index(classes: int) -> Column:
+    """Which classes the largest logits belong to, in the smallest type that can count them."""
+    kind = next(kind for kind in ("u1", "<u2", "<i4") if classes <= np.iinfo(kind).max + 1)
+    return Column("top/index", "index_NVk", np.dtype(kind), ("N", "V", "k"))
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,8 @@ class Header:
     image_size: the teachers' render size in pixels; mean, std: by RGB channel, on pixels in [0, 1]; renderer,
     view_sampler: names of rules, so that a reader can refuse one it does not know; created: ISO 8601, chosen by
     the caller, since the writer reads no clock; features: what a reader of this very file has to understand beyond
-    version 1, of KNOWN_FEATURES; temperature: the only one at which the rows mean anything, for ONE_TEMPERATURE.
+    version 1, of KNOWN_FEATURES; temperature: the only one at which the rows mean anything, for ONE_TEMPERATURE;
+    top_k: how many logits of a row are stored, 0 for all of them.
     """
 
     classes: tuple[str, ...]
@@ -127,6 +142,17 @@ class Header:
     teachers: tuple[TeacherRow, ...]
     features: tuple[str, ...] = ()
     temperature: float | None = None
+    top_k: int = 0
+
+    @property
+    def row_columns(self) -> tuple[Column, ...]:
+        """The columns that hold what a teacher said of each image in each view."""
+        return (top_index(len(self.classes)), TOP_LOGITS, TAIL) if self.top_k else (LOGITS,)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The lengths of the axes that rows have besides N and V."""
+        return {"K": len(self.classes), "k": self.top_k}
 
 
 def mean_of(rows: Sequence[TeacherRow], members: Sequence[int], how: str = "") -> TeacherRow:
@@ -157,7 +183,10 @@ def with_val_top1(header: Header, val_top1: float) -> Header:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Everything of one split but the logits; row i is sample i in the data's own order."""
+    """Everything of one split but the logits; row i is sample i in the data's own order.
+
+    A column over N and V is an array, or anything with shape, dtype and an array's [start:stop, view].
+    """
 
     paths: tuple[str, ...]  # relative to the data folder
     labels_N: np.ndarray  # int64
@@ -181,14 +210,30 @@ class Table:
         return fingerprint_of(self.paths, self.labels_N, self.sha256_N32)
 
 
-def binding_of(table: Table, logits_of_views: Iterable[np.ndarray]) -> str:
-    """Hex SHA-256 over a split's fingerprint and, view by view, all boxes, flips and logits [N, K] in row order.
+def pieces_of(column: Any, view: int) -> Iterator[np.ndarray]:
+    """A column over N and V in one view, a chunk of rows at a time."""
+    for start in range(0, column.shape[0], CHUNK_SAMPLES):
+        yield column[start : min(start + CHUNK_SAMPLES, column.shape[0]), view]
+
+
+def rows_of(column: Any, start: int, stop: int) -> np.ndarray:
+    """All views of some rows of a column over N and V."""
+    return np.stack([column[start:stop, view] for view in range(column.shape[1])], axis=1)
+
+
+RowPieces = Callable[[int, int], Iterable[np.ndarray]]
+"""(position in Header.row_columns, view) -> what that column holds in that view, in pieces, in row order."""
+
+
+def binding_of(table: Table, row_columns: int, pieces: RowPieces) -> str:
+    """Hex SHA-256 over a split's fingerprint and, view by view, all boxes, flips and row columns in row order.
 
     It ties rows to images: rows that were put in another order, or under other views, do not give it again.
     """
     digest = sha256(table.fingerprint.encode())
-    for view, logits_NK in enumerate(logits_of_views):
-        for values in (table.box_NV4[:, view], table.flip_NV[:, view], logits_NK):
+    for view in range(table.views):
+        own = [pieces_of(column, view) for column in (table.box_NV4, table.flip_NV)]
+        for values in itertools.chain(*own, *(pieces(position, view) for position in range(row_columns))):
             digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")))
     return digest.hexdigest()
 
@@ -205,7 +250,22 @@ def digest_file_of(target: Path) -> Path:
 
 def top1_of(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
     """Share of rows, in [0, 1], whose largest logit is the label's; of equal logits the first counts."""
-    return float(np.mean(np.argmax(logits_NK, axis=1) == labels_N))
+    return share_of((np.argmax(logits_NK, axis=1),), labels_N)
+
+
+def share_of(classes: Iterable[np.ndarray], labels_N: np.ndarray) -> float:
+    """Share of rows, in [0, 1], whose class is the label; the classes come in pieces, in the order of the rows."""
+    hits = start = 0
+    for class_B in classes:
+        hits += int((class_B == labels_N[start : start + len(class_B)]).sum())
+        start += len(class_B)
+    return hits / len(labels_N)
+
+
+def val_top1_of(header: Header, pieces: RowPieces, labels_N: np.ndarray) -> float:
+    """Top-1 in [0, 1] of val's view 0, from pieces of its first row column."""
+    first = pieces(0, 0)
+    return share_of((rows[:, 0] if header.top_k else rows.argmax(axis=1) for rows in first), labels_N)
 
 
 def first_true(marks_N: np.ndarray) -> int | None:
@@ -218,6 +278,11 @@ def shape_of(axes: tuple[str | int, ...], sizes: Mapping[str, int]) -> tuple[int
     return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
 
 
+def row_bytes(column: Column, header: Header) -> int:
+    """What one image in one view takes in a column over N and V."""
+    return math.prod(shape_of(column.axes[2:], header.sizes)) * column.dtype.itemsize
+
+
 def check_header(header: Header) -> None:
     """Raise ValueError where a header holds values that cannot be."""
     if not header.classes or len(set(header.classes)) < len(header.classes):
@@ -228,6 +293,8 @@ def check_header(header: Header) -> None:
         raise ValueError(f"mean is {header.mean} and std {header.std}")
     if unknown := set(header.features) - KNOWN_FEATURES:
         raise ValueError(f"the features {', '.join(sorted(unknown))} are not known")
+    if (TOP_K in header.features) != bool(header.top_k) or not 0 <= header.top_k < len(header.classes):
+        raise ValueError(f"top_k is {header.top_k} of {len(header.classes)} classes, with features {header.features}")
     if not header.teachers:
         raise ValueError("there is no teacher")
     for number, row in enumerate(header.teachers):
@@ -261,9 +328,22 @@ def check_table(split: str, table: Table, header: Header) -> None:
         raise ValueError(f"{split}/path holds a path twice")
     _check_range(split, "label", table.labels_N, len(header.classes))
     _check_range(split, "teacher", table.teacher_N, len(header.teachers))
-    _check_range(split, "view/flip", table.flip_NV, 2)
-    bad_NV = (table.box_NV4 < (0, 0, 1, 1)).any(axis=2)
-    _refuse_rows(split, "view/box", table.box_NV4, bad_NV.any(axis=1))
+    refuse_rows(split, "view/flip", table.flip_NV, lambda flip_B: flip_B >= 2)
+    refuse_rows(split, "view/box", table.box_NV4, lambda box_B4: (box_B4 < (0, 0, 1, 1)).any(axis=1))
+
+
+def refuse_rows(split: str, name: str, column: Any, is_bad: Callable[[np.ndarray], np.ndarray], what: str = "") -> None:
+    """Raise ValueError with the first row, of a column over N and V, that `is_bad` marks; `what` is wrong with it.
+
+    The column is looked at piece by piece, so that one on file needs no memory.
+    """
+    for view in range(column.shape[1]):
+        for piece, values in enumerate(pieces_of(column, view)):
+            place = first_true(is_bad(values))
+            if place is not None:
+                row = piece * CHUNK_SAMPLES + place
+                found = what or f"is {rows_of(column, row, row + 1)[0].tolist()}"
+                raise ValueError(f"{split}/{name} of row {row} {found}")
 
 
 def _check_shape(split: str, column: Column, values: np.ndarray, sizes: Mapping[str, int]) -> None:
@@ -273,12 +353,7 @@ def _check_shape(split: str, column: Column, values: np.ndarray, sizes: Mapping[
         raise ValueError(f"{split}/{column.name} is {found} instead of {column.dtype} {list(shape)}")
 
 
-def _check_range(split: str, name: str, values: np.ndarray, count: int) -> None:
-    outside = (values < 0) | (values >= count)
-    _refuse_rows(split, name, values, outside.reshape(len(values), -1).any(axis=1))
-
-
-def _refuse_rows(split: str, name: str, values: np.ndarray, bad_N: np.ndarray) -> None:
-    row = first_true(bad_N)
+def _check_range(split: str, name: str, values_N: np.ndarray, count: int) -> None:
+    row = first_true((values_N < 0) | (values_N >= count))
     if row is not None:
-        raise ValueError(f"{split}/{name} of row {row} is {values[row].tolist()}")
+        raise ValueError(f"{split}/{name} of row {row} is {values_N[row]}")

@@ -3,16 +3,17 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kd_dist.cache.format import CHUNK_SAMPLES, LOGITS, NUMBERS, SPLITS, Header, Table
+from kd_dist.cache.format import CHUNK_SAMPLES, NUMBERS, SPLITS, Header, Table, rows_of, shape_of
 from kd_dist.errors import UserError
 from kd_dist.files import disk_full, write_atomically
 
@@ -52,10 +53,20 @@ def plan_of(header: Header, tables: Mapping[str, Table]) -> dict:
     return json.loads(json.dumps(asdict(header) | splits))
 
 
+def row_shapes(header: Header, block: Block) -> list[tuple[np.dtype, tuple[int, ...]]]:
+    """Type and shape of what a block holds of each of Header.row_columns."""
+    columns = header.row_columns
+    return [(column.dtype, (len(block), *shape_of(column.axes[2:], header.sizes))) for column in columns]
+
+
 def _plan_of_table(table: Table) -> dict:
     columns = hashlib.sha256("\0".join(table.paths).encode())
     for column in NUMBERS:
-        columns.update(getattr(table, column.field).tobytes())
+        values = getattr(table, column.field)
+        for start in range(0, len(table), CHUNK_SAMPLES):
+            piece = slice(start, min(start + CHUNK_SAMPLES, len(table)))
+            rows = rows_of(values, piece.start, piece.stop) if "V" in column.axes else values[piece]
+            columns.update(rows.tobytes())
     return {"samples": len(table), "views": table.views, "columns_sha256": columns.hexdigest()}
 
 
@@ -66,8 +77,8 @@ class Parts:
     that a block that was cut short, changed, misnamed or brought in from elsewhere counts as missing.
     """
 
-    def __init__(self, folder: Path, plan: dict, classes: int):
-        self.folder, self.plan, self.classes = folder, plan, classes
+    def __init__(self, folder: Path, plan: dict, header: Header):
+        self.folder, self.plan, self.header = folder, plan, header
         self._plan_file = folder / "plan.json"
         self._plan_digest = hashlib.sha256(_text(plan)).digest()
         self._dropped = folder.with_name(f".{folder.name}.old")
@@ -95,22 +106,25 @@ class Parts:
                 "finish that one with its own settings, or delete the folder and run this again."
             )
 
-    def write(self, block: Block, logits_BK: np.ndarray) -> None:
-        """Store a block durably, in place of an earlier one."""
-        rows = logits_BK.tobytes()
+    def write(self, block: Block, columns: Sequence[np.ndarray]) -> None:
+        """Store what a block holds of each row column durably, in place of an earlier one."""
+        rows = b"".join(values.tobytes() for values in columns)
         with writing(self.folder):
             write_atomically(self._file(block), lambda file: file.write(self._seal(block, rows) + rows))
 
-    def read(self, block: Block) -> np.ndarray | None:
-        """The rows of a block, float16 [B, K], or None where they are missing or damaged."""
+    def read(self, block: Block) -> tuple[np.ndarray, ...] | None:
+        """What a block holds of each row column, or None where it is missing or damaged."""
         try:
             content = self._file(block).read_bytes()
         except FileNotFoundError:
             return None
-        rows = content[SEAL_BYTES:]
-        if content[:SEAL_BYTES] != self._seal(block, rows):
+        if content[:SEAL_BYTES] != self._seal(block, content[SEAL_BYTES:]):
             return None
-        return np.frombuffer(rows, LOGITS.dtype).reshape(len(block), self.classes)
+        columns, start = [], SEAL_BYTES
+        for dtype, shape in row_shapes(self.header, block):
+            columns.append(np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape))
+            start += columns[-1].nbytes
+        return tuple(columns)
 
     def drop(self) -> None:
         """Take the folder away by one rename before deleting, so that no one meets half of it."""

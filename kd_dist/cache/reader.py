@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -13,21 +14,25 @@ import numpy as np
 from kd_dist.cache.fits import Pair, check_classes, check_samples
 from kd_dist.cache.format import (
     FLAG,
+    FLOAT,
     FORMAT,
     HEADER_ATTRIBUTES,
     INT,
     KNOWN_FEATURES,
     LATER_TEACHER_COLUMNS,
-    LOGITS,
     NUMBERS,
     ONE_TEMPERATURE,
     PATH,
     PROOF_ATTRIBUTES,
     SPLITS,
+    TAIL_TEMPERATURES,
     TEACHER_COLUMNS,
     TEMPERATURE,
     TEXT,
+    TOP_K,
+    TOP_LOGITS,
     VERSION,
+    Column,
     Header,
     Table,
     TeacherRow,
@@ -35,31 +40,52 @@ from kd_dist.cache.format import (
     check_header,
     check_table,
     digest_file_of,
-    first_true,
     parts_of,
+    pieces_of,
+    refuse_rows,
     shape_of,
-    top1_of,
+    val_top1_of,
 )
+from kd_dist.cache.stored import Source, Stored, state_of, stored
+from kd_dist.cache.topk import TopK
 from kd_dist.errors import UserError
-from kd_dist.files import sha256_of
 
 TEMPERED_LOSSES = ("kl", "ce")  # those that see nothing of a row but its probabilities at --temperature
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 GROUPS = ("/", "teachers", *SPLITS, *(f"{split}/view" for split in SPLITS))
+MEMORY = 4 << 30  # bytes up to which a cache is loaded whole
 WRITE_ONE = "write one with `python -m kd_dist.teacher` or, from a finished teacher, `python -m kd_dist.cache write`"
 MEND = "copy it again from where it was written, or write it anew with `python -m kd_dist.cache write`"
 
 
+SoftLabels = np.ndarray | Stored | TopK
+"""Raw logits float16 [N, V, K] in memory, on file, or shortened to the top k: [index_B, view_B] and [start:stop, view]
+give rows of them all.
+"""
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledTable(Table):
-    """A split as it stands in a cache: its columns and the raw logits, float16 [N, V, K]."""
+    """A split as it stands in a cache: its columns and the raw logits.
 
-    logits_NVK: np.ndarray
+    Where the cache is larger than the memory it was given, what is there for each view stays on file.
+    """
+
+    logits_NVK: SoftLabels
+
+    @property
+    def row_columns(self) -> tuple[np.ndarray | Stored, ...]:
+        """What is stored of the logits, in the order of Header.row_columns."""
+        return self.logits_NVK.columns if isinstance(self.logits_NVK, TopK) else (self.logits_NVK,)
+
+    def pieces(self, position: int, view: int) -> Iterator[np.ndarray]:
+        """One of the row columns in one view, a chunk of rows at a time."""
+        return pieces_of(self.row_columns[position], view)
 
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """A cache that was read and found good: all of it is in memory, the file is closed."""
+    """A cache that was read and found good: in memory, or with its rows on file, which is then kept open."""
 
     path: Path
     digest: str  # hex SHA-256 of the file
@@ -97,7 +123,7 @@ class Cache:
     def val_top1(self) -> float:
         """The teachers' top-1, in [0, 1], on the evaluation view of val."""
         val = self.split("val")
-        return top1_of(val.logits_NVK[:, 0], val.labels_N)
+        return val_top1_of(self.header, val.pieces, val.labels_N)
 
     def split(self, name: str) -> LabelledTable:
         """The rows of "train" or "val"."""
@@ -134,24 +160,28 @@ class Cache:
             )
 
 
-def open_cache(path: Path) -> Cache:
-    """Read a cache whole, or raise UserError with the first reason not to use it.
+def open_cache(path: Path, memory: float = MEMORY) -> Cache:
+    """Check a cache from end to end and read it, or raise UserError with the first reason not to use it.
+
+    A file of up to `memory` bytes is loaded whole. Of a larger one the rows stay on file, to be read as they are asked
+    for; what is loaded then grows with the number of images, but not with views or classes.
 
     The file's digest is compared with the one noted beside it before HDF5 parses a byte: checksums inside cannot
     vouch for the metadata that leads to them. A file that came without its note is read with all other checks, and
     says so by `noted`.
     """
     path = Path(path)
-    digest = _digest_of(path)
+    source = _source_of(path)
+    digest = source.digest()
     noted = _is_noted(path, digest)
-    return replace(read_cache(path, digest=digest), noted=noted)
+    return replace(_read(source, digest=digest, memory=memory), noted=noted)
 
 
-def _digest_of(path: Path) -> str:
+def _source_of(path: Path) -> Source:
     try:
         with open(path, "rb") as file:
             start = file.read(len(SIGNATURE))
-        digest = sha256_of(path)
+        source = Source(path)
     except FileNotFoundError:
         raise UserError(_why_missing(path)) from None
     except OSError as error:
@@ -160,7 +190,7 @@ def _digest_of(path: Path) -> str:
         raise UserError(f"the cache {path} is empty: {MEND}.")
     if start != SIGNATURE:
         raise UserError(f"{path} is not an HDF5 file: name a cache of soft labels with --cache, or {WRITE_ONE}.")
-    return digest
+    return source
 
 
 def _why_missing(path: Path) -> str:
@@ -187,16 +217,22 @@ def _is_noted(path: Path, digest: str) -> bool:
     return True
 
 
-def read_cache(path: Path, *, digest: str, complete: bool = True) -> Cache:
+def read_cache(path: Path, *, digest: str, complete: bool = True, memory: float = MEMORY) -> Cache:
     """Everything that follows the digest: read all, and refuse what is not a whole and finished cache of this version.
 
     `complete=False` leaves that one mark out, for the writer's own scan.
     """
+    return _read(Source(path), digest=digest, complete=complete, memory=memory)
+
+
+def _read(source: Source, *, digest: str, complete: bool = True, memory: float) -> Cache:
+    path = source.path
     with _damage_named(path), h5py.File(path, "r", locking=False) as file:
+        _refuse_replaced(source)
         _refuse_other_formats(path, file)
         if complete and _attribute(file, "complete", FLAG, ()) != 1:
             raise UserError(f"the cache {path} is half-written: run the command that was writing it again.")
-        columns = _Columns(file, path.stat().st_size)
+        columns = _Columns(file, path.stat().st_size, source if path.stat().st_size > memory else None)
         header = _read_header(file, columns)
         splits = {split: _read_split(columns, split, header) for split in SPLITS}
         proofs = {name: _attribute(file, name, dtype, ()) for name, dtype in PROOF_ATTRIBUTES.items()}
@@ -205,6 +241,12 @@ def read_cache(path: Path, *, digest: str, complete: bool = True) -> Cache:
         for split, table in splits.items():
             _check_rows(split, table, proofs[f"{split}_rows"])
     return cache
+
+
+def _refuse_replaced(source: Source) -> None:
+    """HDF5 opens the file by its name once more; rows are read from the one that was digested."""
+    if state_of(source.path.stat()) != source.state:
+        raise UserError(f"the cache {source.path} was replaced while it was being opened: run the same command again.")
 
 
 @contextmanager
@@ -245,25 +287,53 @@ def _read_header(file: h5py.File, columns: "_Columns") -> Header:
     features = _attribute(file, "required_features", TEXT, None)
     if ONE_TEMPERATURE in features:
         values["temperature"] = _attribute(file, *TEMPERATURE, ())
+    if TOP_K in features:
+        values["top_k"] = _top_k_of(file, columns)
     header = Header(classes=classes, teachers=tuple(TeacherRow(**row) for row in rows), features=features, **values)
     check_header(header)
     return header
 
 
+def _top_k_of(file: h5py.File, columns: "_Columns") -> int:
+    """How many logits of a row are stored. Raises ValueError where the tail is kept for other temperatures."""
+    found = _attribute(file, "tail_temperatures", FLOAT, (len(TAIL_TEMPERATURES),))
+    if found != TAIL_TEMPERATURES:
+        raise ValueError(f"tail_temperatures are {found} instead of {TAIL_TEMPERATURES}")
+    return columns.length_of(f"train/{TOP_LOGITS.name}", 2)
+
+
 def _read_split(columns: "_Columns", split: str, header: Header) -> LabelledTable:
-    sizes = {"K": len(header.classes)}
-    all_columns = (PATH, *NUMBERS, LOGITS)
-    table = LabelledTable(
-        **{
-            column.field: columns.read(f"{split}/{column.name}", column.dtype, column.axes, sizes)
-            for column in all_columns
-        }
-    )
+    sizes = dict(header.sizes)
+
+    def read(column: Column) -> object:
+        return columns.read(f"{split}/{column.name}", column.dtype, column.axes, sizes)
+
+    values = {column.field: read(column) for column in (PATH, *NUMBERS)}
+    rows = [read(column) for column in header.row_columns]
+    logits_NVK = TopK(*rows, len(header.classes)) if header.top_k else rows[0]
+    table = LabelledTable(logits_NVK=logits_NVK, **values)
     check_table(split, table, header)
-    row = first_true(~np.isfinite(table.logits_NVK).all(axis=(1, 2)))
-    if row is not None:
-        raise ValueError(f"{split}/logits of row {row} are not all finite")
+    for column, rows in zip(header.row_columns, table.row_columns, strict=True):
+        if column.dtype.kind == "f":
+            refuse_rows(split, column.name, rows, _is_not_finite, "are not all finite")
+        else:
+            refuse_rows(split, column.name, rows, partial(_is_no_choice, len(header.classes)))
     return table
+
+
+def _is_not_finite(rows_BK: np.ndarray) -> np.ndarray:
+    return ~np.isfinite(rows_BK).all(axis=1)
+
+
+def _is_not_finite(rows_BK: np.ndarray) -> np.ndarray:
+    return ~np.isfinite(rows_BK).all(axis=1)
+
+
+def _is_no_choice(classes: int, index_Bk: np.ndarray) -> np.ndarray:
+    """Which rows do not name k different classes."""
+    ascending_Bk = np.sort(index_Bk.astype(np.int64), axis=1)
+    repeats_B = (np.diff(ascending_Bk, axis=1) == 0).any(axis=1)
+    return repeats_B | (ascending_Bk[:, 0] < 0) | (ascending_Bk[:, -1] >= classes)
 
 
 def _check_val_top1(found: float, stored: float) -> None:
@@ -274,7 +344,7 @@ def _check_val_top1(found: float, stored: float) -> None:
 
 
 def _check_rows(split: str, table: LabelledTable, stored: str) -> None:
-    found = binding_of(table, (table.logits_NVK[:, view] for view in range(table.views)))
+    found = binding_of(table, len(table.row_columns), table.pieces)
     if found != stored:
         raise ValueError(
             f"the rows of {split} have digest {found[:16]}... but {stored[:16]}... was stored, so they are not in the "
@@ -321,13 +391,13 @@ class _Columns:
     What is refused could make HDF5 read other files, load code, or fill the memory.
     """
 
-    def __init__(self, file: h5py.File, file_bytes: int):
-        self._file, self._file_bytes = file, file_bytes
-        for name in GROUPS:
+    def __init__(self, file: h5py.File, file_bytes: int, source: Source | None):
+        self._file, self._file_bytes, self._source = file, file_bytes, source
+        for name in (*GROUPS, *(f"{split}/top" for split in SPLITS if f"{split}/top" in file)):
             self._refuse_links(name)
 
     def read(self, name: str, dtype: np.dtype | None, axes: tuple[str | int, ...], sizes: dict[str, int]) -> object:
-        """All values of a dataset: an array, or a tuple of strings.
+        """All values of a dataset: an array, or a tuple of strings; with a source, columns over N and V stay there.
 
         Its shape has to be what `sizes` says of its named axes; one that is not in there yet is added.
         """
@@ -336,8 +406,15 @@ class _Columns:
         if not _fits(axes, dataset.shape, sizes):
             raise ValueError(f"{name} has shape {list(dataset.shape)}, which does not fit the other columns")
         self._refuse_hollow(name, dataset)
+        if self._source and "V" in axes:
+            return stored(dataset, self._source)
         values = dataset[()]  # whole: rows are drawn from memory many times faster than from the file
         return _plain(values) if dtype is TEXT or axes == ("T",) else values
+
+    def length_of(self, name: str, axis: int) -> int:
+        """The length of one axis of a dataset."""
+        shape = self._dataset(name).shape
+        return shape[axis] if axis < len(shape) else 0
 
     def _refuse_links(self, name: str) -> None:
         group = self._node(name) if name != "/" else self._file

@@ -1,4 +1,4 @@
-"""The HDF5 side of writing a cache: a file with everything in place but the logits.
+"""The HDF5 side of writing a cache: a file with everything in place but what each image has in each view.
 
 Nothing in it depends on the clock or on the machine, so the same plan gives the same bytes. HDF5's oldest file
 layout is used, which every version of the library reads.
@@ -12,28 +12,31 @@ import numpy as np
 from kd_dist.cache.format import (
     CHUNK_SAMPLES,
     FLAG,
+    FLOAT,
     FORMAT,
     HEADER_ATTRIBUTES,
     INT,
     LATER_TEACHER_COLUMNS,
-    LOGITS,
     NUMBERS,
     PATH,
     PROOF_ATTRIBUTES,
+    TAIL_TEMPERATURES,
     TEACHER_COLUMNS,
     TEMPERATURE,
     TEXT,
     VERSION,
+    VIEW_COLUMNS,
     Header,
     Table,
+    shape_of,
 )
 
 LAYOUT = "earliest"
 
 
 def skeleton(header: Header, tables: Mapping[str, Table], proofs: Mapping[str, object]) -> bytes:
-    """The bytes of a cache with all columns written, no logits yet, and `complete` still 0; `proofs` has a value for
-    each of PROOF_ATTRIBUTES.
+    """The bytes of a cache with everything in place but the values over N and V, and `complete` still 0; `proofs` has a
+    value for each of PROOF_ATTRIBUTES.
     """
     with h5py.File("skeleton", "w", driver="core", backing_store=False, libver=LAYOUT) as file:
         _write_attributes(file, header, proofs)
@@ -41,16 +44,17 @@ def skeleton(header: Header, tables: Mapping[str, Table], proofs: Mapping[str, o
         for name, dtype in (TEACHER_COLUMNS | LATER_TEACHER_COLUMNS).items():
             _write_column(file, f"teachers/{name}", dtype, ("T",), [getattr(row, name) for row in header.teachers])
         for split, table in tables.items():
-            _write_table(file, split, table, len(header.classes))
+            _write_table(file, split, table, header)
         file.flush()
         return file.id.get_file_image()
 
 
-def _write_table(file: h5py.File, split: str, table: Table, classes: int) -> None:
-    for column in (PATH, *NUMBERS):
+def _write_table(file: h5py.File, split: str, table: Table, header: Header) -> None:
+    for column in (PATH, *(column for column in NUMBERS if column not in VIEW_COLUMNS)):
         _write_column(file, f"{split}/{column.name}", column.dtype, column.axes, getattr(table, column.field))
-    shape = (len(table), table.views, classes)
-    _create_column(file, f"{split}/{LOGITS.name}", LOGITS.dtype, LOGITS.axes, shape)
+    sizes = {"N": len(table), "V": table.views, **header.sizes}
+    for column in (*VIEW_COLUMNS, *header.row_columns):
+        _create_column(file, f"{split}/{column.name}", column.dtype, column.axes, shape_of(column.axes, sizes))
 
 
 def _write_attributes(file: h5py.File, header: Header, proofs: Mapping[str, object]) -> None:
@@ -62,6 +66,8 @@ def _write_attributes(file: h5py.File, header: Header, proofs: Mapping[str, obje
         _write_attribute(file, name, dtype, getattr(header, name))
     if header.temperature is not None:
         _write_attribute(file, *TEMPERATURE, header.temperature)
+    if header.top_k:
+        _write_attribute(file, "tail_temperatures", FLOAT, TAIL_TEMPERATURES)
     for name, dtype in PROOF_ATTRIBUTES.items():
         _write_attribute(file, name, dtype, proofs[name])
 

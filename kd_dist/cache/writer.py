@@ -1,35 +1,27 @@
 """Writing a cache: blocks in any order by any processes, then one file, scanned and published with one rename."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 
+from kd_dist.cache.assemble import assemble
 from kd_dist.cache.format import (
-    FLAG,
     LOGITS,
     SPLITS,
     Header,
     Table,
-    binding_of,
     check_header,
     check_table,
     digest_file_of,
     first_true,
     parts_of,
-    top1_of,
-    with_val_top1,
 )
-from kd_dist.cache.parts import BLOCK_SAMPLES, Block, Parts, blocks, plan_of, writing
-from kd_dist.cache.reader import read_cache
-from kd_dist.cache.skeleton import LAYOUT, skeleton
+from kd_dist.cache.parts import Block, Parts, blocks, plan_of, row_shapes, writing
+from kd_dist.cache.topk import shorten
 from kd_dist.errors import UserError
-from kd_dist.files import disk_full, publish, sha256_of, write_atomically
-
-INDEX_BYTES = 256  # more than HDF5 takes to find a chunk again: its checksum and its share of the index
-SPARE_BYTES = 1 << 16
+from kd_dist.files import publish, sha256_of, write_atomically
 
 
 class BlockWriter:
@@ -45,7 +37,7 @@ class BlockWriter:
         _check_plan(header, tables)
         self.target, self.header, self.replace = Path(target), header, replace
         self.tables = {split: tables[split] for split in SPLITS}
-        self._parts = Parts(parts_of(self.target), plan_of(header, self.tables), len(header.classes))
+        self._parts = Parts(parts_of(self.target), plan_of(header, self.tables), header)
         with writing(self.target):
             self._claim()
 
@@ -61,7 +53,7 @@ class BlockWriter:
         return [block for block in blocks(self.tables) if self._parts.read(block) is None]
 
     def put(self, block: Block, logits_BK: np.ndarray) -> None:
-        """Store a block's raw logits, float16 [stop - start, K], durably.
+        """Store a block's raw logits, float16 [stop - start, K], durably; of a top-k cache what is kept of them.
 
         Raises ValueError on another type or shape; UserError on values that are not finite, and on a full disk.
         """
@@ -69,7 +61,16 @@ class BlockWriter:
         if logits_BK.dtype != LOGITS.dtype or logits_BK.shape != shape:
             raise ValueError(f"{block}: {logits_BK.dtype} {logits_BK.shape} instead of {LOGITS.dtype} {shape}")
         self._refuse_overflow(block, logits_BK)
-        self._parts.write(block, logits_BK)
+        self.put_rows(block, shorten(logits_BK, self.header.top_k) if self.header.top_k else (logits_BK,))
+
+    def put_rows(self, block: Block, columns: Sequence[np.ndarray]) -> None:
+        """Store what another cache of the same kind holds of a block, column by column as Header.row_columns lists
+        them. Raises ValueError on other types or shapes.
+        """
+        found = [(values.dtype, values.shape) for values in columns]
+        if found != row_shapes(self.header, block):
+            raise ValueError(f"{block}: {found} instead of {row_shapes(self.header, block)}")
+        self._parts.write(block, columns)
 
     def publish(self) -> Path:
         """Assemble all blocks, scan the result, put it in place with its digest file beside it, then drop the blocks.
@@ -85,7 +86,7 @@ class BlockWriter:
         temporary = self.target.with_name(f".{self.target.name}.tmp")
         try:
             with writing(self.target):
-                self._assemble(temporary)
+                assemble(temporary, self.header, self.tables, self._parts.read)
                 self._install(temporary)
         finally:
             temporary.unlink(missing_ok=True)
@@ -101,44 +102,6 @@ class BlockWriter:
         raise UserError(
             f"the teacher's logits of {where} are NaN or beyond float16's 65504: train it again with a lower --lr."
         )
-
-    def _assemble(self, temporary: Path) -> None:
-        proofs = self._proofs()
-        self._reserve(temporary, skeleton(with_val_top1(self.header, proofs["val_top1"]), self.tables, proofs))
-        with h5py.File(temporary, "r+", libver=LAYOUT, locking=False) as file:
-            logits = {split: file[f"{split}/{LOGITS.name}"] for split in SPLITS}
-            for block in blocks(self.tables):
-                logits[block.split][block.start : block.stop, block.view] = self._parts.read(block)
-        read_cache(temporary, digest="", complete=False)
-        with h5py.File(temporary, "r+", libver=LAYOUT, locking=False) as file:
-            file.attrs.modify("complete", FLAG.type(1))
-
-    def _proofs(self) -> dict[str, object]:
-        bindings = {split: binding_of(table, self._views_of(split)) for split, table in self.tables.items()}
-        val_top1 = top1_of(next(self._views_of("val")), self.tables["val"].labels_N)
-        return {"val_top1": val_top1, **{f"{split}_rows": binding for split, binding in bindings.items()}}
-
-    def _views_of(self, split: str) -> Iterator[np.ndarray]:
-        """The logits [N, K] of each view of a split, in order."""
-        for view in range(self.tables[split].views):
-            places = [block for block in blocks(self.tables) if (block.split, block.view) == (split, view)]
-            yield np.concatenate([self._parts.read(block) for block in places])
-
-    def _reserve(self, temporary: Path, start: bytes) -> None:
-        """Claim all space by plain system calls: HDF5 that meets a full disk itself may crash when the process ends.
-
-        What HDF5 does not use of it, it gives back when it closes the file.
-        """
-        row_bytes = len(self.header.classes) * LOGITS.dtype.itemsize
-        rows = (min(len(self.tables[block.split]), BLOCK_SAMPLES) for block in blocks(self.tables))
-        bound = len(start) + SPARE_BYTES + sum(chunk * row_bytes + INDEX_BYTES for chunk in rows)
-        with open(temporary, "wb") as file:
-            file.write(start)
-            try:
-                os.posix_fallocate(file.fileno(), 0, bound)
-            except (AttributeError, OSError) as error:  # some systems cannot claim space: then HDF5 takes it as it goes
-                if disk_full(error):
-                    raise
 
     def _install(self, temporary: Path) -> None:
         with open(temporary, "rb") as file:
