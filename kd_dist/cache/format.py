@@ -77,7 +77,7 @@ NUMBERS = (
 VIEW_COLUMNS = tuple(column for column in NUMBERS if "V" in column.axes)
 LOGITS = Column("logits", "logits_NVK", np.dtype("<f2"), ("N", "V", "K"))
 TOP_LOGITS = Column("top/logits", "top_NVk", np.dtype("<f2"), ("N", "V", "k"))
-TAIL_TEMPERATURES = (math.inf, 8.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)
+TAIL_TEMPERATURES = (math.inf, 8.0, 4.0, 3.0, 2.0, 1.5, 1.25, 1.0)  # nearly even in 1 / T
 TAIL = Column("top/tail", "tail_NVG", np.dtype("<f2"), ("N", "V", len(TAIL_TEMPERATURES)))
 
 

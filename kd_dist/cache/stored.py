@@ -122,7 +122,7 @@ class Stored:
             if samples != slice(None):
                 raise IndexError("a column on file gives rows by [index, view]; its views are cut by [:, :v]")
             return replace(self, shape=(self.shape[0], len(range(self.shape[1])[views]), *self.shape[2:]))
-        index_B = np.arange(self.shape[0])[samples] if isinstance(samples, slice) else np.asarray(samples)
+        index_B = np.arange(*samples.indices(self.shape[0])) if isinstance(samples, slice) else np.asarray(samples)
         return self._take(index_B, np.broadcast_to(np.asarray(views), index_B.shape))
 
     def _take(self, index_B: np.ndarray, view_B: np.ndarray) -> np.ndarray:

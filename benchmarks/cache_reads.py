@@ -1,0 +1,67 @@
+"""What reading soft labels costs per sample, and how much memory it takes: one epoch of one process, without pictures.
+
+    python -m benchmarks.cache_reads /tmp/logits.h5 --cache-memory 0
+
+Prints one line of JSON: microseconds per sample of an epoch's soft labels (median over epochs, least and most), of
+drawing its views and fetching their boxes, seconds to open, and the peak of memory in MB before the cache was opened
+and after the epochs. Times are the processor's, not the clock's, so that a busy machine measures the same.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from kd_dist.batches import CachedCrops, EpochBatches, TrainData
+from kd_dist.cache import open_cache
+from kd_dist.config import bytes_of
+
+
+def measure(path: Path, memory: int, epochs: int, batch_size: int = 256) -> dict[str, float]:
+    """The figures of one cache, read in this process; its peak of memory is this process's, so use a fresh one."""
+    before = peak_megabytes()
+    started = time.process_time()
+    train = open_cache(path, memory).split("train")
+    opened = time.process_time() - started
+    crops = CachedCrops(train.box_NV4, train.flip_NV, seed=0)
+    data = TrainData(None, train.labels_N, crops, 64, batch_size, seed=0, logits_NVK=train.logits_NVK)
+    drawing, reading = [], []
+    for epoch in range(epochs):
+        started = time.process_time()
+        batches = EpochBatches(data, epoch, rank=0, world_size=1)
+        drawn = time.process_time()
+        for step in range(len(batches)):
+            batches.soft_labels(step)
+        drawing.append((drawn - started) / len(train) * 1e6)
+        reading.append((time.process_time() - drawn) / len(train) * 1e6)
+    return {
+        "rows": len(train) * train.views,
+        "images": len(train),
+        "us_per_sample": round(statistics.median(reading), 4),
+        "least": round(min(reading), 4),
+        "most": round(max(reading), 4),
+        "views_us_per_sample": round(statistics.median(drawing), 4),
+        "open_s": round(opened, 3),
+        "peak_mb_before": before,
+        "peak_mb": peak_megabytes(),
+    }
+
+
+def peak_megabytes() -> float:
+    """The most memory this process ever had resident, in MB of 10^6 bytes."""
+    status = Path("/proc/self/status").read_text().split()
+    return round(int(status[status.index("VmHWM:") + 1]) * 1024 / 1e6, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache_reads", description=__doc__)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--cache-memory", default="4G", help="size up to which the cache is loaded whole [4G]")
+    parser.add_argument("--epochs", type=int, default=5)
+    options = parser.parse_args()
+    print(json.dumps(measure(options.path, bytes_of("cache_memory", options.cache_memory), options.epochs)))
+
+
+if __name__ == "__main__":
+    main()
