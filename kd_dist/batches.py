@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kd_dist import views
 from kd_dist.cache import SoftLabels
-from kd_dist.pixels import Pixels
+from kd_dist.errors import UserError
+from kd_dist.pixels import Pictures
 from kd_dist.runtime import Runtime, ignore_stop_signals
 
 ORDER, CROPS, FLIPS, VIEW_CHOICE, BLEND = range(5)
@@ -23,7 +24,8 @@ AHEAD_BYTES = 32 << 20  # of soft labels read at once
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of one step. Pictures leave here as uint8; the engine normalises them on the device.
+    """One rank's part of one step. Pictures leave here as uint8 and are normalised on the device, where resident ones
+    are already.
 
     `global_size` counts the images of the step over all ranks. `weights_B` is the share of each image's own label; the
     rest belongs to `partner_labels_B` (1 and the own label where nothing was blended). `teacher_logits_BK` is None
@@ -41,13 +43,16 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; tensors in pinned memory travel without the host waiting."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        return replace(self, **{k: value.to(device, non_blocking=True) for k, value in self.tensors().items()})
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader that feeds a GPU."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: value.pin_memory() for name, value in tensors.items()})
+        on_host = {name: value for name, value in self.tensors().items() if value.device.type == "cpu"}
+        return replace(self, **{name: value.pin_memory() for name, value in on_host.items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are tensors."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class TrainData:
     image's do not depend on who else is trained on; partners in blends are members.
     """
 
-    pixels: Pixels
+    pixels: Pictures
     labels_N: np.ndarray
     views_of_epoch: FreshCrops | CachedCrops
     image_size: int
@@ -148,20 +153,19 @@ class TrainData:
         return order_M if self.members_M is None else self.members_M[order_M]
 
     def epoch(self, epoch: int, runtime: Runtime, workers: int = 0, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's batches of an epoch, from `first_step` on."""
+        """This rank's batches of an epoch, from `first_step` on. Raises UserError for an image that cannot be read."""
         steps = range(first_step, self.steps_per_epoch)
-        workers = min(workers, len(steps))
-        return iter(
-            DataLoader(
-                EpochBatches(self, epoch, runtime.rank, runtime.world_size),
-                batch_size=None,
-                sampler=steps,
-                num_workers=workers,
-                multiprocessing_context="fork" if workers else None,  # the pictures are mapped, not sent
-                pin_memory=runtime.device.type == "cuda",
-                worker_init_fn=ignore_stop_signals,
-            )
+        workers = min(workers, len(steps)) if self.pixels.drawn_by_host else 0
+        loader = DataLoader(
+            _Guarded(EpochBatches(self, epoch, runtime.rank, runtime.world_size)),
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,  # the pictures are mapped, not sent
+            pin_memory=runtime.device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,
         )
+        return map(_raised, loader)
 
 
 class EpochBatches(Dataset):
@@ -183,7 +187,7 @@ class EpochBatches(Dataset):
         shown = self.shown(mine_B)
         return Batch(
             index_B=torch.from_numpy(mine_B),
-            images_BCHW=views.show(self.data.pixels, shown, self.data.image_size),
+            images_BCHW=self.data.pixels.show(shown, self.data.image_size),
             labels_B=torch.from_numpy(self.data.labels_N[mine_B]),
             partner_labels_B=torch.from_numpy(self.data.labels_N[shown.partner_B]),
             weights_B=torch.from_numpy(shown.weight_B),
@@ -231,6 +235,27 @@ class EpochBatches(Dataset):
         partner_B = np.where(weight_B < 1, self.blends.partner_N[index_B], index_B)
         paste_B4 = self.blends.paste_N4[index_B].astype(np.float32)
         return views.Shown(*crop, partner_B, box_N4[partner_B], flip_N[partner_B], weight_B, paste_B4)
+
+
+class _Guarded(Dataset):
+    """Batches, with a UserError in the place of one that could not be made: a loader process would wrap its sentence
+    in a traceback.
+    """
+
+    def __init__(self, batches: EpochBatches):
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Batch | UserError:
+        try:
+            return self.batches[step]
+        except UserError as error:
+            return error
+
+
+def _raised(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 def blends_of(data: TrainData, epoch: int) -> views.Blends | None:

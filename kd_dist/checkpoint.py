@@ -9,6 +9,7 @@
         val_logits.h5      the student's own logits on val (students)
         logits.h5          the cache of soft labels, with logits.h5.sha256 (teachers)
         costs.json         seconds of work that no epoch's row counts, such as writing the cache (teachers)
+        trace.json         a profile of some steps, where one was asked for
         events.out.tfevents.*                TensorBoard
 
 Files are replaced by one rename, so a reader never meets half of one; metrics.jsonl is appended to, and its readers
@@ -78,6 +79,10 @@ class RunFolder:
         return self.path / "val_logits.h5"
 
     @property
+    def trace(self) -> Path:
+        return self.path / "trace.json"
+
+    @property
     def cache(self) -> Path:
         return self.path / "logits.h5"
 
@@ -108,7 +113,7 @@ class RunFolder:
         """
         cache_companions = [*self.path.glob(f"{self.cache.name}.*"), *self.path.glob(f".{self.cache.name}.*")]
         return [
-            *(self.state, self.model, self.val_logits, self.cache, self.costs),
+            *(self.state, self.model, self.val_logits, self.trace, self.cache, self.costs),
             *cache_companions,  # its digest, and the parts of one that was not finished
             *(self.checkpoint(step) for step in self.saved_steps()),
             *self.path.glob("events.out.tfevents.*"),
@@ -117,7 +122,7 @@ class RunFolder:
 
     def left_overs(self) -> list[Path]:
         """Temporary files of writers that were killed; those of a cache are its own writer's business."""
-        named = (self.settings, self.state, self.metrics, self.model, self.val_logits, self.costs)
+        named = (self.settings, self.state, self.metrics, self.model, self.val_logits, self.trace, self.costs)
         names = [path.name for path in named]
         found = [path for name in names for path in self.path.glob(f".{name}.*.tmp")]
         return [*found, *self.checkpoints.glob(".step-*.tmp")]
@@ -337,6 +342,13 @@ def read_costs(folder: RunFolder) -> dict[str, float]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{folder.costs} cannot be read ({error}); delete it: only the costs are lost.") from error
+
+
+def write_trace(folder: RunFolder, export: Callable[[str], object]) -> None:
+    """Let `export` write a trace to the path it is given, and put that in place. Raises OSError."""
+    temporary = folder.path / f".{folder.trace.name}.{socket.gethostname()}-{os.getpid()}.tmp"
+    export(str(temporary))
+    os.replace(temporary, folder.trace)
 
 
 # ---- checkpoints and weights

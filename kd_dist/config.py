@@ -20,6 +20,9 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
+PIXELS = ("auto", "memory", "device", "off")
+SOURCE = ("data", "release", "archive", "sha256", "pixels", "pixels_dir")
+
 DATA, NETWORK, TRAINING, CROPS, RUN = "data", "network and loss", "training", "crops and blends", "this run"
 
 
@@ -41,7 +44,10 @@ class Settings:
             "workers",
             "device",
             "checkpoint_minutes",
+            "pixels",
             "pixels_dir",
+            "compile",
+            "profile",
             "archive",
             "sha256",
             "preset",
@@ -88,10 +94,19 @@ class Settings:
     precision: str = flag(
         RUN, "auto", "fp32, bf16, or auto: bf16 on GPUs, fp32 on CPUs; most CPUs are slow in bf16", "NAME"
     )
+    pixels: str = flag(
+        DATA,
+        "auto",
+        "where decoded pictures are while a job runs: memory (of the host), device, off (images are decoded each time: "
+        "for sets larger than memory), or auto: on a GPU that has the room, else memory",
+        "WHERE",
+    )
     pixels_dir: str | None = flag(
         DATA, None, "where decoded pictures are kept, a node-local disk say [inside the data folder]", "DIR"
     )
     checkpoint_minutes: float = flag(RUN, 10.0, "a checkpoint at least this often, besides one an epoch", "M")
+    compile: bool = flag(RUN, False, "torch.compile the network: a minute or so at the start, faster steps on a GPU")
+    profile: bool = flag(RUN, False, "write a trace of some steps to OUT/trace.json, for https://ui.perfetto.dev")
     start_over: bool = flag(RUN, False, "forget this run folder's earlier run instead of resuming it")
     folds: int | None = flag(DATA, None, "cut train into K even parts, of which --fold is left out", "K")
     fold: int | None = flag(DATA, None, "the part of train that is not trained on, 0 to K - 1", "k")
@@ -122,6 +137,7 @@ class Settings:
         )
         self._check_fold()
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("pixels", self.pixels, PIXELS)
         _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
 
     def _check_fold(self) -> None:
@@ -137,7 +153,7 @@ class Settings:
 
     def source(self) -> dict[str, str | None]:
         """The settings that say where the data comes from."""
-        return {name: getattr(self, name) for name in ("data", "release", "archive", "sha256", "pixels_dir")}
+        return {name: getattr(self, name) for name in SOURCE}
 
     def resolved(self) -> Self:
         """The same settings with what follows from others filled in."""

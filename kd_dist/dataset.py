@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from kd_dist import fetch, generated
 from kd_dist.errors import UserError
@@ -28,6 +28,9 @@ from kd_dist.files import write_atomically
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# Named because Pillow goes by content, not suffix, and some of its readers run other programs.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,24 @@ def decode(path: Path) -> np.ndarray:
     for an attack (179 million pixels).
     """
     try:
-        # The formats are named because Pillow goes by content, not suffix, and some of its readers run other programs.
-        with Image.open(path, formats=("JPEG", "PNG", "BMP", "WEBP")) as image:
+        with Image.open(path, formats=FORMATS) as image:
             ImageOps.exif_transpose(image, in_place=True)
             return np.array(_to_rgb(image))
     except Exception as error:  # Pillow's readers raise almost anything on broken bytes
+        raise _unreadable(path, error) from error
+
+
+def decoded_size(path: Path) -> tuple[int, int]:
+    """Height and width that `decode` gives, from the image's header where that holds its orientation too.
+
+    Raises UserError naming the file when it is no image of a known kind.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+            return (width, height) if sideways else (height, width)
+    except Exception as error:
         raise _unreadable(path, error) from error
 
 

@@ -42,6 +42,7 @@ MOMENTUM = 0.9
 GPU_STEPS_BETWEEN_AGREEMENTS = 20
 HEARTBEAT_SECONDS = 30.0
 SETTLING_STEPS = 2
+TRACE_AFTER_STEPS, TRACED_STEPS = 20, 10
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Trainer:
         std: tuple[float, ...],
         workers: int = 0,
         precision: str = "auto",
+        compile_model: bool = False,
+        trace: bool = False,
     ):
         self.data, self.loss_terms, self.evaluate, self.schedule = data, loss_terms, evaluate, schedule
         self.runtime, self.folder, self.stop, self.workers = runtime, folder, stop, workers
@@ -125,7 +128,9 @@ class Trainer:
         self.normalise = views.Normalise(mean, std, next(model.parameters()).dtype, runtime.device)
         self.ema = Ema(self.model, schedule.ema) if schedule.ema else None
         self.optimizer = make_optimizer(self.model, schedule.weight_decay)
+        self.compile_model, self.trace = compile_model, trace and runtime.is_main
         self.parallel = self._parallel()
+        self.settling_seconds = self._settle()
         self.steps_per_epoch = data.steps_per_epoch
         self.total_steps = schedule.epochs * self.steps_per_epoch
         self.agree_every = GPU_STEPS_BETWEEN_AGREEMENTS if runtime.device.type == "cuda" else 1
@@ -137,29 +142,47 @@ class Trainer:
         return self.ema.model if self.ema else self.model
 
     def _parallel(self) -> nn.Module:
-        """The model under DDP, its buckets settled.
+        """The model as training calls it: under DDP, compiled where that was asked for. Its weights are the model's."""
+        parallel = self._under_ddp() if self.runtime.world_size > 1 else self.model
+        return torch.compile(parallel) if self.compile_model else parallel
 
-        DDP regroups its gradient buckets after the first step, which changes the order of addition: a resumed run would
-        differ from an uninterrupted one in the last bits at three ranks and more. Two steps whose result is thrown away
-        bring both to the same buckets.
-        """
-        if self.runtime.world_size == 1:
-            return self.model
+    def _under_ddp(self) -> DistributedDataParallel:
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else None
         with warnings.catch_warnings():  # newer releases rename broadcast_buffers, older ones know no other name
             warnings.simplefilter("ignore", FutureWarning)
-            parallel = DistributedDataParallel(
-                self.model, devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            return DistributedDataParallel(self.model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def _settle(self) -> float:
+        """Take steps whose result is thrown away, where the first ones differ from the rest; gives their seconds.
+
+        DDP regroups its gradient buckets after the first step, which changes the order of addition: a resumed run would
+        differ from an uninterrupted one in the last bits at three ranks and more. Two steps bring both to the same
+        buckets. A compiled model is built for each size of batch that occurs, the first one's and the last one's.
+        """
+        batches = EpochBatches(self.data, 0, self.runtime.rank, self.runtime.world_size)
+        steps = [0] * SETTLING_STEPS if self.runtime.world_size > 1 else []
+        if self.compile_model:
+            steps += [0, len(batches) - 1]
+        if not steps:
+            return 0.0
+        started = time.monotonic()
         untouched = copy.deepcopy(self.model.state_dict())
-        batch = self._prepare(EpochBatches(self.data, 0, self.runtime.rank, self.runtime.world_size)[0])
-        for _ in range(SETTLING_STEPS):
-            with autocast(self.runtime.device, self.compute_dtype):
-                loss = self.loss_terms(parallel, batch)["total"].mean()
-            loss.backward()
-            self.model.zero_grad(set_to_none=True)
+        for step in steps:
+            self._thrown_away(self._prepare(batches[step]))
         self.model.load_state_dict(untouched)
-        return parallel
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic() - started
+
+    def _thrown_away(self, batch: Batch) -> None:
+        try:
+            with autocast(self.runtime.device, self.compute_dtype):
+                loss = self.loss_terms(self.parallel, batch)["total"].mean()
+            loss.backward()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"torch.compile cannot build this network here ({reason}); leave --compile out.") from error
+        self.model.zero_grad(set_to_none=True)
 
     # ---- the loop
 
@@ -168,7 +191,12 @@ class Trainer:
         self._resume()
         self.bad = FirstBadStep(self.runtime.device)
         self.saved_at = self.beat_at = time.monotonic()
-        with Monitor(self.folder.path, enabled=self.runtime.is_main, resume_step=self.step) as self.monitor:
+        with (
+            Monitor(self.folder.path, enabled=self.runtime.is_main, resume_step=self.step) as self.monitor,
+            self._tracer() as self.tracer,
+        ):
+            if self.compile_model:
+                self.monitor.line(f"compiled in {self.settling_seconds:.1f} s, which images/s do not count")
             if self.step:
                 self.monitor.line(f"going on from step {self.step} of {self.total_steps}{self._other_ranks()}")
             if self._at_epochs_end() and not self._is_noted():
@@ -179,21 +207,61 @@ class Trainer:
         if any(self.runtime.gather(self.stop.signal)):
             self._stop()
 
+    def _tracer(self):
+        """A profiler of some steps once the run is warm, in rank 0 and where one was asked for."""
+        if not self.trace:
+            return contextlib.nullcontext()
+        first = min(TRACE_AFTER_STEPS, (self.total_steps - self.step) // 2)
+        plan = torch.profiler.schedule(skip_first=first, wait=0, warmup=1, active=TRACED_STEPS, repeat=1)
+        return torch.profiler.profile(schedule=plan, on_trace_ready=self._keep_trace)
+
+    def _keep_trace(self, profiler: torch.profiler.profile) -> None:
+        try:
+            checkpoint.write_trace(self.folder, profiler.export_chrome_trace)
+            self.monitor.line(f"traced some steps: open {self.folder.trace} at https://ui.perfetto.dev")
+        except (OSError, RuntimeError) as error:
+            self.monitor.line(f"no trace was written, the run goes on: {error}")
+
     def _at_epochs_end(self) -> bool:
         return self.step > 0 and self.step % self.steps_per_epoch == 0
 
     def _train_epoch(self) -> None:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
         self.sums.start_clock()
-        batches = self.data.epoch(epoch, self.runtime, self.workers, first_step)
+        batches = self._prepared(self.data.epoch(epoch, self.runtime, self.workers, first_step))
         with self.monitor.epoch(epoch + 1, self.schedule.epochs, self.steps_per_epoch, first_step) as progress:
             for done in range(first_step + 1, self.steps_per_epoch + 1):
                 with self.sums.waiting():
                     batch = next(batches)
-                self._train_step(self._prepare(batch))
+                self._train_step(batch)
+                if self.trace:
+                    self.tracer.step()
                 if self.step % self.agree_every == 0 or done == self.steps_per_epoch:
                     self._agree()
                     progress.update(done, self.sums.mean("total"), self.sums.images_per_second)
+
+    def _prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches ready for the network. On a GPU each is copied and rendered on a stream of its own, while the
+        step before it runs.
+        """
+        if self.runtime.device.type != "cuda":
+            yield from map(self._prepare, batches)
+            return
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)  # what is resident was put there by the main stream
+
+        def begin() -> Batch | None:
+            with torch.cuda.stream(side):
+                batch = next(batches, None)
+                return None if batch is None else self._prepare(batch)
+
+        coming = begin()
+        while coming is not None:
+            main.wait_stream(side)
+            for tensor in coming.tensors().values():
+                tensor.record_stream(main)
+            yield coming  # the step is enqueued here, and the next batch beside it
+            coming = begin()
 
     def _prepare(self, batch: Batch) -> Batch:
         batch = batch.to(self.runtime.device)

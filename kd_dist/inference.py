@@ -5,13 +5,17 @@ asks for fixed pieces of a split gets rows that do not depend on how many ranks 
 """
 
 import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from kd_dist import views
-from kd_dist.pixels import Pixels
+from kd_dist.pixels import Pictures
 from kd_dist.runtime import Runtime
 
 FORWARD_BATCH = 256
@@ -31,6 +35,21 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
+    """function(item) of every item, in order; with threads, that many are worked on before they are asked for."""
+    if threads == 0:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        begun = deque()
+        for item in items:
+            begun.append(pool.submit(function, item))
+            if len(begun) > threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+
+
 class Forward:
     """A model in evaluation mode with the pictures of a split, rendered at `image_size` and normalised by `mean` and
     `std`.
@@ -39,26 +58,33 @@ class Forward:
     def __init__(
         self,
         model: nn.Module,
-        pixels: Pixels,
+        pixels: Pictures,
         image_size: int,
         mean,
         std,
         device: torch.device,
         dtype: str | None = None,
+        threads: int = 0,
     ):
         self.model, self.pixels, self.image_size, self.device = model, pixels, image_size, device
         self.compute_dtype = dtype or compute_dtype(device)
+        self.threads = threads if pixels.drawn_by_host else 0
         self.normalise = views.Normalise(mean, std, next(model.parameters()).dtype, device)
 
     def logits(self, shown: views.Shown) -> np.ndarray:
         """Logits float32 [B, K] of these pictures, FORWARD_BATCH of them at a time, in their order."""
-        pieces = [self._batch(shown.at(slice(low, low + FORWARD_BATCH))) for low in range(0, len(shown), FORWARD_BATCH)]
+        batches = (shown.at(slice(low, low + FORWARD_BATCH)) for low in range(0, len(shown), FORWARD_BATCH))
+        pieces = [self._batch(images_BCHW) for images_BCHW in ahead(self._draw, batches, self.threads)]
         return torch.cat(pieces).float().cpu().numpy()
 
+    def _draw(self, shown: views.Shown) -> torch.Tensor:
+        return self.pixels.show(shown, self.image_size)
+
     @torch.inference_mode()
-    def _batch(self, shown: views.Shown) -> torch.Tensor:
-        images_BCHW = views.show(self.pixels, shown, self.image_size)
-        inputs_BCHW = self.normalise(images_BCHW.to(self.device))
+    def _batch(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        if images_BCHW.device != self.device:
+            images_BCHW = images_BCHW.pin_memory().to(self.device, non_blocking=True)
+        inputs_BCHW = self.normalise(images_BCHW)
         was_training = self.model.training
         self.model.eval()
         with autocast(self.device, self.compute_dtype):

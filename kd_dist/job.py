@@ -24,17 +24,19 @@ from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
 from kd_dist.cache import Cache, SoftLabels
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import Settings
-from kd_dist.dataset import Dataset, SampleList, locate, scan
+from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
 from kd_dist.engine import HEARTBEAT_SECONDS, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
 from kd_dist.folds import Fold, fold_of
 from kd_dist.inference import Forward, compute_dtype
 from kd_dist.models import count_weights
-from kd_dist.pixels import Pixels, build_pixels, default_folder, open_pixels
+from kd_dist.pixels import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
+from kd_dist.resident import ResidentPixels, free_bytes
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank
 
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
+RESIDENT_SHARE = 0.4  # of a GPU's free memory that pictures may take unasked; the network needs the rest
 
 
 def read_settings(kind: type[Settings], prog: str, description: str, epilog: str) -> Settings:
@@ -47,10 +49,11 @@ def read_settings(kind: type[Settings], prog: str, description: str, epilog: str
 
 @dataclass(frozen=True)
 class Data:
-    """A data set with its decoded pictures."""
+    """A data set with its pictures. `threads` of a rank may draw them ahead of a forward pass."""
 
     samples: Dataset
-    pixels: dict[str, Pixels]
+    pixels: dict[str, Pictures]
+    threads: int = 0
 
     def require_fit(self, cache: Cache) -> None:
         """Raise UserError, naming both values, where a cache was made of anything but this data."""
@@ -118,11 +121,13 @@ class DataSource:
     release: str | None = None
     archive: str | None = None
     sha256: str | None = None
+    pixels: str = "auto"
     pixels_dir: str | None = None
 
 
 def open_data(source: DataSource, runtime: Runtime) -> Data:
-    """Find the data (fetching it where that is allowed), list it, and decode it, each once a node.
+    """Find the data (fetching it where that is allowed), list it, and decode it, each once a node; then place the
+    pictures.
 
     Raises UserError on every rank for data that is not there, damaged, or cannot be fetched or decoded.
     """
@@ -133,16 +138,34 @@ def open_data(source: DataSource, runtime: Runtime) -> Data:
     def prepare() -> None:
         samples = scan(root, manifest_folder=store, workers=threads)
         for split in ("train", "val"):
-            build_pixels(samples.split(split), store, threads, progress_lines(runtime, f"decoding {split} images"))
+            make(samples.split(split), store, threads, progress_lines(runtime, f"{what} {split} images"))
 
+    from_files = source.pixels == "off"
+    make, what = (measure_files, "measuring") if from_files else (build_pixels, "decoding")
     runtime.once_a_node("decode data", prepare)
     samples = scan(root, manifest_folder=store)
-    pixels = {split: open_pixels(samples.split(split), store) for split in ("train", "val")}
+    pixels = {split: (open_files if from_files else open_pixels)(samples.split(split), store) for split in SPLITS}
     if None in pixels.values():
         raise UserError(
             f"the decoded pictures in {store} vanished or belong to other data; run the same command again."
         )
-    return Data(samples, pixels)
+    return Data(samples, pixels if from_files else _placed(pixels, source.pixels, runtime), spare_cores(runtime))
+
+
+def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str, Pictures]:
+    """The decoded pictures in the host's memory or on the device, on all ranks alike."""
+    needed = sum(len(split.bytes_) for split in pixels.values())
+    free = min(runtime.gather(free_bytes(runtime.device)))
+    if where == "auto":
+        where = "device" if runtime.device.type == "cuda" and needed < RESIDENT_SHARE * free else "memory"
+    if where == "memory":
+        return pixels
+    if needed > free:
+        raise UserError(
+            f"--pixels device needs {needed / 1e9:.1f} GB for the decoded pictures, {runtime.device} has "
+            f"{free / 1e9:.1f} GB free; use --pixels memory."
+        )
+    return {name: ResidentPixels(split, runtime.device) for name, split in pixels.items()}
 
 
 def _find(source: DataSource, runtime: Runtime) -> Path:
@@ -227,8 +250,11 @@ def heartbeat(folder: RunFolder, runtime: Runtime, then: Callable[[int, int], No
 
 def workers_for(settings: Settings, runtime: Runtime) -> int:
     """Loader processes of a rank: as typed, else none on a CPU, which has no core to spare, and up to 8 on a GPU."""
-    if settings.workers is not None:
-        return settings.workers
+    return spare_cores(runtime) if settings.workers is None else settings.workers
+
+
+def spare_cores(runtime: Runtime) -> int:
+    """Cores that a rank may use besides its own: none on a CPU, up to 8 on a GPU."""
     if runtime.device.type == "cpu":
         return 0
     return min(GPU_WORKERS, max(1, (os.cpu_count() or 1) // runtime.local_world_size - 1))
@@ -309,6 +335,8 @@ def trainer_for(
         std=config.STD,
         workers=workers_for(settings, runtime),
         precision=settings.precision,
+        compile_model=settings.compile,
+        trace=settings.profile,
     )
     return trainer, validation
 
@@ -357,6 +385,7 @@ class Validation:
 
     def __init__(self, settings: Settings, data: Data, runtime: Runtime, cache: Cache | None = None):
         self.scored, self.runtime, self.image_size = scored_on(settings, data), runtime, settings.image_size
+        self.threads = data.threads
         self.pixels, rows_M = data.pixels[self.scored.split], self.scored.rows_M
         self.teacher_MK = cache.split(self.scored.split).logits_NVK[rows_M, 0] if cache else None
         self.dtype = compute_dtype(runtime.device, settings.precision)
@@ -365,7 +394,8 @@ class Validation:
 
     def logits(self, model: nn.Module) -> np.ndarray:
         """Logits float32 [M, K], the same on every rank."""
-        forward = Forward(model, self.pixels, self.image_size, config.MEAN, config.STD, self.runtime.device, self.dtype)
+        normalised = (config.MEAN, config.STD, self.runtime.device, self.dtype)
+        forward = Forward(model, self.pixels, self.image_size, *normalised, self.threads)
         return forward.all_logits(self.shown, len(self.scored.samples.classes), self.runtime)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:

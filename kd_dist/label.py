@@ -1,7 +1,10 @@
 """Writing the cache: trained teachers' logits on views of every image, by all ranks in blocks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +29,12 @@ from kd_dist.cache import (
 from kd_dist.dataset import SampleList
 from kd_dist.errors import UserError
 from kd_dist.folds import parts_of
-from kd_dist.inference import FORWARD_BATCH, Forward
+from kd_dist.inference import FORWARD_BATCH, Forward, ahead
 from kd_dist.job import Data, software
 from kd_dist.models import TEACHERS
 from kd_dist.runtime import Interrupted, Runtime, StopRequest
+
+GPU_BLOCKS_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def plan(
         image_size=teacher.row.image_size,
         mean=teacher.mean,
         std=teacher.std,
-        renderer=views.RENDERER,
+        renderer=data.pixels["train"].renderer,
         compute_dtype=dtype,
         view_sampler=views.sampler_name(crop_scale),
         seed=seed,
@@ -215,7 +220,7 @@ class Labeller:
         pictures = (header.image_size, header.mean, header.std, device, header.compute_dtype)
         self.rows = header.teachers
         self.forwards = {
-            (split, number): Forward(models[row.sha256], data.pixels[split], *pictures)
+            (split, number): Forward(models[row.sha256], data.pixels[split], *pictures, data.threads)
             for split in data.pixels
             for number, row in enumerate(self.rows)
             if row.sha256 in models
@@ -273,19 +278,49 @@ def write_cache(
     writer = BlockWriter(target, header, tables)
     missing = runtime.on_main(writer.missing)
     labeller = Labeller(teachers, data, header, runtime.device)
-    mine = runtime.shard(len(missing))
-    for done, position in enumerate(mine, start=1):
-        if stop.signal is not None:  # no need to agree: every block that was put is safe
-            raise Interrupted(stop.signal)
-        block = missing[position]
-        if known is not None and block.view < known.split(block.split).views:
-            columns = known.split(block.split).row_columns
-            writer.put_rows(block, [column[block.start : block.stop, block.view] for column in columns])
-        else:
-            writer.put(block, _labels(block, labeller, tables))
-        progress(done, len(mine))
+    mine = [missing[position] for position in runtime.shard(len(missing))]
+    labelled = _labelled(mine, writer, labeller, tables, known, runtime.device, stop)
+    with ThreadPoolExecutor(1) as files:  # a block is written while the next one is computed
+        writing = deque()
+        for done, write in enumerate(labelled, start=1):
+            writing.append(files.submit(write))
+            if len(writing) > 1:
+                writing.popleft().result()
+            progress(done, len(mine))
+        while writing:
+            writing.popleft().result()
     runtime.wait_for_all(f"label {target}")
     runtime.on_main(lambda: writer.publish() and None)
+
+
+def _labelled(
+    blocks: Sequence[Block],
+    writer: BlockWriter,
+    labeller: Labeller,
+    tables: Mapping[str, Table],
+    known: Cache | None,
+    device: torch.device,
+    stop: StopRequest,
+) -> Iterator[Callable[[], None]]:
+    """What writes each block, its rows computed. On a GPU two are worked on at once: one's pictures are drawn, or its
+    logits fetched, while the other is in the network. Raises Interrupted.
+    """
+
+    def until_stopped() -> Iterator[Block]:
+        for block in blocks:
+            if stop.signal is not None:  # no need to agree: every block that was put is safe
+                raise Interrupted(stop.signal)
+            yield block
+
+    def compute(block: Block) -> Callable[[], None]:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread begins on the first one
+        if known is not None and block.view < known.split(block.split).views:
+            columns = known.split(block.split).row_columns
+            return partial(writer.put_rows, block, [column[block.start : block.stop, block.view] for column in columns])
+        return partial(writer.put, block, _labels(block, labeller, tables))
+
+    return ahead(compute, until_stopped(), GPU_BLOCKS_AT_ONCE if device.type == "cuda" else 0)
 
 
 def _labels(block: Block, labeller: Labeller, tables: Mapping[str, Table]) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Two files a split, named after the split's fingerprint, so a store of other data is never picked up:
 `<split>-<fingerprint>.u8` holds the pictures one after another as [H, W, 3] bytes, `<split>-<fingerprint>.npy` their
-heights and widths, int64 [N, 2]. The sizes are written last: where they are, the pictures are whole.
+heights and widths, int64 [N, 2]. The sizes are written last; where both are and agree, the pictures are whole. A set
+larger than memory has the sizes alone, and its images are decoded each time they are shown.
 """
 
 import os
@@ -10,20 +11,43 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 
-from kd_dist.dataset import SampleList, decode
+from kd_dist import views
+from kd_dist.dataset import SampleList, decode, decoded_size
 from kd_dist.errors import UserError
 from kd_dist.files import disk_full, write_atomically
 
 DECODED_TOGETHER = 256
 
 
+class Pictures(Protocol):
+    """The pictures of a split, wherever they are. `sizes_N2` holds heights and widths, int64.
+
+    `renderer` is the name of the rule by which they are shown, for a cache's header. `drawn_by_host` says whether
+    showing them is work for the host's cores, which loader processes can share.
+    """
+
+    renderer: str
+    drawn_by_host: bool
+    sizes_N2: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def show(self, shown: views.Shown, size: int) -> torch.Tensor:
+        """uint8 [B, 3, size, size], channels_last in memory."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pixels:
-    """The decoded pictures of a split. `sizes_N2` holds heights and widths; indexing gives uint8 [H, W, 3]."""
+    """The decoded pictures of a split in memory. `sizes_N2`: heights and widths; indexing gives uint8 [H, W, 3]."""
+
+    renderer: ClassVar[str] = views.RENDERER
+    drawn_by_host: ClassVar[bool] = True
 
     bytes_: torch.Tensor
     sizes_N2: np.ndarray
@@ -35,6 +59,42 @@ class Pixels:
     def __getitem__(self, index: int) -> torch.Tensor:
         height, width = self.sizes_N2[index].tolist()
         return self.bytes_.as_strided((height, width, 3), (width * 3, 3, 1), int(self.starts_N[index]))
+
+    def show(self, shown: views.Shown, size: int) -> torch.Tensor:
+        """uint8 [B, 3, size, size] on the CPU."""
+        return views.show(self, shown, size)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The pictures of a split as the files they came in, decoded each time: for sets larger than memory.
+
+    Indexing gives uint8 [H, W, 3]; raises UserError naming the file where it cannot be read.
+    """
+
+    renderer: ClassVar[str] = views.RENDERER
+    drawn_by_host: ClassVar[bool] = True
+
+    samples: SampleList
+    sizes_N2: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sizes_N2)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        path = self.samples.root / self.samples.paths[index]
+        image_HWC = torch.from_numpy(decode(path))
+        if image_HWC.shape[:2] != tuple(self.sizes_N2[index]):
+            height, width = self.sizes_N2[index]
+            raise UserError(
+                f"{path} is {image_HWC.shape[0]} x {image_HWC.shape[1]} pixels now, it was {height} x {width} when the "
+                "set was listed; leave the images alone while a job runs, and start it again."
+            )
+        return image_HWC
+
+    def show(self, shown: views.Shown, size: int) -> torch.Tensor:
+        """uint8 [B, 3, size, size] on the CPU."""
+        return views.show(self, shown, size)
 
 
 def _paths(samples: SampleList, folder: Path) -> tuple[Path, Path]:
@@ -79,12 +139,47 @@ def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Call
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(pictures_path, write_pictures)
-        write_atomically(sizes_path, lambda file: np.save(file, np.array(sizes, np.int64)))
+        _write_sizes(sizes_path, sizes)
     except OSError as error:
         reason = "the disk is full" if disk_full(error) else error.strerror
         raise UserError(
             f"cannot write the decoded pictures to {folder} ({reason}); name a folder with {_needed(samples)} free "
             "by --pixels-dir."
+        ) from error
+
+
+def _write_sizes(path: Path, sizes: list[tuple[int, int]]) -> None:
+    write_atomically(path, lambda file: np.save(file, np.array(sizes, np.int64)))
+
+
+def open_files(samples: SampleList, folder: Path) -> ImageFiles | None:
+    """A split whose images stay in their files, or None where `measure_files` has not been through them."""
+    try:
+        sizes_N2 = np.load(_paths(samples, folder)[1])
+    except (OSError, ValueError, EOFError):
+        return None
+    return ImageFiles(samples, sizes_N2) if sizes_N2.shape == (len(samples), 2) else None
+
+
+def measure_files(samples: SampleList, folder: Path, workers: int, progress: Callable[[int, int], None]) -> None:
+    """Note every image's size in `folder`, read from its header, unless that is there already. No picture is kept.
+
+    Raises UserError naming an image that cannot be read, or the folder where it cannot be written.
+    """
+    if open_files(samples, folder) is not None:
+        return
+    sizes = []
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for size in pool.map(lambda path: decoded_size(samples.root / path), samples.paths):
+            sizes.append(size)
+            progress(len(sizes), len(samples))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_sizes(_paths(samples, folder)[1], sizes)
+    except OSError as error:
+        reason = "the disk is full" if disk_full(error) else error.strerror
+        raise UserError(
+            f"cannot write the images' sizes to {folder} ({reason}); name another folder by --pixels-dir."
         ) from error
 
 

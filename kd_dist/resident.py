@@ -73,9 +73,9 @@ class ResidentPixels:
     def _resized(self, crops_C6: torch.Tensor, longest_h: int, longest_w: int, size: int) -> torch.Tensor:
         index_C, top_C, left_C, height_C, width_C, flip_C = crops_C6.unbind(1)
         pixels_CHW3 = self._cut(index_C, top_C, left_C, longest_h, longest_w)
-        rows_CH3W = pixels_CHW3.permute(0, 1, 3, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        lines_CH3W = pixels_CHW3.permute(0, 1, 3, 2).to(torch.float32, memory_format=torch.contiguous_format)
         across_CSW = self._filters(width_C, flip_C, size, longest_w)
-        narrow_CLS = _whole_levels(torch.bmm(rows_CH3W.flatten(1, 2), across_CSW.mT))
+        narrow_CLS = _whole_levels(torch.bmm(lines_CH3W.flatten(1, 2), across_CSW.mT))
         down_CSH = self._filters(height_C, torch.zeros_like(flip_C), size, longest_h)
         picture_CSX = _whole_levels(torch.bmm(down_CSH, narrow_CLS.view(-1, longest_h, 3 * size)))
         return picture_CSX.to(torch.uint8).view(-1, size, 3, size).permute(0, 1, 3, 2).contiguous()

@@ -11,7 +11,7 @@ from pathlib import Path
 from kd_dist.cache.card import render_info
 from kd_dist.cache.format import digest_file_of
 from kd_dist.cache.reader import Cache, open_cache
-from kd_dist.config import check_crop_scale, check_seed
+from kd_dist.config import PIXELS, check_crop_scale, check_seed
 from kd_dist.errors import UserError
 from kd_dist.runtime import Runtime, StopRequest, joined, launched_rank, run_entry
 
@@ -218,7 +218,7 @@ def _label(target: Path, teachers, data, header, tables, runtime: Runtime, known
 def _source(options: argparse.Namespace):
     from kd_dist.job import DataSource
 
-    return DataSource(data=options.data, pixels_dir=options.pixels_dir)
+    return DataSource(data=options.data, pixels=options.pixels, pixels_dir=options.pixels_dir)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -255,6 +255,7 @@ def _add_flags(command: argparse.ArgumentParser, run) -> None:
     of_folds = "; of out-of-fold labels, those of all K teachers"
     add("--teacher", type=Path, nargs="+", metavar="FILE", required=run is not verify, help=f"model.pt{of_folds}")
     add("--data", metavar="DIR", help="the image folder" + ("" if run is verify else " [$KD_DIST_DATA or data]"))
+    add("--pixels", choices=PIXELS, default="auto", help="where decoded pictures are, as in training [auto]")
     add("--pixels-dir", metavar="DIR", help="where decoded pictures are kept [inside the data folder]")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto [auto]")
     if run is verify:
