@@ -13,7 +13,6 @@ from benchmarks.steps import synchronise
 from kd_dist import label, views
 from kd_dist.inference import FORWARD_BATCH, autocast, compute_dtype
 from kd_dist.job import Data
-from kd_dist.pixels import Pixels
 from kd_dist.runtime import StopRequest
 
 NEARLY_ALL = Goal(0.95)
@@ -47,13 +46,8 @@ def first_images(data: Data, counts: dict[str, int]) -> Data:
 def chosen(data: Data, rows: dict[str, np.ndarray]) -> Data:
     """The same data with these rows of its splits alone; their pictures stay where they are."""
     samples = {split: data.samples.split(split).at(rows_M, split) for split, rows_M in rows.items()}
-    pixels = {split: chosen_pixels(data.pixels[split], rows_M) for split, rows_M in rows.items()}
+    pixels = {split: data.pixels[split].at(rows_M) for split, rows_M in rows.items()}
     return replace(data, samples=replace(data.samples, **samples), pixels=pixels)
-
-
-def chosen_pixels(pixels: Pixels, rows_M: np.ndarray) -> Pixels:
-    """Some of the pictures, where they are."""
-    return replace(pixels, sizes_N2=pixels.sizes_N2[rows_M], starts_N=pixels.starts_N[rows_M])
 
 
 class Writing:
@@ -88,7 +82,7 @@ class BareForward:
         for start in range(0, min(len(table), KEPT_BATCHES * FORWARD_BATCH), FORWARD_BATCH):
             rows_B = np.arange(start, min(len(table), start + FORWARD_BATCH))
             shown = views.Shown.plain(rows_B, table.box_NV4[rows_B, -1], table.flip_NV[rows_B, -1])
-            self.batches.append(normalise(views.show(pixels, shown, header.image_size).to(self.device)))
+            self.batches.append(normalise(pixels.show(shown, header.image_size).to(self.device)))
         self.lengths = [
             min(FORWARD_BATCH, len(table) - start)
             for table in tables.values()

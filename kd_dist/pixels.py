@@ -9,7 +9,7 @@ larger than memory has the sizes alone, and its images are decoded each time the
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -63,6 +63,10 @@ class Pixels:
     def show(self, shown: views.Shown, size: int) -> torch.Tensor:
         """uint8 [B, 3, size, size] on the CPU."""
         return views.show(self, shown, size)
+
+    def at(self, rows_M: np.ndarray) -> "Pixels":
+        """Some of the pictures, where they are."""
+        return replace(self, sizes_N2=self.sizes_N2[rows_M], starts_N=self.starts_N[rows_M])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ exact in float32 and the pictures are the same to the bit; beyond, a grey level 
 Shapes beyond the package's usual letters: C crops of a call, L longest side, S size of the result, P pixels.
 """
 
+import copy
+
 import numpy as np
 import torch
 
@@ -18,7 +20,7 @@ from kd_dist.views import Shown
 
 TOLERANCE = 1  # grey levels by which a value may differ from the CPU's picture
 STEP = 32  # crops are padded to a multiple of this, so that few shapes occur
-TABLE_BYTES = 2**28
+TABLE_BYTES = 2**27
 WORK_BYTES = 2**30
 
 
@@ -37,6 +39,14 @@ class ResidentPixels:
 
     def __len__(self) -> int:
         return len(self.sizes_N2)
+
+    def at(self, rows_M: np.ndarray) -> "ResidentPixels":
+        """Some of the pictures, where they are."""
+        some = copy.copy(self)
+        rows_on_device_M = torch.from_numpy(rows_M).to(self.device)
+        some.sizes_N2, some._tables = self.sizes_N2[rows_M], {}
+        some.starts_N, some.widths_N = self.starts_N[rows_on_device_M], self.widths_N[rows_on_device_M]
+        return some
 
     def show(self, shown: Shown, size: int) -> torch.Tensor:
         """The pictures: uint8 [B, 3, size, size] on the device, channels_last in memory. The host does not wait."""

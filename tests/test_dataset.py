@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from kd_dist import dataset, generated
-from kd_dist.dataset import decode, fingerprint_of, locate, scan
+from kd_dist.dataset import decode, decoded_size, fingerprint_of, locate, scan
 from kd_dist.errors import UserError
 
 
@@ -240,6 +240,8 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int):
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(undo(upright_HW3))).save(tmp_path / "x.png", exif=exif)
     assert np.array_equal(decode(tmp_path / "x.png"), upright_HW3)
+    Image.fromarray(np.ascontiguousarray(undo(upright_HW3))).save(tmp_path / "x.jpg", exif=exif)
+    assert decoded_size(tmp_path / "x.png") == decoded_size(tmp_path / "x.jpg") == upright_HW3.shape[:2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "missing", "other format"])

@@ -49,12 +49,11 @@ def fresh_blended_data(n: int, batch_size: int, image_size: int) -> TrainData:
     return TrainData(data.pixels, data.labels_N, crops, image_size, batch_size, seed=0, mixup=0.3, cutmix=0.3)
 
 
-def make_trainer(runtime, folder, model, data, loss, epochs=1, stop=None) -> Trainer:
+def make_trainer(runtime, folder, model, data, loss, epochs=1, stop=None, **how) -> Trainer:
     plan = Schedule(epochs=epochs, lr=0.05, weight_decay=5e-4, warmup_epochs=0.5, ema=0.9, seed=0)
     evaluate = lambda model: {"val_top1": 0.0}  # noqa: E731
-    return Trainer(
-        model, data, loss, evaluate, plan, runtime, RunFolder(folder), stop=stop or StopRequest(), mean=MEAN, std=STD
-    )
+    folder, stop = RunFolder(folder), stop or StopRequest()
+    return Trainer(model, data, loss, evaluate, plan, runtime, folder, stop=stop, mean=MEAN, std=STD, **how)
 
 
 # ---- N ranks = 1 rank

@@ -22,7 +22,7 @@ def smooth_picture(rng: np.random.Generator, height: int, width: int) -> np.ndar
 @pytest.fixture(scope="module")
 def stored(pixels_of):
     rng = np.random.default_rng(0)
-    return pixels_of([smooth_picture(rng, *side) for side in ((160, 213), (213, 160), (160, 160), (9, 700), (1, 1))])
+    return pixels_of([smooth_picture(rng, *side) for side in ((160, 213), (213, 160), (160, 160), (9, 300), (1, 1))])
 
 
 def differences(pixels, shown: Shown, size: int) -> np.ndarray:
@@ -39,16 +39,16 @@ def random_crops(pixels, n: int, low: float = 0.08) -> Shown:
     return Shown.plain(index_B, views.draw_boxes(rng, pixels.sizes_N2[index_B], (low, 1.0)), views.draw_flips(rng, n))
 
 
-@pytest.mark.parametrize("size", [24, 64, 128, 160, 224])
+@pytest.mark.parametrize("size", [24, 64, 160])
 def test_random_crops_are_those_of_the_host(stored, size):
-    shown = random_crops(stored, 40)
+    shown = random_crops(stored, 24)
     off = differences(stored, shown, size)
     assert off.max() <= TOLERANCE
     largest_scale = shown.box_B4[:, 2:].max() / size
     assert (off > 0).mean() <= (0 if largest_scale < 3 else 1e-3)
 
 
-@pytest.mark.parametrize("box", [(0, 0, 9, 700), (3, 650, 6, 50), (8, 0, 1, 700), (0, 699, 9, 1), (4, 4, 1, 1)])
+@pytest.mark.parametrize("box", [(0, 0, 9, 300), (3, 250, 6, 50), (8, 0, 1, 300), (0, 299, 9, 1), (4, 4, 1, 1)])
 def test_extreme_boxes(stored, box):
     """Very long ones, slivers and single pixels, at the border of the picture that the smallest one follows."""
     index_B, box_B4 = np.array([3, 4, 3]), np.array([box, (0, 0, 1, 1), box], np.int16)
@@ -58,9 +58,9 @@ def test_extreme_boxes(stored, box):
 
 def test_blends_are_those_of_the_host(stored):
     rng = np.random.default_rng(2)
-    own, other = random_crops(stored, 30), random_crops(stored, 30)
-    blends = views.draw_blends(rng, 30, 0.4, 0.4)
-    partner_B = rng.permutation(30)
+    own, other = random_crops(stored, 15), random_crops(stored, 15)
+    blends = views.draw_blends(rng, 15, 0.4, 0.4)
+    partner_B = rng.permutation(15)
     shown = Shown(
         *(own.index_B, own.box_B4, own.flip_B),
         *(other.index_B[partner_B], other.box_B4[partner_B], other.flip_B[partner_B]),
@@ -76,15 +76,15 @@ def test_blends_are_those_of_the_host(stored):
 def test_pictures_do_not_depend_on_the_batch_they_are_in(stored, monkeypatch):
     """Nor on how many are rendered at once, nor on whether the filters come from a table."""
     shown = random_crops(stored, 12)
-    whole_BCHW = ResidentPixels(stored, CPU).show(shown, 48)
+    whole_BCHW = ResidentPixels(stored, CPU).show(shown, 32)
     alone_BCHW = [
-        ResidentPixels(stored, CPU).show(Shown.plain(shown.index_B[i : i + 1], shown.box_B4[i : i + 1], flip), 48)
+        ResidentPixels(stored, CPU).show(Shown.plain(shown.index_B[i : i + 1], shown.box_B4[i : i + 1], flip), 32)
         for i, flip in enumerate(shown.flip_B[:, None])
     ]
     assert torch.equal(whole_BCHW, torch.cat(alone_BCHW))
     monkeypatch.setattr(resident, "WORK_BYTES", 10**6)
     monkeypatch.setattr(resident, "TABLE_BYTES", 0)
-    assert torch.equal(whole_BCHW, ResidentPixels(stored, CPU).show(shown, 48))
+    assert torch.equal(whole_BCHW, ResidentPixels(stored, CPU).show(shown, 32))
 
 
 def test_a_table_of_filters_grows_with_the_crops(stored):
@@ -92,6 +92,12 @@ def test_a_table_of_filters_grows_with_the_crops(stored):
     for box in ((0, 0, 20, 20), (0, 0, 160, 200), (0, 0, 20, 20)):
         shown = Shown.plain(np.array([0]), np.array([box], np.int16), np.array([1], np.uint8))
         assert torch.equal(on_device.show(shown, 32), views.show(stored, shown, 32))
+
+
+def test_some_of_the_pictures_are_a_split_of_their_own(stored):
+    shown = random_crops(stored.at(np.array([2, 0, 1])), 6)
+    some = ResidentPixels(stored, CPU).at(np.array([2, 0, 1]))
+    assert torch.equal(some.show(shown, 32), ResidentPixels(stored.at(np.array([2, 0, 1])), CPU).show(shown, 32))
 
 
 def test_no_pictures(stored):

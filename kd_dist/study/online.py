@@ -41,7 +41,7 @@ class OnlineTeacher:
             with torch.no_grad():  # not inference mode: the soft loss keeps these logits for its gradient
                 images_BCHW = batch.images_BCHW
                 if not sees_the_same:
-                    images_BCHW = normalise(views.show(self.pixels, batch.shown, size).to(self.device))
+                    images_BCHW = normalise(self.pixels.show(batch.shown, size).to(self.device))
                 teacher_logits_BK = self.teacher.model(images_BCHW)
             return cached(model, replace(batch, teacher_logits_BK=teacher_logits_BK))
 
