@@ -36,9 +36,14 @@ def crop_scale_of(name: str) -> tuple[float, float] | None:
     return tuple(map(float, scale.split())) if rule == SAMPLER else None
 
 
+def draw_alike(one: str, other: str) -> bool:
+    """Whether two renderers, by the names that caches hold, give the same pictures but for a grey level."""
+    return one == other or {one, other} == {RENDERER, DEVICE_RENDERER}
+
+
 def require_renderer(name: str, path: Path) -> None:
     """Raise UserError unless a cache's pictures were drawn as this version draws them, on a CPU or a device."""
-    if name not in (RENDERER, DEVICE_RENDERER):
+    if not draw_alike(name, RENDERER):
         raise UserError(
             f"{path} was rendered by {name}, this version renders by {RENDERER}: the same boxes would show other "
             "pictures; write the cache anew, or use the version that wrote it."

@@ -54,7 +54,7 @@ def check_same_views(one: Cache, other: Cache) -> None:
     """Raise UserError, naming both values, unless two caches are of the same views of the same images."""
     names = Pair(f"the cache {one.path}", str(other.path), MEND)
     check_classes(names, one.classes, other.classes)
-    if one.header.renderer != other.header.renderer:
+    if not views.draw_alike(one.header.renderer, other.header.renderer):
         names.refuse(f"pictures by {one.header.renderer}", other.header.renderer)
     for split in SPLITS:
         ours, theirs = one.split(split), other.split(split)

@@ -14,7 +14,7 @@ from kd_dist.engine import LossTerms
 from kd_dist.errors import UserError
 from kd_dist.job import Data
 from kd_dist.label import Teacher, load_teacher
-from kd_dist.pixels import Pixels
+from kd_dist.pixels import Pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class OnlineTeacher:
     """A cache's teacher and the pictures it labels; called with (settings, classes) it is the student's loss."""
 
     teacher: Teacher
-    pixels: Pixels
+    pixels: Pictures
     device: torch.device
 
     @property
