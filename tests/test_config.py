@@ -225,7 +225,6 @@ BAD_ON_BOTH = [
     "--seed -1",
     "--seed 18446744073709551616",  # torch takes 64 bits
     "--workers -1",
-    "--views 0",
     "--views -2",
     "--device tpu",
     "--preset huge",
@@ -236,6 +235,7 @@ BAD_ON_BOTH = [
 ]
 BAD_ON_TEACHER = ["--mixup 0.6 --cutmix 0.6", "--alpha 0.5", "--temperature 2"]
 BAD_ON_STUDENT = [
+    "--views 0",
     "--alpha -0.1",
     "--alpha 1.1",
     "--alpha nan",
