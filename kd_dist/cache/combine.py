@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kd_dist import views
 from kd_dist.cache.fits import Pair, check_classes, check_samples
 from kd_dist.cache.format import (
     LOGITS,

@@ -29,7 +29,7 @@ LEAST_SMOOTHING = 1e-9
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to teach the student. `needs_views` counts the evaluation view; `needs_teacher`: the cache is not enough."""
+    """One way to teach the student. `needs_views` counts the evaluation view; `needs_teacher`: besides the cache."""
 
     name: str
     isolates: str
