@@ -25,7 +25,7 @@ from kd_dist.label import load_teacher
 from kd_dist.losses import kl
 from kd_dist.runtime import Interrupted
 from kd_dist.study import __main__ as entry
-from kd_dist.study import arms, online, results
+from kd_dist.study import arms, online
 from kd_dist.study.arms import ARMS
 from kd_dist.study.folder import StudyFolder, run_settings
 
@@ -307,7 +307,7 @@ def test_a_studys_folder_says_what_was_asked_and_each_run_its_arm(whole):
         assert read_state(folder)["status"] == "finished" and len(read_metrics(folder)) == 2
         assert read_settings(folder)[1]["study arm"] == name
         assert "val_agreement" in read_metrics(folder)[-1]
-    table = (out / results.TABLE).read_text()
+    table = StudyFolder(out).table.read_text()
     assert all(name in table for name in ARMS)
 
 
@@ -355,13 +355,13 @@ def test_an_interrupted_study_goes_on_to_the_same_weights(made, whole, tmp_path,
     assert caught.value.exit_code == 128 + signal.SIGTERM
     states = [read_state(StudyFolder(out).run(name, 0)) for name in chosen]
     assert [state and state["status"] for state in states] == ["finished", "interrupted", None]
-    assert states[1]["step"] == 3 and not (out / results.TABLE).exists()
+    assert states[1]["step"] == 3 and not StudyFolder(out).table.exists()
     call(entry.main, *command)
     assert len(calls) == 8  # origin has a loss of its own
     for name in chosen:
         ours, theirs = (load_model(StudyFolder(path).run(name, 0).model)["weights"] for path in (out, whole[0]))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert (out / results.TABLE).exists()
+    assert StudyFolder(out).table.exists()
 
 
 def test_a_signal_between_two_runs_ends_the_study(made, tmp_path, monkeypatch):
