@@ -15,7 +15,6 @@ from benchmarks.setting import Bench
 from benchmarks.steps import synchronise
 from kd_dist import config, job, objectives
 from kd_dist.config import DistillSettings
-from kd_dist.models import Cnn5
 
 BATCH = 64
 CROP_SCALE = (0.35, 1.0)
@@ -67,7 +66,9 @@ class OurPath:
             DistillSettings, image_size=size, batch_size=BATCH, alpha=0.0, workers=workers, crop_scale=CROP_SCALE
         )
         terms = objectives.hard(bench.classes, 0.0)
-        self.trainer = bench.trainer(settings, Cnn5(bench.classes, (4,)), terms, job.fresh_crops(settings, bench.data))
+        self.trainer = bench.trainer(
+            settings, bench.network(settings.student), terms, job.fresh_crops(settings, bench.data)
+        )
         self.epoch = 0
 
     def __call__(self) -> float:

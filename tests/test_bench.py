@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import report, setting, student_rows, whole_job
+from benchmarks import report, setting, whole_job
 from benchmarks.bench import ROWS, arguments, measure
 from benchmarks.children import Child
 from benchmarks.measure import Effort, Goal, Row, interleaved, row
@@ -126,16 +126,6 @@ def test_a_row_from_end_to_end_and_a_failing_one_beside_it(bench, tmp_path, monk
     assert found["name"].startswith("1 distill step / hard-label step") and found["goal"] == "<= 1.02"
     assert found["rounds"] == 2 and found["value"] > 0
     assert "as a defect would" in capsys.readouterr().err
-
-
-def test_the_loop_sees_the_teachers_own_logits(bench):
-    """The arm with the teacher in the loop computes the soft loss from what its teacher says of the batch."""
-    bench.folder.mkdir()
-    trainer = bench.student_trainer()
-    batch = trainer._prepare(next(trainer.data.epoch(0, bench.runtime)))
-    looped = student_rows.in_the_loop(trainer.model.eval(), trainer.loss_terms)
-    assert float(looped(trainer.model, batch)["soft"].detach().abs().max()) < 1e-5  # the student is its own teacher
-    assert float(trainer.loss_terms(trainer.model, batch)["soft"].detach().abs().max()) > 1e-2
 
 
 def test_spread_takes_samples_of_all_classes_with_their_pictures(bench):
