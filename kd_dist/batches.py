@@ -58,12 +58,13 @@ class Batch:
 @dataclass(frozen=True)
 class EpochViews:
     """The view that every image is seen in during one epoch; `choice_N` is its number in the cache, None for a fresh
-    crop.
+    crop. `mixed_N` is what all N show where the cache has mixed views.
     """
 
     box_N4: np.ndarray
     flip_N: np.ndarray
     choice_N: np.ndarray | None = None
+    mixed_N: views.Shown | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class FreshCrops:
 @dataclass(frozen=True)
 class CachedCrops:
     """The cache's own views: in each epoch every image gets one of its views, without replacement until all have been
-    seen.
+    seen. A mixed view is shown with its blend.
 
     With more than one view the evaluation view, number 0, is left out.
     """
@@ -90,6 +91,7 @@ class CachedCrops:
     box_NV4: np.ndarray
     flip_NV: np.ndarray
     seed: int
+    mixed: views.Mixed | None = None
 
     def __call__(self, epoch: int) -> EpochViews:
         n, all_views = self.flip_NV.shape
@@ -101,8 +103,9 @@ class CachedCrops:
             rng.permuted(np.tile(numbers, (min(rows, n - start), 1)), axis=1)[:, turn].copy()
             for start in range(0, n, rows)
         ]
-        choice_N, rows_N = np.concatenate(pieces), np.arange(n)
-        return EpochViews(self.box_NV4[rows_N, choice_N], self.flip_NV[rows_N, choice_N], choice_N)
+        choice_N = np.concatenate(pieces)
+        shown_N = views.shown_in(self, np.arange(n), choice_N)
+        return EpochViews(shown_N.box_B4, shown_N.flip_B, choice_N, shown_N if self.mixed is not None else None)
 
 
 def _rng(*words: int) -> np.random.Generator:
@@ -227,6 +230,8 @@ class EpochBatches(Dataset):
 
     def shown(self, index_B: np.ndarray) -> views.Shown:
         """What these images show in this epoch."""
+        if self.views.mixed_N is not None:
+            return self.views.mixed_N.at(index_B)
         box_N4, flip_N = self.views.box_N4, self.views.flip_N
         crop = (index_B, box_N4[index_B], flip_N[index_B])
         if self.blends is None:

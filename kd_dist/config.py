@@ -171,7 +171,7 @@ class TeacherSettings(Settings):
     """The first job: train a teacher, then write the cache."""
 
     kind: ClassVar[str] = "teacher"
-    may_change: ClassVar[frozenset[str]] = Settings.may_change | {"views", "top_k"}
+    may_change: ClassVar[frozenset[str]] = Settings.may_change | {"views", "mixed_views", "top_k"}
 
     out: str = flag(RUN, "runs/teacher", "folder of this run; running the same command again resumes it", "DIR")
     cache: str | None = flag(DATA, None, "where the soft labels go [OUT/logits.h5]", "FILE")
@@ -184,6 +184,9 @@ class TeacherSettings(Settings):
     views: int = flag(
         DATA, 16, "views of every image in the cache: the evaluation view and V - 1 random crops; 0: no cache", "V"
     )
+    mixed_views: float = flag(
+        DATA, 0.0, "share of train's random crops in the cache that are mixed: half by mixup, half by CutMix", "SHARE"
+    )
     top_k: int | None = flag(
         DATA, None, "keep of each row the K largest logits and the mass of the others, for many classes [all]", "K"
     )
@@ -191,6 +194,7 @@ class TeacherSettings(Settings):
     def __post_init__(self):
         super().__post_init__()
         _require(self.views >= 0, "views", self.views, "must be at least 1, or 0 for no cache")
+        check_mixed_views(self.mixed_views, self.views)
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "must be at least 1")
 
 
@@ -324,6 +328,15 @@ def bytes_of(name: str, text: str) -> int:
 def check_seed(seed: int) -> None:
     """Raise UserError unless a seed suits both random generators and the cache's int64."""
     _require(0 <= seed < 2**63, "seed", seed, "must be at least 0 and below 2^63")
+
+
+def check_mixed_views(share: float, views: int) -> None:
+    """Raise UserError unless it is a share that comes to a view, or none."""
+    _require(0 <= share <= 1, "mixed_views", share, "must lie in [0, 1]")
+    comes_to_one = share == 0 or (views - 1) * share >= 1
+    _require(
+        comes_to_one, "mixed_views", share, f"of {max(0, views - 1)} drawn views is less than one; ask for more --views"
+    )
 
 
 def check_crop_scale(crop_scale: tuple[float, float]) -> None:

@@ -59,6 +59,7 @@ def open_inputs(settings: DistillSettings, runtime: Runtime) -> tuple[Cache | No
     if cache is not None:
         data.require_fit(cache)
         require_unseen(settings, data, cache)
+        require_own_partners(settings, data, cache)
         if not cache.noted:
             job.say(runtime, f"{cache.path} came without its digest file; its own checks hold")
     return cache, data
@@ -131,6 +132,19 @@ def require_unseen(settings: DistillSettings, data: Data, cache: Cache) -> None:
             )
 
 
+def require_own_partners(settings: DistillSettings, data: Data, cache: Cache) -> None:
+    """Raise UserError where a part of train is left out and a cached mixed view would show an image of it."""
+    fold, mixed = job.fold_for(settings, data), cache.split("train").mixed
+    if fold is None or mixed is None or settings.uses_fresh_crops:
+        return
+    for view in mixed.mixed_views():
+        if np.isin(mixed.in_view(view)[0][fold.train_M], fold.held_out_M).any():
+            raise UserError(
+                f"{cache.path} has mixed views that show images of {fold.name}, which is left out here; name the cache "
+                f"of a teacher trained with --folds {fold.folds} --fold {fold.number}."
+            )
+
+
 def train(
     settings: DistillSettings,
     data: Data,
@@ -187,7 +201,8 @@ def crops_of(settings: DistillSettings, data: Data, cache: Cache | None):
         return job.fresh_crops(settings, data), None
     rows = cache.split("train")
     used = slice(settings.views)
-    crops = CachedCrops(rows.box_NV4[:, used], rows.flip_NV[:, used], settings.seed)
+    mixed = rows.mixed and rows.mixed.first(settings.views)
+    crops = CachedCrops(rows.box_NV4[:, used], rows.flip_NV[:, used], settings.seed, mixed)
     if not settings.alpha:
         return crops, None
     logits_NVK = rows.logits_NVK[:, used]

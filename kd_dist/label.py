@@ -13,12 +13,14 @@ from torch import nn
 
 from kd_dist import checkpoint, views
 from kd_dist.cache import (
+    MIXED_VIEWS,
     TOP_K,
     VIEW_FEATURES,
     Block,
     BlockWriter,
     Cache,
     Header,
+    Mixed,
     Table,
     TeacherRow,
     TopK,
@@ -166,6 +168,7 @@ def out_of_fold(
     rows = [teacher.row for teacher in teachers]
     train = data.samples.train
     part_N = parts_of(train.labels_N, train.sha256_N32, len(rows))
+    _require_partners_share(part_N, tables["train"].mixed)
     created = max(teacher.finished for teacher in teachers)
     header = replace(header, teachers=(*rows, mean_of(rows, range(len(rows)))), created=created)
     of_val_N = np.full(len(tables["val"]), len(rows), np.int16)
@@ -173,6 +176,25 @@ def out_of_fold(
         "train": replace(tables["train"], teacher_N=part_N.astype(np.int16)),
         "val": replace(tables["val"], teacher_N=of_val_N),
     }
+
+
+def mixed(header: Header, tables: Mapping[str, Table], share: float) -> tuple[Header, dict[str, Table]]:
+    """A plan in which a share of train's drawn views are mixed views; the same where that is 0. val has none.
+
+    Where train is cut into parts the two images of a picture are of one part: who never saw the one saw neither.
+    """
+    if not share:
+        return header, dict(tables)
+    train, folds = tables["train"], max(row.folds for row in header.teachers)
+    group_N = parts_of(train.labels_N, train.sha256_N32, folds) if folds else None
+    rules = {"train": (share, group_N), "val": (0.0,)}
+    blends = {
+        split: Mixed(*views.mixed_views(header.seed, split, len(table), range(table.views), *rules[split]))
+        for split, table in tables.items()
+    }
+    name = views.sampler_name(views.crop_scale_of(header.view_sampler), share)
+    header = replace(header, view_sampler=name, features=(*header.features, MIXED_VIEWS))
+    return header, {split: replace(table, mixed=blends[split]) for split, table in tables.items()}
 
 
 def _in_order_of_folds(teachers: Sequence[Teacher], data: Data) -> list[Teacher]:
@@ -195,6 +217,16 @@ def _in_order_of_folds(teachers: Sequence[Teacher], data: Data) -> list[Teacher]
             if ours != theirs:
                 raise UserError(f"{first.path} has {name} {ours}, {teacher.path} {theirs}: name teachers of one set.")
     return _one_of_each([*teachers], first.row.folds)
+
+
+def _require_partners_share(part_N: np.ndarray, blends: Mixed | None) -> None:
+    for view in () if blends is None else blends.mixed_views():
+        partner_N = blends.in_view(view)[0]
+        if (part_N[partner_N] != part_N).any():
+            raise UserError(
+                "the views given by --like are mixed of images of different parts of train, and a teacher has seen one "
+                "of the two: draw other views by --views and --mixed-views."
+            )
 
 
 def _one_of_each(teachers: list[Teacher], folds: int) -> list[Teacher]:
@@ -236,7 +268,7 @@ class Labeller:
 
         A teacher's samples go through it in their order in fixed batches, so that equal calls give equal bits.
         """
-        shown, teacher_B = _shown(table, index_B, view), table.teacher_N[index_B]
+        shown, teacher_B = views.shown_in(table, index_B, view), table.teacher_N[index_B]
         logits_BK = None
         for number in np.unique(teacher_B):
             places = np.flatnonzero(teacher_B == number)
@@ -251,10 +283,6 @@ class Labeller:
             return self.forwards[split, number].logits(shown)
         total_BK = sum(self._of_teacher(split, member, shown).astype(np.float64) for member in members)
         return (total_BK / len(members)).astype(np.float32)
-
-
-def _shown(table: Table, index_B: np.ndarray, view: int) -> views.Shown:
-    return views.Shown.plain(index_B, table.box_NV4[index_B, view], table.flip_NV[index_B, view])
 
 
 def write_cache(
@@ -331,10 +359,12 @@ def _labels(block: Block, labeller: Labeller, tables: Mapping[str, Table]) -> np
 
 def keep_views(table: Table, known: Table) -> Table:
     """A longer table whose first views are a cache's own, whatever this version's generator would draw for them."""
-    v = known.views
-    known_box_NV4, known_flip_NV = (rows_of(column, 0, len(known)) for column in (known.box_NV4, known.flip_NV))
-    box_NV4 = np.concatenate([known_box_NV4, table.box_NV4[:, v:]], axis=1)
-    return replace(table, box_NV4=box_NV4, flip_NV=np.concatenate([known_flip_NV, table.flip_NV[:, v:]], axis=1))
+    longer = {
+        column.field: np.concatenate([rows_of(known.of_views[column], 0, len(known)), values[:, known.views :]], axis=1)
+        for column, values in table.of_views.items()
+    }
+    box_and_flip = {name: longer.pop(name) for name in ("box_NV4", "flip_NV")}
+    return replace(table, **box_and_flip, mixed=Mixed(**longer) if longer else None)
 
 
 def why_not_computed(cache: Cache, labeller: Labeller, teachers: Sequence[Teacher]) -> str | None:

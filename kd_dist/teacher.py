@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kd_dist import job, label, objectives
+from kd_dist import job, label, objectives, views
 from kd_dist.cache import open_cache
 from kd_dist.cache.format import parts_of
 from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs
@@ -73,6 +73,12 @@ def require_own_cache(settings: TeacherSettings, target: Path, data: Data) -> No
             f"{target} holds {cache.views} views, --views asks for {settings.views}; `python -m kd_dist.cache extend` "
             "writes a longer one from it."
         )
+    share = views.mixed_share_of(cache.header.view_sampler)
+    if share != settings.mixed_views:
+        raise UserError(
+            f"{target} was written with --mixed-views {share}, this is --mixed-views {settings.mixed_views}; name "
+            "another --cache."
+        )
 
 
 def train(
@@ -104,7 +110,7 @@ def write(
     )
     dtype = compute_dtype(runtime.device, settings.precision)
     header, tables = label.plan(teacher, data, settings.views, settings.crop_scale, settings.seed, dtype)
-    header = label.shortened(header, settings.top_k)
+    header, tables = label.mixed(label.shortened(header, settings.top_k), tables, settings.mixed_views)
     progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
     with clocked(folder, target, runtime, progress) as progress:
         label.write_cache(target, [teacher], data, header, tables, runtime, stop, progress)

@@ -8,7 +8,9 @@ say nothing of S, so a student may render the very picture its teacher saw at an
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import floor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,21 +26,28 @@ LOG_RATIO = np.log([3 / 4, 4 / 3])
 MIXUP_BETA = 0.2
 
 
-def sampler_name(crop_scale: tuple[float, float]) -> str:
-    """How views are drawn, in the words that a cache stores: the rule and its area shares."""
+def sampler_name(crop_scale: tuple[float, float], mixed: float = 0.0) -> str:
+    """How views are drawn, in the words that a cache stores: the rule, its area shares, and the share of mixed views
+    where there are any.
+    """
     low, high = crop_scale
-    return f"{SAMPLER} scale {low} {high}"
+    return f"{SAMPLER} scale {low} {high}" + (f" mixed {mixed}" if mixed else "")
 
 
 def crop_scale_of(name: str) -> tuple[float, float] | None:
     """The area shares in a stored sampler name, None for a rule that is not ours."""
-    rule, _, scale = name.partition(" scale ")
+    rule, _, scale = name.partition(" mixed ")[0].partition(" scale ")
     return tuple(map(float, scale.split())) if rule == SAMPLER else None
 
 
 def draw_alike(one: str, other: str) -> bool:
     """Whether two renderers, by the names that caches hold, give the same pictures but for a grey level."""
     return one == other or {one, other} == {RENDERER, DEVICE_RENDERER}
+
+
+def mixed_share_of(name: str) -> float:
+    """The share of mixed views in a stored sampler name of ours, 0 where it tells of none."""
+    return float(name.partition(" mixed ")[2] or 0)
 
 
 def require_renderer(name: str, path: Path) -> None:
@@ -163,6 +172,50 @@ def paste_boxes(weight_N: np.ndarray, centre_N2: np.ndarray) -> np.ndarray:
     return np.clip(np.concatenate([centre_N2 - half_N1, centre_N2 + half_N1], axis=1), 0, 1)
 
 
+def is_mixed(view: int, share: float) -> bool:
+    """Whether the drawn view of this number is a mixed one: evenly spread, whatever the number of views."""
+    return view > 0 and floor(view * share) > floor((view - 1) * share)
+
+
+def mixed_views(
+    seed: int, split: str, n: int, views: Sequence[int], share: float, group_N: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """How the views with these numbers of n images are blended: partners int32 [N, V], the views they are seen in int16
+    [N, V], own shares float32 [N, V], and CutMix's boxes float32 [N, V, 4].
+
+    A `share` of the drawn views is mixed, half of their images by mixup and half by CutMix. A partner is any image (of
+    the same group) in any of its drawn views of lower number that are not mixed, in view 0 where there are none.
+    Functions of (seed, split, v) and the image's place, as `cached_views`, whose draws do not depend on these.
+    """
+    drawn = [_mixed_view(seed, split, n, view, share, group_N) for view in views]
+    return tuple(np.stack(column, axis=1) for column in zip(*drawn, strict=True))
+
+
+def _mixed_view(seed, split, n, view, share, group_N):
+    own_N = np.arange(n, dtype=np.int32)
+    own_view_N, whole_N = np.full(n, view, np.int16), np.ones(n, np.float32)
+    if not is_mixed(view, share):
+        return own_N, own_view_N, whole_N, np.zeros((n, 4), np.float32)
+    rng = np.random.default_rng([seed, view, *f"{split} mixed".encode()])
+    blends = draw_blends(rng, n, 0.5, 0.5)
+    plain = [lower for lower in range(1, view) if not is_mixed(lower, share)] or [0]
+    plain_view_N = np.array(plain, np.int16)[rng.integers(0, len(plain), n)]
+    drawn_partner_N = blends.partner_N if group_N is None else _partners_within(rng, group_N)
+    paste_N4 = blends.paste_N4.astype(np.float32)
+    side_N2 = paste_N4[:, 2:].astype(np.float64) - paste_N4[:, :2]  # the weight is that of the box as it is stored
+    weight_N = np.where(paste_N4.any(axis=1), 1 - side_N2.prod(axis=1), blends.weight_N).astype(np.float32)
+    blended_N = weight_N < 1  # a share may round to the whole
+    partner_N = np.where(blended_N, drawn_partner_N, own_N).astype(np.int32)
+    partner_view_N = np.where(blended_N, plain_view_N, own_view_N)
+    return partner_N, partner_view_N, weight_N, np.where(blended_N[:, None], paste_N4, np.float32(0))
+
+
+def _partners_within(rng: np.random.Generator, group_N: np.ndarray) -> np.ndarray:
+    _, group_N, count_G = np.unique(group_N, return_inverse=True, return_counts=True)
+    first_G = np.cumsum(count_G) - count_G
+    return np.argsort(group_N, kind="stable")[first_G[group_N] + rng.integers(0, count_G[group_N])]
+
+
 @dataclass(frozen=True)
 class Shown:
     """What B pictures show, without their pixels: an image's crop each, blended with another's where weight_B < 1.
@@ -193,6 +246,35 @@ class Shown:
     def at(self, places: np.ndarray | slice) -> "Shown":
         """Some of the pictures."""
         return Shown(*(getattr(self, field.name)[places] for field in fields(self)))
+
+
+class Mixed(Protocol):
+    """The blends of N images in V cached views: partner, the partner's own view, own share, CutMix's box."""
+
+    partner_NV: np.ndarray
+    partner_view_NV: np.ndarray
+    weight_NV: np.ndarray
+    paste_NV4: np.ndarray
+
+
+class CachedViews(Protocol):
+    """The views of a split as a cache holds them; `mixed` is None where none is blended."""
+
+    box_NV4: np.ndarray
+    flip_NV: np.ndarray
+    mixed: Mixed | None
+
+
+def shown_in(cached: CachedViews, index_B: np.ndarray, view_B: np.ndarray | int) -> Shown:
+    """What images show in a cached view each (or all in one), the partners of mixed ones in theirs."""
+    own = (index_B, cached.box_NV4[index_B, view_B], cached.flip_NV[index_B, view_B])
+    mixed = cached.mixed
+    if mixed is None:
+        return Shown.plain(*own)
+    partner_B = mixed.partner_NV[index_B, view_B].astype(np.int64)
+    partner_view_B = mixed.partner_view_NV[index_B, view_B]
+    crops = (cached.box_NV4[partner_B, partner_view_B], cached.flip_NV[partner_B, partner_view_B])
+    return Shown(*own, partner_B, *crops, mixed.weight_NV[index_B, view_B], mixed.paste_NV4[index_B, view_B])
 
 
 def show(pixels: Sequence[torch.Tensor], shown: Shown, size: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from kd_dist.cache.card import LabelCard, card_of, render_info
 from kd_dist.cache.combine import bare, combine
 from kd_dist.cache.format import TOP_K, VIEW_FEATURES, Header, Table, TeacherRow, mean_of, rows_of
+from kd_dist.cache.mixed import MIXED_VIEWS, Mixed
 from kd_dist.cache.parts import BLOCK_SAMPLES, Block, blocks
 from kd_dist.cache.reader import Cache, LabelledTable, SoftLabels, open_cache
 from kd_dist.cache.topk import TopK, require_temperature
@@ -10,6 +11,7 @@ from kd_dist.cache.writer import BlockWriter
 
 __all__ = [
     "BLOCK_SAMPLES",
+    "MIXED_VIEWS",
     "TOP_K",
     "VIEW_FEATURES",
     "Block",
@@ -18,6 +20,7 @@ __all__ = [
     "Header",
     "LabelCard",
     "LabelledTable",
+    "Mixed",
     "SoftLabels",
     "Table",
     "TeacherRow",

@@ -11,7 +11,7 @@ from pathlib import Path
 from kd_dist.cache.card import render_info
 from kd_dist.cache.format import digest_file_of
 from kd_dist.cache.reader import Cache, open_cache
-from kd_dist.config import PIXELS, check_crop_scale, check_seed
+from kd_dist.config import PIXELS, check_crop_scale, check_mixed_views, check_seed
 from kd_dist.errors import UserError
 from kd_dist.runtime import Runtime, StopRequest, joined, launched_rank, run_entry
 
@@ -131,6 +131,7 @@ def write(options: argparse.Namespace) -> None:
         header = label.shortened(header, options.top_k)
         if len(teachers) > 1:
             header, tables = label.out_of_fold(header, tables, teachers, data)
+        header, tables = label.mixed(header, tables, options.mixed_views or 0.0)
         _label(options.output, teachers, data, header, tables, runtime, None)
 
 
@@ -140,7 +141,7 @@ def _open_like(options: argparse.Namespace) -> Cache | None:
         if options.views is None:
             raise UserError("how many views? Add --views 16, or --like FILE for those of another cache.")
         return None
-    for name in ("views", "seed", "crop_scale"):
+    for name in ("views", "mixed_views", "seed", "crop_scale"):
         if getattr(options, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--like takes the views of {options.like} as they are: leave out {flag}.")
@@ -153,6 +154,7 @@ def _drawn(options: argparse.Namespace, teacher) -> tuple[tuple[float, float], i
     seed = teacher.row.seed if options.seed is None else options.seed
     check_seed(seed)
     check_crop_scale(crop_scale)
+    check_mixed_views(options.mixed_views or 0.0, options.views)
     return crop_scale, seed
 
 
@@ -186,6 +188,7 @@ def extend(options: argparse.Namespace) -> None:
         header = label.shortened(header, cache.header.top_k or None)
         if len(teachers) > 1:
             header, tables = label.out_of_fold(header, tables, teachers, data)
+        header, tables = label.mixed(header, tables, views.mixed_share_of(cache.header.view_sampler))
         tables = {split: label.keep_views(table, cache.split(split)) for split, table in tables.items()}
         _label(options.output, teachers, data, header, tables, runtime, cache)
 
@@ -272,6 +275,8 @@ def _add_flags(command: argparse.ArgumentParser, run) -> None:
         add(
             "--top-k", type=_positive, metavar="K", help="keep the K largest logits of a row and the others' mass [all]"
         )
+        share = "share of train's random crops that are mixed: half by mixup, half by CutMix [0]"
+        add("--mixed-views", type=float, metavar="SHARE", help=share)
         add("--crop-scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="area share of a crop [the teacher's]")
 
 

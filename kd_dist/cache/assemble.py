@@ -12,7 +12,6 @@ import numpy as np
 from kd_dist.cache.format import (
     CHUNK_SAMPLES,
     FLAG,
-    VIEW_COLUMNS,
     Header,
     Table,
     binding_of,
@@ -73,8 +72,8 @@ class _Rows:
 
     def write(self, group: h5py.Group) -> None:
         """Fill the columns over N and V, one after the other, so that each lies in the file as it will be read."""
-        for column in VIEW_COLUMNS:
-            _fill(group[column.name], partial(pieces_of, getattr(self.table, column.field)))
+        for column, values in self.table.of_views.items():
+            _fill(group[column.name], partial(pieces_of, values))
         for position, column in enumerate(self.header.row_columns):
             _fill(group[column.name], partial(self.pieces, position))
 
@@ -92,7 +91,7 @@ def _reserve(temporary: Path, start: bytes, header: Header, tables: Mapping[str,
 
     What HDF5 does not use of it, it gives back when it closes the file.
     """
-    columns = (*VIEW_COLUMNS, *header.row_columns)
+    columns = (*tables["train"].of_views, *header.row_columns)
     widths = [row_bytes(column, header) for column in columns]
     rows = (min(len(tables[block.split]), CHUNK_SAMPLES) for block in blocks(tables))
     bound = len(start) + SPARE_BYTES + sum(count * width + INDEX_BYTES for count in rows for width in widths)

@@ -1,9 +1,10 @@
 """What soft labels are worth: figures of a split's logits, and one screen of text about a whole cache.
 
-Probabilities are softmax at temperature 1, in float64. The drawn views are all but view 0, the evaluation view.
+Probabilities are softmax at temperature 1, in float64. The drawn views are all but view 0, the evaluation view. Mixed
+views are counted but left out of the figures: two labels are right for them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import shorten, wrap
 
@@ -47,19 +48,21 @@ class LabelCard:
         )
 
 
-def card_of(logits_NVK: SoftLabels, labels_N: np.ndarray) -> LabelCard:
-    """The figures of a split's raw logits, a chunk of samples at a time, so that a cache on file needs no memory."""
-    several = logits_NVK.shape[1] > 2
+def card_of(logits_NVK: SoftLabels, labels_N: np.ndarray, views: Sequence[int] | None = None) -> LabelCard:
+    """The figures of a split's raw logits in these views (all), a chunk of samples at a time, so that a cache on file
+    needs no memory.
+    """
+    views = range(logits_NVK.shape[1]) if views is None else views
     sums: dict[str, np.ndarray] = {}
     for start in range(0, len(labels_N), CHUNK_SAMPLES):
         piece = slice(start, min(start + CHUNK_SAMPLES, len(labels_N)))
-        for name, value in _sums_of(rows_of(logits_NVK, piece.start, piece.stop), labels_N[piece]).items():
+        for name, value in _sums_of(rows_of(logits_NVK, piece.start, piece.stop, views), labels_N[piece]).items():
             sums[name] = sums.get(name, 0) + value
     mean = {name: value / sums["rows"] for name, value in sums.items()}
-    samples = len(labels_N)
+    samples, several = len(labels_N), len(views) > 2
     return LabelCard(
         top1=float(sums["hits in view 0"]) / samples,
-        top1_drawn=float(mean["hits"]) if logits_NVK.shape[1] > 1 else None,
+        top1_drawn=float(mean["hits"]) if len(views) > 1 else None,
         entropy=float(mean["entropy"]),
         entropy_share=float(mean["entropy"] / np.log(max(logits_NVK.shape[2], 2))),
         label_probability=float(mean["label"]),
@@ -117,11 +120,17 @@ def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarr
 
 def render_info(cache: Cache) -> str:
     """One screen about a cache: what it is, what it fits, and what its labels are worth."""
-    cards = [card_of(_logits_at_1(cache, split), split.labels_N) for split in cache.splits.values()]
+    cards = [card_of(_logits_at_1(cache, split), split.labels_N, plain_views(split)) for split in cache.splits.values()]
     lines = [*_identity(cache), "", *_worth(list(cache.splits), cards)]
     if cards[0].warning:
         lines += ["", *wrap(cards[0].warning, WIDTH)]
     return "\n".join(lines)
+
+
+def plain_views(split: LabelledTable) -> list[int]:
+    """The views in which no picture is blended; view 0 is one."""
+    mixed = set() if split.mixed is None else set(split.mixed.mixed_views())
+    return [view for view in range(split.views) if view not in mixed]
 
 
 def _logits_at_1(cache: Cache, split: LabelledTable) -> np.ndarray:
@@ -183,6 +192,9 @@ def _describe_labels(cache: Cache) -> Iterator[str]:
     if cache.header.temperature is not None:
         t = f"{cache.header.temperature:g}"
         yield f"T * log of mean probabilities at T = {t}: of use at --temperature {t} alone, as are the figures below"
+    for name, split in cache.splits.items():
+        if mixed := split.views - len(plain_views(split)):
+            yield f"{mixed} of {split.views} views of {name} are mixup or CutMix, and not in the figures below"
     if cache.is_out_of_fold:
         yield "out-of-fold: each train image by the one teacher that never saw it, val by the mean of all"
 

@@ -16,7 +16,6 @@ from kd_dist import views
 from kd_dist.cache.fits import Pair, check_classes, check_samples
 from kd_dist.cache.format import (
     LOGITS,
-    NUMBERS,
     ONE_TEMPERATURE,
     SPLITS,
     VIEW_FEATURES,
@@ -62,8 +61,11 @@ def check_same_views(one: Cache, other: Cache) -> None:
         check_samples(names, split, ours, theirs)
         if ours.views != theirs.views:
             names.refuse(f"{ours.views} views of {split}", str(theirs.views))
-        for column in (column for column in NUMBERS if "V" in column.axes):
-            _check_column(names, ours, column.name, getattr(ours, column.field), getattr(theirs, column.field))
+        mixed, theirs_mixed = ("no mixed views" if table.mixed is None else "mixed views" for table in (ours, theirs))
+        if mixed != theirs_mixed:
+            names.refuse(f"{mixed} of {split}", theirs_mixed)
+        for column, values in ours.of_views.items():
+            _check_column(names, ours, column.name, values, theirs.of_views[column])
 
 
 def _check_column(names: Pair, table: Table, name: str, ours: np.ndarray, theirs: np.ndarray) -> None:

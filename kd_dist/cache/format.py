@@ -6,7 +6,7 @@ docs/cache-format.md describes the same file for people who read it without this
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -14,14 +14,19 @@ from typing import Any
 
 import numpy as np
 
+from kd_dist.cache.mixed import MIXED_VIEWS, Mixed, check_mixed
 from kd_dist.dataset import fingerprint_of
 
 FORMAT = "kd_dist.teacher_cache"
 VERSION = 1
 ONE_TEMPERATURE = "one_temperature"
 TOP_K = "top_k"  # of each row the k largest logits and the mass of the others, see kd_dist.cache.topk
-KNOWN_FEATURES: frozenset[str] = frozenset({ONE_TEMPERATURE, TOP_K})  # what is understood here beyond version 1
-VIEW_FEATURES: frozenset[str] = frozenset()  # those of KNOWN_FEATURES that are about views, and go along with them
+KNOWN_FEATURES: frozenset[str] = frozenset(
+    {MIXED_VIEWS, ONE_TEMPERATURE, TOP_K}
+)  # what is understood here beyond version 1
+VIEW_FEATURES: frozenset[str] = frozenset(
+    {MIXED_VIEWS}
+)  # those of KNOWN_FEATURES that are about views, and go along with them
 SPLITS = ("train", "val")
 CHUNK_SAMPLES = 1024
 
@@ -74,7 +79,12 @@ NUMBERS = (
     Column("view/box", "box_NV4", np.dtype("<i2"), ("N", "V", 4)),
     Column("view/flip", "flip_NV", np.dtype("u1"), ("N", "V")),
 )
-VIEW_COLUMNS = tuple(column for column in NUMBERS if "V" in column.axes)
+MIXED = (  # of Table.mixed, in files that require MIXED_VIEWS
+    Column("view/partner", "partner_NV", np.dtype("<i4"), ("N", "V")),
+    Column("view/partner_view", "partner_view_NV", np.dtype("<i2"), ("N", "V")),
+    Column("view/weight", "weight_NV", np.dtype("<f4"), ("N", "V")),
+    Column("view/paste", "paste_NV4", np.dtype("<f4"), ("N", "V", 4)),
+)
 LOGITS = Column("logits", "logits_NVK", np.dtype("<f2"), ("N", "V", "K"))
 TOP_LOGITS = Column("top/logits", "top_NVk", np.dtype("<f2"), ("N", "V", "k"))
 TAIL_TEMPERATURES = (math.inf, 8.0, 4.0, 3.0, 2.0, 1.5, 1.25, 1.0)  # nearly even in 1 / T
@@ -195,9 +205,21 @@ class Table:
     teacher_N: np.ndarray  # int16, row of Header.teachers
     box_NV4: np.ndarray  # int16: top, left, height, width in pixels of the decoded image
     flip_NV: np.ndarray  # uint8, 1 where mirrored
+    mixed: Mixed | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def numbers(self) -> dict[Column, np.ndarray]:
+        """The columns of numbers with their values, those of mixed views last, where there are any."""
+        mixed = {} if self.mixed is None else {column: getattr(self.mixed, column.field) for column in MIXED}
+        return {column: getattr(self, column.field) for column in NUMBERS} | mixed
+
+    @property
+    def of_views(self) -> dict[Column, np.ndarray]:
+        """Those of the columns of numbers that say what is seen in each view."""
+        return {column: values for column, values in self.numbers.items() if "V" in column.axes}
 
     @property
     def views(self) -> int:
@@ -216,9 +238,10 @@ def pieces_of(column: Any, view: int) -> Iterator[np.ndarray]:
         yield column[start : min(start + CHUNK_SAMPLES, column.shape[0]), view]
 
 
-def rows_of(column: Any, start: int, stop: int) -> np.ndarray:
-    """All views of some rows of a column over N and V."""
-    return np.stack([column[start:stop, view] for view in range(column.shape[1])], axis=1)
+def rows_of(column: Any, start: int, stop: int, views: Iterable[int] | None = None) -> np.ndarray:
+    """All views (or these) of some rows of a column over N and V."""
+    views = range(column.shape[1]) if views is None else views
+    return np.stack([column[start:stop, view] for view in views], axis=1)
 
 
 RowPieces = Callable[[int, int], Iterable[np.ndarray]]
@@ -226,13 +249,14 @@ RowPieces = Callable[[int, int], Iterable[np.ndarray]]
 
 
 def binding_of(table: Table, row_columns: int, pieces: RowPieces) -> str:
-    """Hex SHA-256 over a split's fingerprint and, view by view, all boxes, flips and row columns in row order.
+    """Hex SHA-256 over a split's fingerprint and, view by view, all boxes, flips, blends (where the table has mixed
+    views) and row columns in row order.
 
     It ties rows to images: rows that were put in another order, or under other views, do not give it again.
     """
     digest = sha256(table.fingerprint.encode())
     for view in range(table.views):
-        own = [pieces_of(column, view) for column in (table.box_NV4, table.flip_NV)]
+        own = [pieces_of(values, view) for values in table.of_views.values()]
         for values in itertools.chain(*own, *(pieces(position, view) for position in range(row_columns))):
             digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")))
     return digest.hexdigest()
@@ -322,14 +346,18 @@ def check_table(split: str, table: Table, header: Header) -> None:
     sizes = {"N": len(table), "V": table.views}
     if min(sizes.values()) < 1:
         raise ValueError(f"{split} has {len(table)} samples and {table.views} views")
-    for column in NUMBERS:
-        _check_shape(split, column, getattr(table, column.field), sizes)
+    if (table.mixed is not None) != (MIXED_VIEWS in header.features):
+        raise ValueError(f"the columns of mixed views in {split} do not fit the features {list(header.features)}")
+    for column, values in table.numbers.items():
+        _check_shape(split, column, values, sizes)
     if len(set(table.paths)) < len(table):
         raise ValueError(f"{split}/path holds a path twice")
     _check_range(split, "label", table.labels_N, len(header.classes))
     _check_range(split, "teacher", table.teacher_N, len(header.teachers))
     refuse_rows(split, "view/flip", table.flip_NV, lambda flip_B: flip_B >= 2)
     refuse_rows(split, "view/box", table.box_NV4, lambda box_B4: (box_B4 < (0, 0, 1, 1)).any(axis=1))
+    if table.mixed is not None:
+        check_mixed(split, table.mixed, table.teacher_N)
 
 
 def refuse_rows(split: str, name: str, column: Any, is_bad: Callable[[np.ndarray], np.ndarray], what: str = "") -> None:

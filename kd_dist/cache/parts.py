@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_dist.cache.format import CHUNK_SAMPLES, NUMBERS, SPLITS, Header, Table, rows_of, shape_of
+from kd_dist.cache.format import CHUNK_SAMPLES, SPLITS, Header, Table, rows_of, shape_of
 from kd_dist.errors import UserError
 from kd_dist.files import disk_full, write_atomically
 
@@ -61,8 +61,7 @@ def row_shapes(header: Header, block: Block) -> list[tuple[np.dtype, tuple[int, 
 
 def _plan_of_table(table: Table) -> dict:
     columns = hashlib.sha256("\0".join(table.paths).encode())
-    for column in NUMBERS:
-        values = getattr(table, column.field)
+    for column, values in table.numbers.items():
         for start in range(0, len(table), CHUNK_SAMPLES):
             piece = slice(start, min(start + CHUNK_SAMPLES, len(table)))
             rows = rows_of(values, piece.start, piece.stop) if "V" in column.axes else values[piece]

@@ -20,6 +20,7 @@ from kd_dist.cache.format import (
     INT,
     KNOWN_FEATURES,
     LATER_TEACHER_COLUMNS,
+    MIXED,
     NUMBERS,
     ONE_TEMPERATURE,
     PATH,
@@ -46,6 +47,7 @@ from kd_dist.cache.format import (
     shape_of,
     val_top1_of,
 )
+from kd_dist.cache.mixed import MIXED_VIEWS, Mixed
 from kd_dist.cache.stored import Source, Stored, state_of, stored
 from kd_dist.cache.topk import TopK
 from kd_dist.errors import UserError
@@ -311,6 +313,8 @@ def _read_split(columns: "_Columns", split: str, header: Header) -> LabelledTabl
     values = {column.field: read(column) for column in (PATH, *NUMBERS)}
     rows = [read(column) for column in header.row_columns]
     logits_NVK = TopK(*rows, len(header.classes)) if header.top_k else rows[0]
+    if MIXED_VIEWS in header.features:
+        values["mixed"] = Mixed(*(read(column) for column in MIXED))
     table = LabelledTable(logits_NVK=logits_NVK, **values)
     check_table(split, table, header)
     for column, rows in zip(header.row_columns, table.row_columns, strict=True):

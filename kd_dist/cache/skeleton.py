@@ -17,7 +17,6 @@ from kd_dist.cache.format import (
     HEADER_ATTRIBUTES,
     INT,
     LATER_TEACHER_COLUMNS,
-    NUMBERS,
     PATH,
     PROOF_ATTRIBUTES,
     TAIL_TEMPERATURES,
@@ -25,7 +24,6 @@ from kd_dist.cache.format import (
     TEMPERATURE,
     TEXT,
     VERSION,
-    VIEW_COLUMNS,
     Header,
     Table,
     shape_of,
@@ -50,10 +48,12 @@ def skeleton(header: Header, tables: Mapping[str, Table], proofs: Mapping[str, o
 
 
 def _write_table(file: h5py.File, split: str, table: Table, header: Header) -> None:
-    for column in (PATH, *(column for column in NUMBERS if column not in VIEW_COLUMNS)):
-        _write_column(file, f"{split}/{column.name}", column.dtype, column.axes, getattr(table, column.field))
+    of_views = table.of_views
+    for column, values in ({PATH: table.paths} | table.numbers).items():
+        if column not in of_views:
+            _write_column(file, f"{split}/{column.name}", column.dtype, column.axes, values)
     sizes = {"N": len(table), "V": table.views, **header.sizes}
-    for column in (*VIEW_COLUMNS, *header.row_columns):
+    for column in (*of_views, *header.row_columns):
         _create_column(file, f"{split}/{column.name}", column.dtype, column.axes, shape_of(column.axes, sizes))
 
 

@@ -16,7 +16,7 @@ from kd_dist.errors import UserError
 from kd_dist.files import locked
 from kd_dist.job import Data
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, joined, launched_rank, run_entry
-from kd_dist.study.arms import ARMS, Arm, chosen_arms, require_views
+from kd_dist.study.arms import ARMS, Arm, chosen_arms, require_plain_views, require_views
 from kd_dist.study.folder import StudyFolder, note, run_settings
 from kd_dist.study.online import OnlineTeacher, open_teacher
 
@@ -47,6 +47,7 @@ def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: 
     """All runs that are not finished, one after the other, a seed's arms together; then the results."""
     cache, data = distill.open_inputs(settings, runtime)
     require_views(arms, settings.views or cache.views)
+    require_plain_views(arms, cache)
     online = None
     if any(arm.needs_teacher for arm in arms):
         online = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)

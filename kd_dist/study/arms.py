@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from kd_dist import objectives
+from kd_dist.cache import Cache
 from kd_dist.config import DistillSettings, OnlineSettings, StudySettings
 from kd_dist.distill import Loss, Rows
 from kd_dist.engine import LossTerms
@@ -230,3 +231,13 @@ def require_views(arms: Sequence[Arm], views: int) -> None:
                 f"arm {arm.name} needs {arm.needs_views} views of every image, one of them for evaluation, and "
                 f"{views} are used; add some by `python -m kd_dist.cache extend`, or leave the arm out by --arms."
             )
+
+
+def require_plain_views(arms: Sequence[Arm], cache: Cache) -> None:
+    """Raise UserError where an arm makes soft labels for pictures of one image, and the cache has mixed views."""
+    made = [arm.name for arm in arms if arm.rows is not None]
+    if made and cache.split("train").mixed is not None:
+        raise UserError(
+            f"{cache.path} has mixed views, and the soft labels that {', '.join(made)} make are for pictures of one "
+            f"image: leave {'them' if len(made) > 1 else 'it'} out by --arms, or name a cache without mixed views."
+        )
