@@ -284,7 +284,7 @@ class StudySettings(DistillSettings):
     """A study: students that differ in what they learn from, and in nothing else, each with several seeds."""
 
     kind: ClassVar[str] = "study"
-    may_change: ClassVar[frozenset[str]] = Settings.may_change | {"arms", "seeds", "teacher_model"}
+    may_change: ClassVar[frozenset[str]] = DistillSettings.may_change | {"arms", "seeds", "teacher_model"}
     not_typed: ClassVar[frozenset[str]] = frozenset({"seed", "crops"})
 
     out: str = flag(RUN, "runs/study", "folder of the study; runs that it holds are not run again", "DIR")

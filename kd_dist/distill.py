@@ -13,7 +13,7 @@ from torch import nn
 
 from kd_dist import job, objectives
 from kd_dist.batches import CachedCrops
-from kd_dist.cache import Cache, TopK, open_cache, require_temperature
+from kd_dist.cache import Cache, SoftLabels, TopK, open_cache, require_temperature
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import DistillSettings
 from kd_dist.engine import LossTerms
@@ -176,15 +176,28 @@ def train(
     runtime.on_main(lambda: job.keep(folder, settings, settings.student, data, model, logits_MK, **facts))
 
 
-def _made_of_members(rows: Rows, logits_NVK: np.ndarray, data: Data, settings: DistillSettings) -> np.ndarray:
+def _made_of_members(rows: Rows, logits_NVK: SoftLabels, data: Data, settings: DistillSettings) -> np.ndarray:
     """Soft labels [N, V, K] made from the rows that are trained on; a part of train that is left out has zeros."""
     labels_N, fold = data.samples.train.labels_N, job.fold_for(settings, data)
+    logits_NVK = in_memory(logits_NVK)
     if fold is None:
         return rows(logits_NVK, labels_N, settings)
     made_MVK = rows(logits_NVK[fold.train_M], labels_N[fold.train_M], settings)
     all_NVK = np.zeros((len(labels_N), *made_MVK.shape[1:]), made_MVK.dtype)
     all_NVK[fold.train_M] = made_MVK
     return all_NVK
+
+
+def in_memory(logits_NVK: SoftLabels) -> np.ndarray:
+    """Soft labels [N, V, K] that stay on file or are made as they are read, whole: other rows are made from all of
+    them.
+    """
+    if isinstance(logits_NVK, np.ndarray):
+        return logits_NVK
+    whole_NVK = np.empty(logits_NVK.shape, logits_NVK.dtype)
+    for view in range(logits_NVK.shape[1]):
+        whole_NVK[:, view] = logits_NVK[:, view]
+    return whole_NVK
 
 
 def loss_of(settings: DistillSettings, classes: int) -> LossTerms:

@@ -17,6 +17,7 @@ from torch import nn
 
 from kd_dist import config, distill, engine, objectives, teacher, views
 from kd_dist.batches import Batch
+from kd_dist.cache import open_cache
 from kd_dist.checkpoint import RunFolder, load_model, read_metrics, read_settings, read_state, save_model
 from kd_dist.config import StudySettings
 from kd_dist.errors import UserError
@@ -148,6 +149,18 @@ def test_a_class_of_one_image_has_no_other(rows):
     logits_NVK, labels_N = rows
     with pytest.raises(UserError, match="class 9 has one training image"):
         ARMS["shuffled-within"].rows(logits_NVK, np.where(np.arange(N) == 4, 9, labels_N), SETTINGS)
+
+
+def test_rows_that_stay_on_file_are_read_whole_for_other_rows(made):
+    cache = open_cache(made / "teacher" / "logits.h5", 0)
+    on_file, labels_N = cache.split("train").logits_NVK, cache.split("train").labels_N
+    assert not isinstance(on_file, np.ndarray)
+    in_memory = distill.in_memory(on_file[:, :3])
+    dense_NVK = open_cache(made / "teacher" / "logits.h5").split("train").logits_NVK[:, :3]
+    assert np.array_equal(in_memory, dense_NVK) and in_memory.dtype == dense_NVK.dtype
+    for arm in ARMS.values():
+        if arm.rows is not None:
+            assert np.array_equal(arm.rows(in_memory, labels_N, SETTINGS), arm.rows(dense_NVK, labels_N, SETTINGS))
 
 
 # ---- settings and losses
@@ -385,7 +398,7 @@ def test_two_ranks_do_a_study_together(made, tmp_path):
     command = [
         *launcher,
         "kd_dist.study",
-        *map(str, words(made, out, "--arms", "hard-fresh", "smooth", "--epochs", "1")),
+        *map(str, words(made, out, "--arms", "hard-fresh", "smooth", "--epochs", "1", "--cache-memory", "0")),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     how = {"env": environment, "cwd": Path(__file__).parent.parent, "text": True, "timeout": 240}
