@@ -105,7 +105,7 @@ def test_interrupted_writing_adds_up_and_a_new_cache_starts_anew(tmp_path, one_p
 
 
 def test_the_two_lines_of_the_readme_as_they_stand(data, tmp_path):
-    """Without arguments, four ranks, the usual folders: here with a few images under the usual name."""
+    """Without arguments, four ranks, the usual folders: here a few images under the usual name, for two epochs."""
     for split, kept in (("train", 7), ("val", 2)):
         for class_folder in (data / split).iterdir():
             target = tmp_path / "data" / "imagewoof2-160" / split / class_folder.name
@@ -116,10 +116,14 @@ def test_the_two_lines_of_the_readme_as_they_stand(data, tmp_path):
         r"^ +(torchrun --nproc_per_node=4 -m kd_dist\.\w+) ", (REPO / "README.md").read_text(), re.MULTILINE
     )
     assert [line.split(".")[-1] for line in lines] == ["teacher", "distill"]
+    shorter = "from kd_dist.config import PRESETS\nfor jobs in PRESETS.values(): jobs.teacher['epochs'] = 2\n"
+    (tmp_path / "sitecustomize.py").write_text(shorter + "for jobs in PRESETS.values(): jobs.distill['epochs'] = 2\n")
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}
     for line in lines:
-        run([sys.executable, "-m", "torch.distributed.run", *line.split()[1:]], cwd=tmp_path)
+        run([sys.executable, "-m", "torch.distributed.run", *line.split()[1:]], cwd=tmp_path, env=environment)
     teacher, student = RunFolder(tmp_path / "runs/teacher"), RunFolder(tmp_path / "runs/student")
     assert load_model(student.model)["cache"]["sha256"] == open_cache(teacher.cache).digest
+    assert len(read_metrics(teacher)) == len(read_metrics(student)) == 2  # else the schedule was not the one meant
 
 
 def test_student_learns_from_the_cache_alone(data, teacher_run, tmp_path):

@@ -181,7 +181,7 @@ def _describe_rows(header: Header) -> str:
 
 
 def _describe_teacher(row: TeacherRow) -> str:
-    figures = f"val top-1 {row.val_top1:.2%}, sha256 {row.sha256[:12]}..."
+    figures = f"val {row.val_top1:.1%}, sha256 {row.sha256[:12]}"
     if row.members:
         return f"{row.arch} (rows {row.members} of the teachers), {figures}"
     return f"{row.arch} {row.trained_on}, seed {row.seed}, {row.image_size} px, {figures}"

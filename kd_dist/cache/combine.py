@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_dist import views
 from kd_dist.cache.fits import Pair, check_classes, check_samples
 from kd_dist.cache.format import (
     LOGITS,
@@ -52,6 +51,8 @@ def combine(caches: Sequence[Cache], target: Path, temperature: float | None, so
 
 def check_same_views(one: Cache, other: Cache) -> None:
     """Raise UserError, naming both values, unless two caches are of the same views of the same images."""
+    from kd_dist import views  # needs torch, which opening and describing a cache does not
+
     names = Pair(f"the cache {one.path}", str(other.path), MEND)
     check_classes(names, one.classes, other.classes)
     if not views.draw_alike(one.header.renderer, other.header.renderer):
