@@ -222,9 +222,7 @@ class EpochBatches(Dataset):
             if count >= wanted:
                 break
         index_R = np.concatenate(list(mine.values()))
-        order_R = np.argsort(index_R)
-        rows_RK = np.empty((len(index_R), logits_NVK.shape[2]), logits_NVK.dtype)
-        rows_RK[order_R] = logits_NVK[index_R[order_R], self.views.choice_N[index_R[order_R]]]
+        rows_RK = logits_NVK[index_R, self.views.choice_N[index_R]]
         ends = np.cumsum([len(index_B) for index_B in mine.values()])[:-1]
         return dict(zip(mine, np.split(rows_RK, ends), strict=True))
 

@@ -122,6 +122,8 @@ class Stored:
             if samples != slice(None):
                 raise IndexError("a column on file gives rows by [index, view]; its views are cut by [:, :v]")
             return replace(self, shape=(self.shape[0], len(range(self.shape[1])[views]), *self.shape[2:]))
+        if not isinstance(samples, slice) and np.ndim(samples) == 0:
+            return self[np.array([samples]), views][0]
         index_B = np.arange(*samples.indices(self.shape[0])) if isinstance(samples, slice) else np.asarray(samples)
         return self._take(index_B, np.broadcast_to(np.asarray(views), index_B.shape))
 
