@@ -26,6 +26,7 @@ def scaling(bench: Bench) -> Iterator[Row]:
     """Throughput at the same batch, over all ranks together. For CPUs: ranks on one GPU would share it."""
     if bench.on_gpu:
         return
+    _ = bench.soft_labels  # made here once, not by all ranks of all groups at the same time
     with ExitStack() as stack:
         arms = {name: Group(bench, stack, *size) for name, size in GROUPS.items()}
         taken = interleaved(arms, bench.effort(75))
