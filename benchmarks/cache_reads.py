@@ -17,8 +17,11 @@ from kd_dist.batches import CachedCrops, EpochBatches, TrainData
 from kd_dist.cache import open_cache
 from kd_dist.config import bytes_of
 
+EPOCHS = 5
+SAMPLES = 50_000  # to be read at least: a small cache's epoch is over in no time
 
-def measure(path: Path, memory: int, epochs: int, batch_size: int = 256) -> dict[str, float]:
+
+def measure(path: Path, memory: int, batch_size: int = 256) -> dict[str, float]:
     """The figures of one cache, read in this process; its peak of memory is this process's, so use a fresh one."""
     before = peak_megabytes()
     started = time.process_time()
@@ -27,7 +30,7 @@ def measure(path: Path, memory: int, epochs: int, batch_size: int = 256) -> dict
     crops = CachedCrops(train.box_NV4, train.flip_NV, seed=0)
     data = TrainData(None, train.labels_N, crops, 64, batch_size, seed=0, logits_NVK=train.logits_NVK)
     drawing, reading = [], []
-    for epoch in range(epochs):
+    for epoch in range(max(EPOCHS, -(-SAMPLES // len(train)))):
         started = time.process_time()
         batches = EpochBatches(data, epoch, rank=0, world_size=1)
         drawn = time.process_time()
@@ -58,9 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cache_reads", description=__doc__)
     parser.add_argument("path", type=Path)
     parser.add_argument("--cache-memory", default="4G", help="size up to which the cache is loaded whole [4G]")
-    parser.add_argument("--epochs", type=int, default=5)
     options = parser.parse_args()
-    print(json.dumps(measure(options.path, bytes_of("cache_memory", options.cache_memory), options.epochs)))
+    print(json.dumps(measure(options.path, bytes_of("cache_memory", options.cache_memory))))
 
 
 if __name__ == "__main__":
