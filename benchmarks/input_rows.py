@@ -32,6 +32,8 @@ def loaders(bench: Bench) -> Iterator[Row]:
 
 
 def _at_size(bench: Bench, size: int, ffcv: Child | None) -> Iterator[Row]:
+    if ffcv is not None:
+        ffcv.ask(size=size)  # it stores the pictures and compiles now, not beside the others' trials
     our_workers = best_workers(lambda workers: OurPath(bench, size, workers), bench)
     their_workers = best_workers(lambda workers: TorchvisionPath(bench, size, workers, TRIAL_IMAGES), bench)
     arms = {"ours": OurPath(bench, size, our_workers), "torchvision": TorchvisionPath(bench, size, their_workers)}
