@@ -6,11 +6,8 @@ interpolation, then mirrored. Two such pictures may be blended, by mixup or CutM
 say nothing of S, so a student may render the very picture its teacher saw at another size.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from math import floor
 from pathlib import Path
 from typing import Protocol
@@ -25,8 +22,6 @@ RENDERER = "crop-bilinear-antialias-uint8-flip/1"
 DEVICE_RENDERER = f"{RENDERER} batched"  # the same pictures but for a grey level here and there, see resident.py
 SAMPLER = "random-resized-crop/1"
 ATTEMPTS = 10
-LEAST_SHARED = 8  # pictures worth waking other threads for
-MOST_THREADS = 4  # more would wait for Python, which takes a third of the time
 LOG_RATIO = np.log([3 / 4, 4 / 3])
 MIXUP_BETA = 0.2
 
@@ -292,39 +287,20 @@ def show(pixels: Sequence[torch.Tensor], shown: Shown, size: int) -> torch.Tenso
     return pictures_BCHW
 
 
+@torch.no_grad()
 def _crops(pixels, index_B: np.ndarray, box_B4: np.ndarray, flip_B: np.ndarray, size: int) -> torch.Tensor:
-    """As `render` gives them, a share of the batch by each of torch's threads: resizing one picture uses one only."""
+    """As `render` gives them, with less work around the resizing: crops are strided views, results land in place."""
     pictures_BHWC = torch.empty((len(index_B), size, size, 3), dtype=torch.uint8)
-    threads = min(torch.get_num_threads(), MOST_THREADS)
-    if threads == 1 or len(index_B) < LEAST_SHARED:
-        _resize_into(pictures_BHWC, pixels, index_B, box_B4)
-    else:
-        shares = [
-            (pictures_BHWC[mine], pixels, index_B[mine], box_B4[mine])
-            for mine in (slice(part, None, threads) for part in range(threads))
-        ]
-        list(_helpers(os.getpid(), threads).map(_resize_into, *zip(*shares, strict=True)))
-    flipped = torch.from_numpy(np.flatnonzero(flip_B))
-    pictures_BHWC[flipped] = pictures_BHWC[flipped].flip(2)
-    return pictures_BHWC.permute(0, 3, 1, 2)
-
-
-@lru_cache(maxsize=1)
-def _helpers(_process: int, threads: int) -> ThreadPoolExecutor:
-    """The threads that resize, made anew in a forked process, which inherits none."""
-    return ThreadPoolExecutor(threads)
-
-
-@torch.inference_mode()  # by thread, and the pictures may be an inference tensor of the thread that asked for them
-def _resize_into(pictures_BHWC: torch.Tensor, pixels, index_B: np.ndarray, box_B4: np.ndarray) -> None:
-    """With little work around the resizing: crops are strided views, and results land in place."""
     slots = pictures_BHWC.permute(0, 3, 1, 2).split(1)[: len(index_B)]  # an empty tensor splits into one piece
     for slot_1CHW, index, (top, left, height, width) in zip(slots, index_B.tolist(), box_B4.tolist(), strict=True):
         image_HWC = pixels[index]
         row, column, channel = image_HWC.stride()
         start = image_HWC.storage_offset() + top * row + left * column
         crop_1CHW = image_HWC.as_strided((1, 3, height, width), (height * row, channel, row, column), start)
-        torch.ops.aten._upsample_bilinear2d_aa.out(crop_1CHW, slot_1CHW.shape[2:], False, None, None, out=slot_1CHW)
+        torch.ops.aten._upsample_bilinear2d_aa.out(crop_1CHW, (size, size), False, None, None, out=slot_1CHW)
+    flipped = torch.from_numpy(np.flatnonzero(flip_B))
+    pictures_BHWC[flipped] = pictures_BHWC[flipped].flip(2)
+    return pictures_BHWC.permute(0, 3, 1, 2)
 
 
 def blend(picture_CHW: torch.Tensor, partner_CHW: torch.Tensor, weight: float, paste_4: Sequence[float]) -> None:

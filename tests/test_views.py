@@ -263,27 +263,6 @@ def test_batch_holds_each_picture_in_its_own_view():
     assert views.show(images, Shown.plain(np.arange(0), box_B4[:0], flip_B[:0]), 24).shape == (0, 3, 24, 24)
 
 
-def test_threads_share_a_batch_without_changing_a_bit():
-    rng = np.random.default_rng(3)
-    images = [torch.from_numpy(noise(40 + i, 60 - i)) for i in range(23)]
-    sizes_N2 = np.array([image_HWC.shape[:2] for image_HWC in images])
-    shown = Shown.plain(np.arange(23), draw_boxes(rng, sizes_N2, (0.2, 1.0)), draw_flips(rng, 23))
-    before = torch.get_num_threads()
-    try:
-        drawn = {}
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            drawn[threads] = views.show(images, shown, 24)
-            with torch.inference_mode():
-                assert torch.equal(views.show(images, shown, 24), drawn[threads])
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(drawn[1], drawn[3])
-    for index in (0, 11, 22):
-        picture_CHW = render(images[index], shown.box_B4[index], bool(shown.flip_B[index]), 24)
-        assert torch.equal(drawn[3][index], picture_CHW)
-
-
 def test_rendering_leaves_the_stored_picture_alone():
     image_HWC = torch.from_numpy(noise(48, 48))
     before_HWC = image_HWC.clone()
