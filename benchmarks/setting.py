@@ -120,7 +120,7 @@ class Bench:
     ) -> Trainer:
         """The jobs' own trainer under these settings."""
         name = f"{settings.kind}-{settings.image_size}px-{id(model)}"
-        trainer, _ = job.trainer_for(
+        training = job.training(
             settings,
             self.data,
             self.runtime,
@@ -131,7 +131,7 @@ class Bench:
             logits_NVK=soft_labels,
             stop=StopRequest(),
         )
-        return trainer
+        return training.trainer
 
     def student_trainer(self, **changes: Any) -> Trainer:
         """A student's trainer: distilled from the drawn soft labels, or as `changes` say (alpha=0: the hard-label twin

@@ -31,13 +31,14 @@ def distillation(bench: Bench) -> Iterator[Row]:
         "distilled": Steps(bench.student_trainer(), count),
         "hard labels alone": Steps(bench.student_trainer(alpha=0.0), count),
     }
+    yield step_ratio(bench, "1 distill step / hard-label step", arms, DISTILL_COST)
+
+
+def step_ratio(bench: Bench, name: str, arms: dict[str, Steps], goal: Goal) -> Row:
+    """What a step of the first of two arms takes over one of the second."""
     taken = interleaved(arms, bench.effort(60))
-    yield row(
-        f"1 distill step / hard-label step, {what(bench)}",
-        taken["distilled"] / taken["hard labels alone"],
-        goal=DISTILL_COST,
-        facts=rates(bench, taken),
-    )
+    over, under = taken.values()
+    return row(f"{name}, {what(bench)}", over / under, goal=goal, facts=rates(bench, taken))
 
 
 def teacher_in_the_loop(bench: Bench) -> Iterator[Row]:
@@ -69,16 +70,10 @@ def feeding(bench: Bench) -> Iterator[Row]:
     """Row 4: throughput of the whole step over that of the same step on one batch in memory."""
     count = steps_in_turn(bench) * (1 if bench.on_gpu or bench.quick else 2)
     arms = {
-        "whole step": Steps(bench.student_trainer(), count),
         "batch in memory": Steps(bench.student_trainer(), count, fixed=True),
+        "whole step": Steps(bench.student_trainer(), count),
     }
-    taken = interleaved(arms, bench.effort(60))
-    yield row(
-        f"4 whole step / step on a batch in memory, {what(bench)}",
-        taken["batch in memory"] / taken["whole step"],
-        goal=FED,
-        facts=rates(bench, taken),
-    )
+    yield step_ratio(bench, "4 whole step / step on a batch in memory", arms, FED)  # throughputs: seconds turned over
 
 
 def what(bench: Bench) -> str:

@@ -336,12 +336,7 @@ def note_cost(folder: RunFolder, name: str, seconds: float) -> None:
 
 def read_costs(folder: RunFolder) -> dict[str, float]:
     """Seconds by kind of work, as `note_cost` noted them; empty where nothing was noted."""
-    try:
-        return json.loads(folder.costs.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder.costs} cannot be read ({error}); delete it: only the costs are lost.") from error
+    return read_json(folder.costs, mend="delete it: only the costs are lost.")
 
 
 def write_trace(folder: RunFolder, export: Callable[[str], object]) -> None:
@@ -533,6 +528,16 @@ def read_val_logits(path: Path) -> ValLogits:
 
 
 # ---- writing
+
+
+def read_json(path: Path, mend: str) -> dict[str, Any]:
+    """A small document, empty where there is none. Raises UserError where it cannot be read; `mend` is its ending."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {mend}") from error
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

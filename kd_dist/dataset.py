@@ -22,7 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from kd_dist import fetch, generated
-from kd_dist.errors import UserError
+from kd_dist.errors import UserError, exit_code_of
 from kd_dist.fetch import Progress
 from kd_dist.files import write_atomically
 
@@ -423,18 +423,12 @@ class PrintedProgress:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m kd_dist.dataset`; returns the exit code."""
     options = _parser().parse_args(arguments)
+    work = _print_releases if options.list else lambda: _print_set(_prepare(options))
     try:
-        if options.list:
-            _print_releases()
-        else:
-            _print_set(_prepare(options))
-    except UserError as error:
-        print(f"kd_dist.dataset: {error}", file=sys.stderr)
-        return 2
+        return exit_code_of("kd_dist.dataset", work)
     except KeyboardInterrupt:
         print("kd_dist.dataset: stopped; the same command goes on with what is there.", file=sys.stderr)
         return 130
-    return 0
 
 
 def _prepare(options: argparse.Namespace) -> Dataset:

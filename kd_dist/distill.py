@@ -160,7 +160,7 @@ def train(
     crops, logits_NVK = crops_of(settings, data, cache)
     if rows is not None:
         logits_NVK = _made_of_members(rows, logits_NVK, data, settings)
-    model, logits_MK = job.train(
+    training = job.training(
         settings,
         data,
         runtime,
@@ -172,6 +172,7 @@ def train(
         stop=stop,
         cache=cache,
     )
+    model, logits_MK = training.run()
     facts = {"cache": described(cache)} if cache else {}
     runtime.on_main(lambda: job.keep(folder, settings, settings.student, data, model, logits_MK, **facts))
 

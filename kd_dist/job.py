@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -270,27 +269,25 @@ def fresh_crops(settings: Settings, data: Data) -> FreshCrops:
     return FreshCrops(data.pixels["train"].sizes_N2, settings.crop_scale, settings.seed)
 
 
-def train(
-    settings: Settings,
-    data: Data,
-    runtime: Runtime,
-    folder: RunFolder,
-    model: nn.Module,
-    loss_terms: LossTerms,
-    views_of_epoch: FreshCrops | CachedCrops,
-    **rest: Any,
-) -> tuple[nn.Module, np.ndarray]:
-    """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
-    [M, K] of the images it is scored on, val unless the settings say otherwise. `rest` is what `trainer_for` takes
-    besides.
-    """
-    trainer, validation = trainer_for(settings, data, runtime, folder, model, loss_terms, views_of_epoch, **rest)
-    say(runtime, _introduction(settings, model, trainer))
-    trainer.run()
-    return trainer.evaluated_model, validation.logits(trainer.evaluated_model)
+@dataclass(frozen=True)
+class Training:
+    """A run of the engine with all that the settings say put into it, and the validation it calls."""
+
+    settings: Settings
+    trainer: Trainer
+    validation: "Validation"
+
+    def run(self) -> tuple[nn.Module, np.ndarray]:
+        """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
+        [M, K] of the images it is scored on, val unless the settings say otherwise.
+        """
+        say(self.trainer.runtime, _introduction(self.settings, self.trainer))
+        self.trainer.run()
+        model = self.trainer.evaluated_model
+        return model, self.validation.logits(model)
 
 
-def trainer_for(
+def training(
     settings: Settings,
     data: Data,
     runtime: Runtime,
@@ -302,8 +299,8 @@ def trainer_for(
     logits_NVK: SoftLabels | None = None,
     stop: StopRequest,
     cache: Cache | None = None,
-) -> tuple[Trainer, "Validation"]:
-    """The engine with all that the settings say put into it, ready to run, and the validation it calls.
+) -> Training:
+    """What trains this model on this data under these settings, ready to run.
 
     `cache` adds agreement with the teacher to the metrics.
     """
@@ -338,7 +335,7 @@ def trainer_for(
         compile_model=settings.compile,
         trace=settings.profile,
     )
-    return trainer, validation
+    return Training(settings, trainer, validation)
 
 
 def schedule_of(settings: Settings) -> Schedule:
@@ -346,10 +343,10 @@ def schedule_of(settings: Settings) -> Schedule:
     return Schedule(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Schedule)})
 
 
-def _introduction(settings: Settings, model: nn.Module, trainer: Trainer) -> str:
+def _introduction(settings: Settings, trainer: Trainer) -> str:
     data, runtime = trainer.data, trainer.runtime
     return (
-        f"{settings.kind}: {count_weights(model):,} weights, {len(data):,} images at {data.image_size} px, "
+        f"{settings.kind}: {count_weights(trainer.model):,} weights, {len(data):,} images at {data.image_size} px, "
         f"{settings.epochs} epochs of {data.steps_per_epoch} steps, {runtime.world_size} ranks on "
         f"{runtime.device.type} in {trainer.compute_dtype} (preset {settings.preset})"
     )

@@ -23,7 +23,7 @@ import numpy as np
 from kd_dist.cache import Cache, open_cache
 from kd_dist.checkpoint import RunFolder, read_metrics, read_settings, read_state, read_val_logits
 from kd_dist.config import DistillSettings
-from kd_dist.errors import UserError
+from kd_dist.errors import UserError, exit_code_of
 
 COLUMNS = ("run", "kind", "alpha", "temperature", "epochs", "top-1", "agreement", "images/s", "status")
 _ABSENT = "-"
@@ -181,12 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m kd_dist.report`; returns the exit code."""
     options = _parser().parse_args(arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what the terminal cannot show
-    try:
-        print(report(options.runs, options.cache, options.markdown))
-    except UserError as error:
-        print(f"kd_dist.report: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of("kd_dist.report", lambda: print(report(options.runs, options.cache, options.markdown)))
 
 
 def report(folders: Sequence[Path], cache: Path | None = None, as_markdown: bool = False) -> str:

@@ -22,9 +22,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from kd_dist.errors import UserError
+from kd_dist.errors import EXIT_USER_ERROR, UserError
 
-EXIT_USER_ERROR = 2
 PEER_IS_GONE = (
     "kd_dist: another rank died or stopped answering, or the network failed; run the same command again to go on from "
     "the last checkpoint."

@@ -92,7 +92,7 @@ def train(
     """Train the teacher and keep its last weights (or their moving average), not the best on val."""
     loss = objectives.hard(len(data.samples.classes), settings.label_smoothing)
     crops = job.fresh_crops(settings, data)
-    model, logits_MK = job.train(settings, data, runtime, folder, model, loss, crops, stop=stop)
+    model, logits_MK = job.training(settings, data, runtime, folder, model, loss, crops, stop=stop).run()
     runtime.on_main(lambda: job.keep(folder, settings, settings.teacher, data, model, logits_MK))
 
 

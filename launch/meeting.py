@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_dist.errors import UserError
+from kd_dist.errors import UserError, exit_code_of
 from launch.folders import read_json, write_json
 
 CONNECT_SECONDS = 12.0
@@ -249,8 +249,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"launch.meeting: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code_of("launch.meeting", lambda: main(sys.argv[1:])))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_dist.checkpoint import RunFolder
-from kd_dist.errors import UserError
+from kd_dist.errors import UserError, exit_code_of
 from launch.folders import now
 
 TIME_OUT, PREEMPTED = "time-out", "preempted"
@@ -125,8 +125,4 @@ def _seconds(left: str) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"launch.restarts: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code_of("launch.restarts", lambda: main(sys.argv[1:])))

@@ -5,6 +5,7 @@ each job that failed, the error of the rank that failed first.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_dist.checkpoint import RunFolder, read_metrics, read_state
-from kd_dist.errors import UserError
+from kd_dist.errors import UserError, exit_code_of
 from launch import queue
 from launch.folders import JOBS, Job, JobFolder, job_folders, read_json, tail_of
 from launch.queue import State
@@ -240,19 +241,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cancel", action="store_true", help="cancel what waits or runs; each saves before it ends")
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # a log line may hold what the terminal cannot show
-    try:
-        if options.cancel:
-            print("\n".join(cancel(standings(options.runs))))
-        if options.follow:
-            follow(options.runs, options.every)
-        elif not options.cancel:
-            print(text_of(standings(options.runs)))
-    except UserError as error:
-        print(f"launch.status: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0
+    with contextlib.suppress(KeyboardInterrupt):
+        return exit_code_of("launch.status", lambda: _show(options))
     return 0
+
+
+def _show(options: argparse.Namespace) -> None:
+    if options.cancel:
+        print("\n".join(cancel(standings(options.runs))))
+    if options.follow:
+        follow(options.runs, options.every)
+    elif not options.cancel:
+        print(text_of(standings(options.runs)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kd_dist.config import DistillSettings, StudySettings
-from kd_dist.errors import UserError
+from kd_dist.errors import UserError, exit_code_of
 from launch import executors
 from launch.code import snapshot
 from launch.executors import CLUSTERS, FOR_EVER_MINUTES, Submission
@@ -33,12 +33,7 @@ from launch.task import MODULES, Task
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        submit(given)
-    except UserError as error:
-        print(f"launch.submit: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of("launch.submit", lambda: submit(given))
 
 
 def submit(given: list[str]) -> None:

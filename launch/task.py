@@ -20,14 +20,13 @@ from pathlib import Path
 
 import submitit
 
-from kd_dist.errors import UserError
+from kd_dist.errors import EXIT_USER_ERROR, UserError
 from launch.folders import Job, JobFolder, now, read_json, tail_of, write_json
 from launch.meeting import GivenUp, Place, meet
 from launch.restarts import PREEMPTED, TIME_OUT, Journal, progress_of
 
 MODULES = {"teacher": "kd_dist.teacher", "distill": "kd_dist.distill", "study": "kd_dist.study"}
 WARNING = signal.SIGUSR2
-EXIT_USER_ERROR = 2
 LOCAL_REQUEUE = 144  # what submitit's local executor takes for "start me again"
 PORTS = range(20_000, 32_000)  # below the ports that systems hand out to outgoing connections
 # Output at once; and the ranks have met already, so that one slow to import torch is no reason to end.

@@ -26,6 +26,7 @@ from kd_dist.dataset import main as dataset_main
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
 from kd_dist.generated import generate
+from tests.entries import call, refused
 from tests.ranks import free_port
 
 REPO = Path(__file__).parent.parent
@@ -47,25 +48,6 @@ def cache(made, tmp_path) -> Path:
     for name in ("logits.h5", "logits.h5.sha256"):
         shutil.copy(made / "teacher" / name, tmp_path / name)
     return tmp_path / "logits.h5"
-
-
-def call(main, *arguments) -> None:
-    """Run an entry's main in this process with these command line arguments."""
-    before = sys.argv
-    sys.argv = ["kd_dist", *map(str, arguments)]
-    try:
-        main()
-    finally:
-        sys.argv = before
-
-
-def refused(main, *arguments) -> str:
-    """The sentence that an entry refuses these arguments with."""
-    with pytest.raises(UserError) as caught:
-        call(main, *arguments)
-    sentence = str(caught.value)
-    assert sentence and "\n" not in sentence and sentence.endswith(".")
-    return sentence
 
 
 def distilling(made, tmp_path, *more):

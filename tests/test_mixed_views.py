@@ -30,8 +30,9 @@ from kd_dist.job import Data
 from kd_dist.losses import hard_targets
 from kd_dist.runtime import StopRequest
 from kd_dist.study.arms import ARMS, require_plain_views
+from tests.entries import call, refused
 from tests.ranks import run_ranks
-from tests.test_bad_input import TINY, call, refused
+from tests.test_bad_input import TINY
 from tests.test_exactness import open_tiny, small_teacher
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "cache-format.md"

@@ -29,29 +29,11 @@ from kd_dist.study import __main__ as entry
 from kd_dist.study import arms, online
 from kd_dist.study.arms import ARMS
 from kd_dist.study.folder import StudyFolder, run_settings
+from tests.entries import call, refused
 
 N, V, K = 12, 4, 3
 TINY = ["--image-size", "32", "--batch-size", "12", "--lr", "0.02", "--device", "cpu", "--checkpoint-minutes", "1000"]
 SETTINGS = StudySettings(epochs=2, warmup_epochs=0.5, temperature=3.0, cutmix=0.5).resolved()
-
-
-def call(main, *arguments) -> None:
-    """Run an entry's main in this process with these command line arguments."""
-    before = sys.argv
-    sys.argv = ["kd_dist", *map(str, arguments)]
-    try:
-        main()
-    finally:
-        sys.argv = before
-
-
-def refused(*arguments) -> str:
-    """The sentence that the study refuses these arguments with."""
-    with pytest.raises(UserError) as caught:
-        call(entry.main, *arguments)
-    sentence = str(caught.value)
-    assert sentence and "\n" not in sentence and sentence.endswith(".")
-    return sentence
 
 
 @pytest.fixture(scope="module")
@@ -336,11 +318,11 @@ def test_a_finished_run_is_not_run_again_and_arms_and_seeds_may_be_added(made, w
     assert list(looker.runs) == ["smooth", "cached-V"]  # smooth with both seeds, cached-V with the new one
     study = json.loads((out / "study.json").read_text())
     assert (study["arms"], study["seeds"]) == (["hard-fresh", "smooth", "cached-V"], [0, 4])
-    assert "--epochs was 2, now 3" in refused(*words(made, out, *more, "--epochs", "3"))
-    primary = refused(*words(made, out, *more, "--primary", "cached-1", "hard-fresh"))
+    assert "--epochs was 2, now 3" in refused(entry.main, *words(made, out, *more, "--epochs", "3"))
+    primary = refused(entry.main, *words(made, out, *more, "--primary", "cached-1", "hard-fresh"))
     assert '--primary was ["cached-V", "hard-fresh"], now ["cached-1", "hard-fresh"]' in primary
     shutil.move(out / "cached-V" / "seed-4", out / "cached-1" / "seed-4")
-    foreign = refused(*words(made, out, *more, "--arms", "cached-1", "--seeds", "4"))
+    foreign = refused(entry.main, *words(made, out, *more, "--arms", "cached-1", "--seeds", "4"))
     assert 'study arm was "cached-V", now "cached-1"' in foreign
 
 
@@ -440,7 +422,7 @@ def test_list_shows_the_ladder(capsys):
 )
 def test_wrong_input_is_refused_in_one_sentence(made, tmp_path, typed, sentence):
     typed = [word.replace("DATA", str(made)) for word in typed]
-    assert sentence in refused(*words(made, tmp_path / "study", *typed))
+    assert sentence in refused(entry.main, *words(made, tmp_path / "study", *typed))
 
 
 def test_another_teacher_than_the_caches_is_refused(made, tmp_path):
@@ -449,7 +431,7 @@ def test_another_teacher_than_the_caches_is_refused(made, tmp_path):
 
     (tmp_path / "other").mkdir()
     path = save_model(RunFolder(tmp_path / "other"), payload)
-    sentence = refused(*words(made, tmp_path / "study", "--teacher-model", path, "--arms", "online"))
+    sentence = refused(entry.main, *words(made, tmp_path / "study", "--teacher-model", path, "--arms", "online"))
     assert "but" in sentence and "was labelled by" in sentence
     assert not (tmp_path / "study").exists()
 
@@ -457,5 +439,5 @@ def test_another_teacher_than_the_caches_is_refused(made, tmp_path):
 def test_what_is_no_study_is_left_alone(made, tmp_path):
     (tmp_path / "study").mkdir()
     (tmp_path / "study/study.json").write_text("{}")
-    assert "is no study of ours" in refused(*words(made, tmp_path / "study"))
+    assert "is no study of ours" in refused(entry.main, *words(made, tmp_path / "study"))
     assert (tmp_path / "study/study.json").read_text() == "{}"

@@ -17,7 +17,8 @@ from kd_dist.generated import generate
 from kd_dist.models import STUDENTS, TEACHERS, Cnn5
 from kd_dist.pixels import Pixels
 from kd_dist.report import report
-from tests.test_bad_input import TINY, call, refused
+from tests.entries import call, refused
+from tests.test_bad_input import TINY
 
 PART = ("--folds", 4, "--fold", 1)
 

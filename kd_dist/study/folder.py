@@ -69,12 +69,7 @@ class StudyFolder:
 
     def document(self) -> dict[str, Any]:
         """What study.json says; empty where there is none. Raises UserError where it cannot be read."""
-        try:
-            return json.loads(self.study.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.study} cannot be read ({error}); restore it, or run the study again.") from error
+        return checkpoint.read_json(self.study, mend="restore it, or run the study again.")
 
 
 def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:

@@ -260,7 +260,8 @@ def _text(study: Study) -> str:
 
 def _row(study: Study, arm: Arm) -> tuple[str, ...]:
     seeds = f"{len(arm.finished)}" if arm.complete else f"incomplete, {len(arm.finished)} of {len(arm.runs) or '?'}"
-    figures = (_share(arm.spread("top1")), _share(arm.spread("agreement")), _error(arm.spread("calibration_error")))
+    shares = (_with_deviation(arm.spread(name), digits=2, scale=100) for name in ("top1", "agreement"))
+    figures = (*shares, _with_deviation(arm.spread("calibration_error"), digits=3))
     return (arm.name, arm.isolates, seeds, *figures, *_contrast_cells(study, arm))
 
 
@@ -351,16 +352,11 @@ def _about_bug_check(study: Study) -> list[str]:
     ]
 
 
-def _share(found: Spread | None) -> str:
+def _with_deviation(found: Spread | None, digits: int, scale: float = 1.0) -> str:
     if found is None:
         return _ABSENT
-    return f"{100 * found.mean:.2f}" + ("" if found.deviation is None else f" ± {100 * found.deviation:.2f}")
-
-
-def _error(found: Spread | None) -> str:
-    if found is None:
-        return _ABSENT
-    return f"{found.mean:.3f}" + ("" if found.deviation is None else f" ± {found.deviation:.3f}")
+    values = (value for value in (found.mean, found.deviation) if value is not None)
+    return " ± ".join(f"{scale * value:.{digits}f}" for value in values)
 
 
 def _points(found: Difference | None) -> str:
