@@ -6,7 +6,8 @@ interpolation, then mirrored. Two such pictures may be blended, by mixup or CutM
 say nothing of S, so a student may render the very picture its teacher saw at another size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from math import floor
 from pathlib import Path
@@ -277,30 +278,50 @@ def shown_in(cached: CachedViews, index_B: np.ndarray, view_B: np.ndarray | int)
     return Shown(*own, partner_B, *crops, mixed.weight_NV[index_B, view_B], mixed.paste_NV4[index_B, view_B])
 
 
-def show(pixels: Sequence[torch.Tensor], shown: Shown, size: int) -> torch.Tensor:
-    """The pictures: uint8 [B, 3, size, size], channels_last in memory. `pixels[i]` is image i, uint8 [H, W, 3]."""
-    pictures_BCHW = _crops(pixels, shown.index_B, shown.box_B4, shown.flip_B, size)
+class Images(Protocol):
+    """The pictures of a split on the host."""
+
+    def crops(self, index_B: np.ndarray, box_B4: np.ndarray) -> Iterable[torch.Tensor]:
+        """Of each of these images one box, uint8 [1, 3, h, w]."""
+        ...
+
+
+def show(images: Images, shown: Shown, size: int) -> torch.Tensor:
+    """The pictures: uint8 [B, 3, size, size], channels_last in memory."""
+    pictures_BCHW = _drawn(images.crops(shown.index_B, shown.box_B4), shown.flip_B, size)
     blended = np.flatnonzero(shown.weight_B < 1)
-    others = (shown.partner_B[blended], shown.partner_box_B4[blended], shown.partner_flip_B[blended])
-    for slot, partner_CHW in zip(blended, _crops(pixels, *others, size), strict=True):
-        blend(pictures_BCHW[slot], partner_CHW, float(shown.weight_B[slot]), shown.paste_B4[slot])
+    other = shown.at(blended)
+    partners_BCHW = _drawn(images.crops(other.partner_B, other.partner_box_B4), other.partner_flip_B, size)
+    for slot, partner_CHW, weight, paste_4 in zip(blended, partners_BCHW, other.weight_B, other.paste_B4, strict=True):
+        blend(pictures_BCHW[slot], partner_CHW, float(weight), paste_4)
     return pictures_BCHW
 
 
 @torch.no_grad()
-def _crops(pixels, index_B: np.ndarray, box_B4: np.ndarray, flip_B: np.ndarray, size: int) -> torch.Tensor:
-    """As `render` gives them, with less work around the resizing: crops are strided views, results land in place."""
-    pictures_BHWC = torch.empty((len(index_B), size, size, 3), dtype=torch.uint8)
-    slots = pictures_BHWC.permute(0, 3, 1, 2).split(1)[: len(index_B)]  # an empty tensor splits into one piece
-    for slot_1CHW, index, (top, left, height, width) in zip(slots, index_B.tolist(), box_B4.tolist(), strict=True):
-        image_HWC = pixels[index]
-        row, column, channel = image_HWC.stride()
-        start = image_HWC.storage_offset() + top * row + left * column
-        crop_1CHW = image_HWC.as_strided((1, 3, height, width), (height * row, channel, row, column), start)
-        torch.ops.aten._upsample_bilinear2d_aa.out(crop_1CHW, (size, size), False, None, None, out=slot_1CHW)
+def _drawn(crops: Iterable[torch.Tensor], flip_B: np.ndarray, size: int) -> torch.Tensor:
+    """As `render` gives them, with less work around the resizing: the results land in place."""
+    pictures_BHWC = torch.empty((len(flip_B), size, size, 3), dtype=torch.uint8)
+    slots = pictures_BHWC.permute(0, 3, 1, 2).split(1)[: len(flip_B)]  # an empty tensor splits into one piece
+    with _one_thread():
+        for slot_1CHW, crop_1CHW in zip(slots, crops, strict=True):
+            torch._C._nn._upsample_bilinear2d_aa(crop_1CHW, (size, size), False, None, out=slot_1CHW)
     flipped = torch.from_numpy(np.flatnonzero(flip_B))
     pictures_BHWC[flipped] = pictures_BHWC[flipped].flip(2)
     return pictures_BHWC.permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch would share the rows of each small picture out to its threads, which costs more than it saves."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def blend(picture_CHW: torch.Tensor, partner_CHW: torch.Tensor, weight: float, paste_4: Sequence[float]) -> None:

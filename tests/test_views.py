@@ -249,25 +249,52 @@ def test_box_shows_the_same_content_at_two_sizes():
     assert gaps[4] > 5
 
 
-def test_batch_holds_each_picture_in_its_own_view():
+def test_batch_holds_each_picture_in_its_own_view(pixels_of):
     images = [torch.from_numpy(noise(height, width)) for height, width in ((40, 60), (60, 40), (33, 33))]
     box_B4, flip_B = (
         np.array([(0, 5, 40, 40), (10, 0, 30, 40), (1, 2, 30, 20)], np.int16),
         np.array([0, 1, 1], np.uint8),
     )
-    pictures_BCHW = views.show(images, Shown.plain(np.arange(3), box_B4, flip_B), 24)
+    stored = pixels_of([image_HWC.numpy() for image_HWC in images])
+    pictures_BCHW = views.show(stored, Shown.plain(np.arange(3), box_B4, flip_B), 24)
     assert pictures_BCHW.shape == (3, 3, 24, 24)
     assert pictures_BCHW.is_contiguous(memory_format=torch.channels_last)
     for picture_CHW, image_HWC, box, flip in zip(pictures_BCHW, images, box_B4, flip_B, strict=True):
         assert torch.equal(picture_CHW, render(image_HWC, box, bool(flip), 24))
-    assert views.show(images, Shown.plain(np.arange(0), box_B4[:0], flip_B[:0]), 24).shape == (0, 3, 24, 24)
+    assert views.show(stored, Shown.plain(np.arange(0), box_B4[:0], flip_B[:0]), 24).shape == (0, 3, 24, 24)
 
 
-def test_rendering_leaves_the_stored_picture_alone():
-    image_HWC = torch.from_numpy(noise(48, 48))
-    before_HWC = image_HWC.clone()
-    views.show([image_HWC], Shown.plain(np.array([0]), np.array([(0, 0, 48, 48)]), np.array([0])), 48).zero_()
-    assert torch.equal(image_HWC, before_HWC)
+def test_rendering_leaves_the_stored_picture_alone(pixels_of):
+    stored = pixels_of([noise(48, 48)])
+    before = stored.bytes_.clone()
+    views.show(stored, Shown.plain(np.array([0]), np.array([(0, 0, 48, 48)]), np.array([0])), 48).zero_()
+    assert torch.equal(stored.bytes_, before)
+
+
+def test_drawing_is_for_one_thread_and_leaves_torch_its_own(pixels_of):
+    """torch's threads are many in a job of one rank; in these tests they are one."""
+    stored = pixels_of([noise(90, 70), noise(40, 80)])
+    shown = Shown.plain(np.array([1, 0]), np.array([(3, 5, 30, 70), (0, 0, 90, 70)]), np.array([1, 0]))
+    by_one_BCHW, seen = views.show(stored, shown, 64), []
+
+    class Looking:
+        def crops(self, index_B, box_B4):
+            for crop_1CHW in stored.crops(index_B, box_B4):
+                seen.append(torch.get_num_threads())
+                yield crop_1CHW
+            if len(seen) > 2:
+                raise UserError("gone.")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(views.show(Looking(), shown, 64), by_one_BCHW)
+        assert (seen, torch.get_num_threads()) == ([1, 1], 3)
+        with pytest.raises(UserError, match="gone"):
+            views.show(Looking(), shown, 64)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -323,15 +350,16 @@ def test_pasted_box_has_the_given_share(weight, centre, pasted, remains):
     assert torch.equal(picture_CHW, expected_HW.expand(3, 24, 24))
 
 
-def test_blended_pictures_are_made_of_two_crops_of_their_own():
+def test_blended_pictures_are_made_of_two_crops_of_their_own(pixels_of):
     images = [torch.from_numpy(noise(40, 60)), torch.from_numpy(noise(50, 30))]
     own, other = (0, (0, 5, 40, 40), 1), (1, (3, 2, 30, 20), 0)
     index_B, box_B4, flip_B = (np.array([value] * 3) for value in own)
     partner = [np.array([value] * 3) for value in other]
     weight_B = np.array([0.25, 0.75, 1.0], np.float32)
     paste_B4 = np.array([(0, 0, 0, 0), (0.5, 0, 1, 0.5), (0, 0, 0, 0)], np.float32)
+    stored = pixels_of([image_HWC.numpy() for image_HWC in images])
     mixed_CHW, pasted_CHW, plain_CHW = views.show(
-        images, Shown(index_B, box_B4, flip_B, *partner, weight_B, paste_B4), 16
+        stored, Shown(index_B, box_B4, flip_B, *partner, weight_B, paste_B4), 16
     )
     own_CHW, other_CHW = (render(images[i], box, bool(flip), 16) for i, box, flip in (own, other))
     assert torch.equal(plain_CHW, own_CHW)
