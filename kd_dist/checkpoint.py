@@ -74,6 +74,10 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model.pt"
 
+    def model_after(self, epochs: int) -> Path:
+        """Where the weights after so many epochs are kept, if they are asked for."""
+        return self.path / f"model-epoch-{epochs}.pt"
+
     @property
     def val_logits(self) -> Path:
         return self.path / "val_logits.h5"
@@ -117,6 +121,7 @@ class RunFolder:
             *cache_companions,  # its digest, and the parts of one that was not finished
             *(self.checkpoint(step) for step in self.saved_steps()),
             *self.path.glob("events.out.tfevents.*"),
+            *(path for path in self.path.glob("model-epoch-*.pt") if re.fullmatch(r"model-epoch-\d+\.pt", path.name)),
             self.metrics,
         ]
 
@@ -125,6 +130,7 @@ class RunFolder:
         named = (self.settings, self.state, self.metrics, self.model, self.val_logits, self.trace, self.costs)
         names = [path.name for path in named]
         found = [path for name in names for path in self.path.glob(f".{name}.*.tmp")]
+        found += self.path.glob(".model-epoch-*.tmp")
         return [*found, *self.checkpoints.glob(".step-*.tmp")]
 
 
@@ -395,11 +401,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return {**document["payload"], "step": document["step"]}
 
 
-def save_model(folder: RunFolder, payload: Mapping[str, Any]) -> Path:
-    """Publish the run's final weights and what is worth knowing of them; `payload` as in save_checkpoint."""
-    with _writing(folder.model):
-        _write_torch(folder.model, {"format": _MODEL, "version": _VERSION, "payload": dict(payload)})
-    return folder.model
+def save_model(path: Path, payload: Mapping[str, Any]) -> None:
+    """Publish a run's weights and what is worth knowing of them; `payload` as in save_checkpoint."""
+    with _writing(path):
+        _write_torch(path, {"format": _MODEL, "version": _VERSION, "payload": dict(payload)})
 
 
 def load_model(path: Path) -> dict[str, Any]:

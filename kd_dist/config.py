@@ -171,7 +171,7 @@ class TeacherSettings(Settings):
     """The first job: train a teacher, then write the cache."""
 
     kind: ClassVar[str] = "teacher"
-    may_change: ClassVar[frozenset[str]] = Settings.may_change | {"views", "mixed_views", "top_k"}
+    may_change: ClassVar[frozenset[str]] = Settings.may_change | {"views", "mixed_views", "top_k", "keep_epochs"}
 
     out: str = flag(RUN, "runs/teacher", "folder of this run; running the same command again resumes it", "DIR")
     cache: str | None = flag(DATA, None, "where the soft labels go [OUT/logits.h5]", "FILE")
@@ -191,8 +191,14 @@ class TeacherSettings(Settings):
         DATA, None, "keep of each row the K largest logits and the mass of the others, for many classes [all]", "K"
     )
 
+    keep_epochs: tuple[int, ...] = flag(
+        RUN, (), "keep the weights after these epochs too, as OUT/model-epoch-N.pt: a younger teacher may teach better"
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        for epoch in self.keep_epochs:
+            _require(1 <= epoch <= self.epochs, "keep_epochs", epoch, f"must lie in 1 to {self.epochs} (--epochs)")
         _require(self.views >= 0, "views", self.views, "must be at least 1, or 0 for no cache")
         check_mixed_views(self.mixed_views, self.views)
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "must be at least 1")
@@ -289,7 +295,11 @@ class StudySettings(DistillSettings):
 
     out: str = flag(RUN, "runs/study", "folder of the study; runs that it holds are not run again", "DIR")
     arms: tuple[str, ...] | None = flag(
-        RUN, None, "what to compare, see --list [all, and online where --teacher-model is given]", "ARM"
+        RUN,
+        None,
+        "what to compare, see --list; NAME=ARM,setting=value makes another [all, and online where --teacher-model is "
+        "given]",
+        "ARM",
     )
     seeds: tuple[int, ...] = flag(RUN, (0, 1, 2), "a student of every arm for each", "SEED")
     primary: tuple[str, ...] = flag(
@@ -481,7 +491,7 @@ def _shown_default(kind: type[Settings], setting: dataclasses.Field) -> str:
     """The default in brackets; where presets differ from it, theirs by name."""
     presets = {name: preset.of(kind) for name, preset in PRESETS.items()}
     own = {name: values[setting.name] for name, values in presets.items() if setting.name in values}
-    if setting.default is None or isinstance(setting.default, bool):
+    if setting.default in (None, ()) or isinstance(setting.default, bool):
         return ""
     shown = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else str(setting.default)
     return f" [{', '.join([shown, *(f'{name}: {value}' for name, value in own.items())])}]"

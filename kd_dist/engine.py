@@ -36,6 +36,9 @@ LossTerms = Callable[[nn.Module, Batch], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module], dict[str, float]]
 """Validation: metrics by name, equal on all ranks; "val_" heads those of val, "tune_" those of a part of train."""
 
+AfterEpoch = Callable[[int, nn.Module, dict[str, float]], None]
+"""Told on rank 0, at the end of an epoch: how many are done, the evaluated model, its metrics."""
+
 SCORES = ("val_", "tune_")
 
 MOMENTUM = 0.9
@@ -120,7 +123,9 @@ class Trainer:
         precision: str = "auto",
         compile_model: bool = False,
         trace: bool = False,
+        after_epoch: AfterEpoch | None = None,
     ):
+        self.after_epoch = after_epoch
         self.data, self.loss_terms, self.evaluate, self.schedule = data, loss_terms, evaluate, schedule
         self.runtime, self.folder, self.stop, self.workers = runtime, folder, stop, workers
         self.compute_dtype = compute_dtype(runtime.device, precision)
@@ -345,7 +350,9 @@ class Trainer:
         row = {"step": self.step, "epoch": epoch, **metrics, **self.sums.row(), "epoch_s": epoch_s, "lr": lr}
         self.sums = EpochSums()
         if self.runtime.is_main:
-            self._note_epoch(row)
+            if self.after_epoch:
+                self.after_epoch(epoch, self.evaluated_model, metrics)
+            self._note_epoch(row)  # last: an epoch without its row is closed again
 
     def _is_noted(self) -> bool:
         """Whether the step's epoch has its row, or was stopped after its checkpoint and before that."""

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from kd_dist.cache import Cache, SoftLabels
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import Settings
 from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
-from kd_dist.engine import HEARTBEAT_SECONDS, LossTerms, Schedule, Trainer
+from kd_dist.engine import HEARTBEAT_SECONDS, AfterEpoch, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
 from kd_dist.folds import Fold, fold_of
 from kd_dist.inference import Forward, compute_dtype
@@ -299,25 +299,13 @@ def training(
     logits_NVK: SoftLabels | None = None,
     stop: StopRequest,
     cache: Cache | None = None,
+    after_epoch: AfterEpoch | None = None,
 ) -> Training:
     """What trains this model on this data under these settings, ready to run.
 
     `cache` adds agreement with the teacher to the metrics.
     """
-    samples, pixels = data.split("train")
-    fold = fold_for(settings, data)
-    train_data = TrainData(
-        pixels=pixels,
-        labels_N=samples.labels_N,
-        views_of_epoch=views_of_epoch,
-        image_size=settings.image_size,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        mixup=settings.mixup,
-        cutmix=settings.cutmix,
-        logits_NVK=logits_NVK,
-        members_M=None if fold is None else fold.train_M,
-    )
+    train_data = _train_data(settings, data, views_of_epoch, logits_NVK)
     validation = Validation(settings, data, runtime, cache)
     trainer = Trainer(
         model,
@@ -334,8 +322,28 @@ def training(
         precision=settings.precision,
         compile_model=settings.compile,
         trace=settings.profile,
+        after_epoch=after_epoch,
     )
     return Training(settings, trainer, validation)
+
+
+def _train_data(
+    settings: Settings, data: Data, views_of_epoch: FreshCrops | CachedCrops, logits_NVK: SoftLabels | None
+) -> TrainData:
+    samples, pixels = data.split("train")
+    fold = fold_for(settings, data)
+    return TrainData(
+        pixels=pixels,
+        labels_N=samples.labels_N,
+        views_of_epoch=views_of_epoch,
+        image_size=settings.image_size,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        mixup=settings.mixup,
+        cutmix=settings.cutmix,
+        logits_NVK=logits_NVK,
+        members_M=None if fold is None else fold.train_M,
+    )
 
 
 def schedule_of(settings: Settings) -> Schedule:
@@ -435,9 +443,22 @@ def keep(
     checkpoint.write_val_logits(
         folder.val_logits, logits_MK, samples.labels_N, samples.paths, samples.fingerprint, top1=score, of=samples.split
     )
+    keep_model(folder.model, settings, arch, data, model, {f"{scored.head}_top1": score}, **facts)
+
+
+def keep_model(
+    path: Path,
+    settings: Settings,
+    arch: str,
+    data: Data,
+    model: nn.Module,
+    scores: Mapping[str, float],
+    **facts: object,
+) -> None:
+    """Write weights, with their scores and what else one must know to use them."""
     fingerprints = {split: data.samples.split(split).fingerprint for split in ("train", "val")}
     checkpoint.save_model(
-        folder,
+        path,
         {
             "kind": settings.kind,
             "arch": arch,
@@ -447,7 +468,7 @@ def keep(
             "mean": list(config.MEAN),
             "std": list(config.STD),
             "seed": settings.seed,
-            f"{scored.head}_top1": score,
+            **scores,
             "fold": None if settings.fold is None else {"number": settings.fold, "folds": settings.folds},
             "data": {"name": data.samples.name, **fingerprints},
             "settings": settings.stored(),

@@ -44,6 +44,7 @@ def main() -> None:
         with job.running(folder, runtime) as stop:
             if not runtime.on_main(folder.model.exists):
                 train(settings, data, model, folder, runtime, stop)
+            tell_what_passed(settings, folder, runtime)
             if settings.views:
                 write(settings, data, target, folder, runtime, stop)
 
@@ -90,10 +91,24 @@ def train(
     stop: StopRequest,
 ) -> None:
     """Train the teacher and keep its last weights (or their moving average), not the best on val."""
+
+    def keep_middle(epoch: int, model: nn.Module, metrics: dict[str, float]) -> None:
+        if epoch in settings.keep_epochs:
+            scores = {name: score for name, score in metrics.items() if name.endswith("_top1")}
+            job.keep_model(folder.model_after(epoch), settings, settings.teacher, data, model, scores, epochs=epoch)
+
     loss = objectives.hard(len(data.samples.classes), settings.label_smoothing)
     crops = job.fresh_crops(settings, data)
-    model, logits_MK = job.training(settings, data, runtime, folder, model, loss, crops, stop=stop).run()
+    training = job.training(settings, data, runtime, folder, model, loss, crops, stop=stop, after_epoch=keep_middle)
+    model, logits_MK = training.run()
     runtime.on_main(lambda: job.keep(folder, settings, settings.teacher, data, model, logits_MK))
+
+
+def tell_what_passed(settings: TeacherSettings, folder: RunFolder, runtime: Runtime) -> None:
+    """Say which weights could not be kept, of epochs that had passed when they were asked for."""
+    passed = runtime.on_main(lambda: [n for n in settings.keep_epochs if not folder.model_after(n).exists()])
+    if passed:
+        job.say(runtime, f"--keep-epochs {' '.join(map(str, passed))} came after those epochs: they are not kept")
 
 
 def write(

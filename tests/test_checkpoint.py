@@ -253,7 +253,7 @@ def test_a_full_disk_names_the_path_and_how_to_go_on(folder):
         big = {"weights": torch.ones(100_000)}
         attempts = [
             lambda: save_checkpoint(folder, 2, big),
-            lambda: save_model(folder, big),
+            lambda: save_model(folder.model, big),
             lambda: write_val_logits(folder.val_logits, np.ones((9000, 10)), np.ones(9000), ["a"] * 9000, "f"),
             lambda: write_state(folder, "running", message="x" * 20_000),
             lambda: append_metrics(folder, {"step": 2, "note": "x" * 20_000}),
@@ -305,7 +305,7 @@ def test_a_full_disk_names_the_path_and_how_to_go_on(folder):
 
 def test_the_model_comes_back(folder):
     begin(folder)
-    save_model(folder, {"weights": {"a": torch.ones(2)}, "arch": "cnn5"})
+    save_model(folder.model, {"weights": {"a": torch.ones(2)}, "arch": "cnn5"})
     assert load_model(folder.model)["arch"] == "cnn5"
 
 
@@ -337,7 +337,7 @@ class Bomb:
 def test_a_pickle_is_refused_and_not_run(folder):
     begin(folder)
     target = folder.path / "ran"
-    save_model(folder, {"weights": Bomb(target)})
+    save_model(folder.model, {"weights": Bomb(target)})
     with pytest.raises(UserError, match=r"model\.pt holds more than weights"):
         load_model(folder.model)
     assert not target.exists()
@@ -407,7 +407,8 @@ def test_other_settings_are_refused_with_both_values(folder):
 def fill(folder):
     """Every file that a run can make."""
     save_checkpoint(folder, 1, some_payload(1))
-    save_model(folder, {})
+    save_model(folder.model, {})
+    save_model(folder.model_after(20), {})
     write_state(folder, "finished")
     append_metrics(folder, {"step": 1})
     write_val_logits(folder.val_logits, np.ones((1, 2)), np.ones(1), ["a"], "f")
@@ -422,8 +423,10 @@ def test_start_over_removes_the_run_and_nothing_else(folder):
     fill(folder)
     (folder.path / "notes.txt").write_text("mine")
     (folder.checkpoints / "step-best.pt").write_text("mine")
+    (folder.path / "model-epoch-best.pt").write_text("mine")
     assert begin(folder, lr=0.5, start_over=True) is False
-    assert set(contents(folder.path)) == {"settings.json", ".lock", "notes.txt", "checkpoints/step-best.pt"}
+    mine = {"notes.txt", "checkpoints/step-best.pt", "model-epoch-best.pt"}
+    assert set(contents(folder.path)) == {"settings.json", ".lock", *mine}
     assert read_settings(folder)[1]["lr"] == 0.5
     assert newest_checkpoint(folder) is None and not (folder.path / "logits.h5.parts").exists()
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kd_dist import teacher as teacher_entry
+from kd_dist.cache import __main__ as cache_entry
 from kd_dist.cache import open_cache
 from kd_dist.cache.format import parts_of
 from kd_dist.checkpoint import (
@@ -24,9 +26,11 @@ from kd_dist.checkpoint import (
     read_metrics,
     read_state,
     read_val_logits,
+    weights_digest,
 )
 from kd_dist.generated import generate
 from kd_dist.teacher import clocked
+from tests.entries import call
 
 REPO = Path(__file__).parent.parent
 TINY = ["--image-size", "32", "--batch-size", "24", "--warmup-epochs", "0.5", "--lr", "0.02", "--device", "cpu"]
@@ -124,6 +128,23 @@ def test_the_two_lines_of_the_readme_as_they_stand(data, tmp_path):
     teacher, student = RunFolder(tmp_path / "runs/teacher"), RunFolder(tmp_path / "runs/student")
     assert load_model(student.model)["cache"]["sha256"] == open_cache(teacher.cache).digest
     assert len(read_metrics(teacher)) == len(read_metrics(student)) == 2  # else the schedule was not the one meant
+
+
+def test_weights_of_middle_epochs_are_kept_and_can_label(data, tmp_path, capsys):
+    folder = RunFolder(tmp_path / "teacher")
+    command = [*teacher(data, folder.path)[1:], "--epochs", "3", "--views", "0", "--ema", "0.9"]
+    call(teacher_entry.main, *command, "--keep-epochs", "1", "3")
+    first, last, final = map(load_model, (folder.model_after(1), folder.model_after(3), folder.model))
+    assert weights_digest(last["weights"]) == weights_digest(final["weights"]) != weights_digest(first["weights"])
+    assert [one["val_top1"] for one in (first, last)] == [read_metrics(folder)[epoch]["val_top1"] for epoch in (0, 2)]
+    assert not folder.model_after(2).exists()
+    target = tmp_path / "middle.h5"
+    source = ["--data", data, "--teacher", folder.model_after(1), "--views", "2", "--device", "cpu"]
+    call(cache_entry.main, "write", *source, "-o", target)
+    assert open_cache(target).header.teachers[0].sha256 == weights_digest(first["weights"])
+    assert "came after those epochs" not in capsys.readouterr().out
+    call(teacher_entry.main, *command, "--keep-epochs", "2")
+    assert "--keep-epochs 2 came after those epochs: they are not kept" in capsys.readouterr().out
 
 
 def test_student_learns_from_the_cache_alone(data, teacher_run, tmp_path):

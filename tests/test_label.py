@@ -141,7 +141,8 @@ def run_folders(root, tmp_path_factory) -> list[str]:
         seen = {"image_size": 24, "mean": MEAN, "std": STD, "settings": {"crop_scale": (0.4, 1.0)}}
         part = {"fold": {"number": fold, "folds": FOLDS} if fold < FOLDS else None, "seed": fold, "val_top1": 0.5}
         fingerprint = {"data": {"train": data.samples.train.fingerprint}, "finished": teacher.finished}
-        paths.append(str(checkpoint.save_model(folder, {**facts, **seen, **part, **fingerprint})))
+        checkpoint.save_model(folder.model, {**facts, **seen, **part, **fingerprint})
+        paths.append(str(folder.model))
     return paths
 
 
