@@ -57,12 +57,17 @@ def open_inputs(settings: DistillSettings, runtime: Runtime) -> tuple[Cache | No
     cache = open_for(settings)
     data = job.open_data(DataSource(**settings.source()), runtime)
     if cache is not None:
-        data.require_fit(cache)
-        require_unseen(settings, data, cache)
-        require_own_partners(settings, data, cache)
+        require_fit(settings, data, cache)
         if not cache.noted:
             job.say(runtime, f"{cache.path} came without its digest file; its own checks hold")
     return cache, data
+
+
+def require_fit(settings: DistillSettings, data: Data, cache: Cache) -> None:
+    """Raise UserError unless a cache is of this data, and of parts of it that it may be of."""
+    data.require_fit(cache)
+    require_unseen(settings, data, cache)
+    require_own_partners(settings, data, cache)
 
 
 def run(
@@ -101,6 +106,12 @@ def open_for(settings: DistillSettings) -> Cache | None:
     if settings.cache is None:
         return None
     cache = open_cache(Path(settings.cache), settings.cache_memory_bytes)
+    require_use(settings, cache)
+    return cache
+
+
+def require_use(settings: DistillSettings, cache: Cache) -> None:
+    """Raise UserError where a run cannot use a cache as its settings want to."""
     if cache.header.top_k and settings.alpha:
         require_temperature(temperature_of(settings), cache.path)
     require_renderer(cache.header.renderer, cache.path)
@@ -112,7 +123,6 @@ def open_for(settings: DistillSettings) -> Cache | None:
             "add views by "
             f"`python -m kd_dist.cache extend {cache.path} --views {settings.views}`."
         )
-    return cache
 
 
 def require_unseen(settings: DistillSettings, data: Data, cache: Cache) -> None:

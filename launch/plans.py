@@ -180,7 +180,7 @@ def _require_turns(options: argparse.Namespace) -> None:
 
 def plan_study(options: argparse.Namespace, own: list[str], resources: Resources, site: Site) -> list[Plan]:
     """One job for each arm and seed, all in one study's folder; the last to finish writes the whole table."""
-    from kd_dist.study.arms import chosen_arms  # takes torch, which the other jobs' submission does without
+    from kd_dist.study.choice import chosen_arms  # takes torch, which the other jobs' submission does without
     from kd_dist.study.folder import run_settings
 
     _require_turns(options)
@@ -191,7 +191,7 @@ def plan_study(options: argparse.Namespace, own: list[str], resources: Resources
     asked = config.resolve(StudySettings, {**base, "arms": options.arms, "seeds": options.seeds}, resources.gpus > 0)
     plans = []
     for arm, seed in product(chosen_arms(asked), dict.fromkeys(options.seeds)):
-        plan = _plan(f"{arm.name}_seed-{seed}", "study", {**base, "arms": [arm.name], "seeds": [seed]}, resources, site)
+        plan = _plan(f"{arm.name}_seed-{seed}", "study", {**base, "arms": [arm.word], "seeds": [seed]}, resources, site)
         plans.append(replace(plan, settings=run_settings(plan.settings, arm, seed)))
     for plan in plans:
         require_cache(plan)

@@ -152,6 +152,17 @@ def test_a_study_is_an_array_of_arms_and_seeds_in_one_folder(here, capsys):
     assert text.count("#   cutmix = 0.5\n") == text.count("#   crops = fresh\n") == 2
 
 
+def test_a_variant_goes_to_its_jobs_as_it_was_made(here, capsys):
+    (here / "logits.h5").touch()
+    (here / "both.h5").touch()
+    words = "study --arms ensemble=cached-V,cache=both.h5,alpha=0.5 --seeds 4 --dry-run --gpus-per-node 0 -- --cache"
+    text = said(capsys, f"{words} logits.h5")
+    assert f"--arms ensemble=cached-V,cache={here}/both.h5,alpha=0.5 --cache {here}/logits.h5" in text
+    assert f"#   cache = {here}/both.h5\n" in text and f"#   out = {here}/runs/study/ensemble/seed-4\n" in text
+    (here / "both.h5").unlink()
+    assert f"there is no cache {here}/both.h5" in refused(capsys, f"{words} logits.h5")
+
+
 def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
     (here / "logits.h5").touch()
     asked = resolve(StudySettings, {"out": str(here / "runs/study"), "cache": str(here / "logits.h5")}, False)

@@ -29,7 +29,8 @@ from kd_dist.folds import parts_of
 from kd_dist.job import Data
 from kd_dist.losses import hard_targets
 from kd_dist.runtime import StopRequest
-from kd_dist.study.arms import ARMS, require_plain_views
+from kd_dist.study.arms import ARMS
+from kd_dist.study.choice import require_views
 from tests.entries import call, refused
 from tests.ranks import run_ranks
 from tests.test_bad_input import TINY
@@ -276,9 +277,10 @@ def test_means_are_taken_of_the_same_blends(cache, data):
 
 
 def test_controls_whose_labels_know_one_image_are_refused(cache):
-    require_plain_views([ARMS["cached-V"], ARMS["hard-cached"]], cache)
-    with pytest.raises(UserError, match="soft labels that smooth, class-mean make"):
-        require_plain_views([ARMS["smooth"], ARMS["class-mean"]], cache)
+    for name in ("cached-V", "hard-cached"):
+        require_views(ARMS[name], cache, None)
+    with pytest.raises(UserError, match="has mixed views, and arm class-mean makes soft labels for pictures of one"):
+        require_views(ARMS["class-mean"], cache, None)
 
 
 def test_info_counts_mixed_views_and_leaves_them_out_of_its_figures(cache):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from torch import nn
 
 from kd_dist import config, distill, engine, objectives, teacher, views
 from kd_dist.batches import Batch
+from kd_dist.cache import __main__ as cache_commands
 from kd_dist.cache import open_cache
 from kd_dist.checkpoint import RunFolder, load_model, read_metrics, read_settings, read_state, save_model
 from kd_dist.config import StudySettings
@@ -392,6 +394,67 @@ def test_two_ranks_do_a_study_together(made, tmp_path):
     ] * 2
 
 
+# ---- variants: arms of the ladder with other settings, or another cache
+
+
+@pytest.fixture(scope="module")
+def other_cache(made) -> Path:
+    """The same teacher's rows of three views alone, drawn otherwise."""
+    path = made / "other.h5"
+    call(
+        cache_commands.main,
+        *("write", "--data", made / "data", "--teacher", made / "teacher" / "model.pt"),
+        *("--views", "3", "--seed", "9", "--device", "cpu", "-o", path),
+    )
+    return path
+
+
+def test_a_variant_differs_in_what_it_names_and_in_nothing_else(made, other_cache, tmp_path, monkeypatch):
+    out, looker = tmp_path / "study", Looker(monkeypatch)
+    chosen = [
+        *("cached-V", "hot=cached-V,temperature=8", "steep=hard-cached,lr=0.05", f"other=cached-V,cache={other_cache}"),
+        *("hard-cached", "two=cached-V,views=2", "smoothed=hard-cached,label-smoothing=0.1"),
+    ]
+    command = words(made, out, "--epochs", "1", "--primary", "cached-V", "hard-cached", "--arms", *chosen)
+    call(entry.main, *command)
+    names = ["hard-cached", "cached-V", "hot", "steep", "other", "two", "smoothed"]
+    assert list(looker.runs) == names
+
+    stored = {name: read_settings(StudyFolder(out).run(name, 0))[1] for name in names}
+    differing = {
+        name: {key for key in stored[name] | stored[base] if stored[name].get(key) != stored[base].get(key)}
+        for name, base in (("hot", "cached-V"), ("two", "cached-V"), ("other", "cached-V"), ("steep", "hard-cached"))
+    }
+    always = {"out", "study arm"}
+    assert differing["hot"] - always == {"temperature"} and stored["hot"]["temperature"] == 8
+    assert differing["two"] - always == {"views"}
+    assert differing["steep"] - always == {"lr"}
+    assert differing["other"] - always == {"cache", "cache digest"}
+    assert stored["smoothed"]["label_smoothing"] == 0.1
+    soft = 2
+    assert looker.same("hot", "cached-V", soft) and not looker.same("other", "cached-V", soft)
+    read = open_cache(other_cache).split("train").logits_NVK
+    shown = torch.cat([step[soft] for step in looker.runs["other"]["steps"]]).numpy()
+    assert {row.tobytes() for row in shown} <= {row.tobytes() for row in read[:, 1:].reshape(-1, 3)}
+
+    study = json.loads((out / "study.json").read_text())
+    assert study["arms"] == names
+    assert study["variants"]["hot"] == "cached-V,temperature=8.0"
+    table = StudyFolder(out).table.read_text()
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:9]] == names
+    assert "| as cached-V, with temperature 8.0 |" in table and "with cache " in table
+    assert "Agreement of other is with the teacher of its own cache." in table
+    twins = re.search(r"- (\S+) is the best hard twin, by mean top-1 \(besides it: (.*?)\)\.", table)
+    others = {"hard-cached", "steep", "smoothed"} - {twins[1]}
+    assert set(twins[2].split(", ")) == {"hard-fresh", "which is not complete", *others}
+
+    looker.runs.clear()
+    call(entry.main, *command)
+    assert looker.runs == {}
+    sentence = refused(entry.main, *command[: -len(chosen)], "hot=cached-V,alpha=0.5")
+    assert f"arm hot of {out} was cached-V,temperature=8.0, now cached-V,alpha=0.5" in sentence
+
+
 def test_list_shows_the_ladder(capsys):
     call(entry.main, "--list")
     lines = capsys.readouterr().out.splitlines()
@@ -403,6 +466,24 @@ def test_list_shows_the_ladder(capsys):
     [
         (["--arms", "cached-2"], "arm cached-2 is not known; choose from hard-fresh, hard-cached, smooth"),
         (["--arms", "online"], "arm online needs the teacher: name its weights, --teacher-model"),
+        (["--arms", "hot=cached-V"], "--arms hot=cached-V changes nothing; make one by NAME=ARM,setting=value"),
+        (["--arms", "hot=cached-9,lr=1"], "arm cached-9 is not known"),
+        (["--arms", "cached-V=cached-V,lr=1"], "cached-V cannot be the name of a new arm"),
+        (["--arms", "../x=cached-V,lr=1"], "../x cannot be the name of a new arm"),
+        (["--arms", "=cached-V,lr=1"], "nothing cannot be the name of a new arm"),
+        (["--arms", "long=cached-V,epochs=3"], "epochs=3 is no setting; a variant sets cache, views, alpha,"),
+        (["--arms", "hot=cached-V,temperature"], "temperature is no setting"),
+        (["--arms", "hot=cached-V,temperature=warm"], "argument --temperature: invalid float value: 'warm'"),
+        (["--arms", "hot=cached-V,temperature=0"], "--temperature 0.0 must be above 0"),
+        (["--arms", "soft=hard-fresh,alpha=0.5"], "alpha is what makes hard-fresh what it is"),
+        (["--arms", "warm=hard-cached,temperature=2"], "temperature has no effect on hard-cached"),
+        (["--arms", "few=hard-fresh,views=2"], "views has no effect on hard-fresh"),
+        (["--arms", "cut=cached-V,cutmix=0.5"], "cutmix has no effect on cached-V"),
+        (["--arms", "hot=cached-V,lr=1", "hot=cached-V,lr=2"], "arm hot is made twice, in two ways"),
+        (["--arms", "far=cached-V,cache=nowhere.h5"], "there is no cache"),
+        (["--arms", "few=cached-1,views=1"], "arm few needs 2 views"),
+        (["--arms", "odd=cached-V,loss=l1"], "--loss l1 is not known"),
+        (["--arms", "hot=cached-V,lr=1", "--primary", "hot", "hard-fresh"], "arm hot is not known"),
         (["--primary", "cached-V"], "--primary cached-V must be two arms"),
         (["--primary", "cached-V", "soft"], "arm soft is not known"),
         (["--alpha", "0"], "--alpha 0.0 must be above 0: the arms without soft labels are there already"),
@@ -428,9 +509,8 @@ def test_wrong_input_is_refused_in_one_sentence(made, tmp_path, typed, sentence)
 def test_another_teacher_than_the_caches_is_refused(made, tmp_path):
     payload = load_model(made / "teacher" / "model.pt")
     payload["weights"]["fc.bias"] += 1
-
-    (tmp_path / "other").mkdir()
-    path = save_model(RunFolder(tmp_path / "other"), payload)
+    path = tmp_path / "other.pt"
+    save_model(path, payload)
     sentence = refused(entry.main, *words(made, tmp_path / "study", "--teacher-model", path, "--arms", "online"))
     assert "but" in sentence and "was labelled by" in sentence
     assert not (tmp_path / "study").exists()

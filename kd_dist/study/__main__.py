@@ -9,23 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from kd_dist import checkpoint, distill, job
-from kd_dist.cache import Cache
+from kd_dist.cache import Cache, open_cache
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import StudySettings
 from kd_dist.errors import UserError
 from kd_dist.files import locked
 from kd_dist.job import Data
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, joined, launched_rank, run_entry
-from kd_dist.study.arms import ARMS, Arm, chosen_arms, require_plain_views, require_views
+from kd_dist.study.arms import ARMS, Arm
+from kd_dist.study.choice import MAY_VARY, chosen_arms, require_views
 from kd_dist.study.folder import StudyFolder, note, run_settings
 from kd_dist.study.online import OnlineTeacher, open_teacher
 
 DESCRIPTION = """Train the same student in several ways (arms), each with several seeds, under one schedule, and compare
 them. Finished runs are not run again and interrupted ones go on, so the same command, typed again, completes a study;
-further arms and seeds may be added to it. --list shows the arms. Two more commands: `table OUT` writes the table and
-plot of a study anew, `compare A B` tells two finished runs apart."""
-EPILOG = """Examples: python -m kd_dist.study --cache runs/teacher/logits.h5 --arms hard-fresh cached-V --seeds 0 1 2
---epochs 30; the arm online needs the teacher: --teacher-model runs/teacher/model.pt."""
+further arms and seeds may be added to it. --list shows the arms; NAME=ARM,setting=value makes another out of one of
+them. Two more commands: `table OUT` writes the table and plot of a study anew, `compare A B` tells two finished runs
+apart."""
+EPILOG = f"""Examples: python -m kd_dist.study --cache runs/teacher/logits.h5 --arms hard-fresh cached-V --seeds 0 1 2
+--epochs 30; the arm online needs the teacher: --teacher-model runs/teacher/model.pt; arms of other caches and settings:
+--arms cached-V ensemble=cached-V,cache=runs/both.h5 hot=cached-V,temperature=8. A variant may set
+{", ".join(MAY_VARY).replace("_", "-")}."""
 
 
 def main() -> None:
@@ -37,7 +41,7 @@ def main() -> None:
         return
     settings = job.read_settings(StudySettings, "kd_dist.study", DESCRIPTION, EPILOG)
     arms = chosen_arms(settings)
-    settings = replace(settings, arms=tuple(arm.name for arm in arms), seeds=tuple(dict.fromkeys(settings.seeds)))
+    settings = replace(settings, seeds=tuple(dict.fromkeys(settings.seeds)))
     distill.require_known(settings)
     with joined(settings.device) as runtime, StopRequest() as stop:
         study(settings, arms, runtime, stop)
@@ -46,19 +50,35 @@ def main() -> None:
 def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
     """All runs that are not finished, one after the other, a seed's arms together; then the results."""
     cache, data = distill.open_inputs(settings, runtime)
-    require_views(arms, settings.views or cache.views)
-    require_plain_views(arms, cache)
+    caches = caches_of(settings, arms, data, cache)
     online = None
     if any(arm.needs_teacher for arm in arms):
         online = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)
     folder = StudyFolder(Path(settings.out))
-    runtime.on_main(lambda: note(folder, settings, settings.arms))
+    runtime.on_main(lambda: note(folder, settings, arms))
     for seed in settings.seeds:
         for arm in arms:
             if any(signals := runtime.gather(stop.signal or 0)):
                 raise Interrupted(max(signals))
-            run(settings, arm, seed, data, cache, online if arm.needs_teacher else None, runtime, stop)
+            run(settings, arm, seed, data, caches[arm.name], online if arm.needs_teacher else None, runtime, stop)
     runtime.on_main(lambda: show(folder))
+
+
+def caches_of(settings: StudySettings, arms: Sequence[Arm], data: Data, cache: Cache) -> dict[str, Cache]:
+    """Each arm's cache by the arm's name; a file that several learn from is opened once. Raises UserError, before
+    anything is trained, where an arm cannot use its own.
+    """
+    opened, found = {settings.cache: cache}, {}
+    for arm in arms:
+        own = run_settings(settings, arm, settings.seeds[0])
+        distill.require_known(own)
+        if own.cache not in opened:
+            opened[own.cache] = open_cache(Path(own.cache), own.cache_memory_bytes)
+        found[arm.name] = opened[own.cache]
+        distill.require_use(own, found[arm.name])
+        distill.require_fit(own, data, found[arm.name])
+        require_views(arm, found[arm.name], own.views)
+    return found
 
 
 def run(

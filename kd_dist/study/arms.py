@@ -6,8 +6,8 @@ the cached ones or another loss. Students of one seed start from the same weight
 those on cached crops, the same crops.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from kd_dist import objectives
-from kd_dist.cache import Cache
-from kd_dist.config import DistillSettings, OnlineSettings, StudySettings
+from kd_dist.config import DistillSettings, OnlineSettings
 from kd_dist.distill import Loss, Rows
 from kd_dist.engine import LossTerms
 from kd_dist.errors import UserError
@@ -30,7 +29,10 @@ LEAST_SMOOTHING = 1e-9
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to teach the student. `needs_views` counts the evaluation view; `needs_teacher`: besides the cache."""
+    """One way to teach the student. `needs_views` counts the evaluation view; `needs_teacher`: besides the cache.
+
+    A variant, made on the command line, is an arm of the ladder (`made_of`) with settings of its own (`own`).
+    """
 
     name: str
     isolates: str
@@ -40,6 +42,23 @@ class Arm:
     settings: type[DistillSettings] = DistillSettings
     needs_views: int = 1
     needs_teacher: bool = False
+    made_of: str | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def varied(self, name: str, own: Mapping[str, Any], isolates: str) -> "Arm":
+        """This arm with other settings, under another name."""
+        changes = {**self.changes, **own}
+        return replace(self, name=name, isolates=isolates, changes=changes, made_of=self.name, own=own)
+
+    @property
+    def word(self) -> str:
+        """The arm as --arms takes it."""
+        return self.name if self.made_of is None else f"{self.name}={self.definition}"
+
+    @property
+    def definition(self) -> str:
+        """What a variant is made of: "cached-V,temperature=8"."""
+        return ",".join([str(self.made_of), *(f"{name}={value}" for name, value in self.own.items())])
 
 
 def drawn_views(logits_NVK: np.ndarray) -> np.ndarray:
@@ -209,35 +228,3 @@ _LADDER = (
 )
 
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _LADDER}
-
-
-def chosen_arms(settings: StudySettings) -> list[Arm]:
-    """The arms that were asked for, in the ladder's order. Raises UserError for one that is not known or cannot run."""
-    default = [arm.name for arm in ARMS.values() if settings.teacher_model or not arm.needs_teacher]
-    asked = [name for word in settings.arms or default for name in word.split(",") if name]
-    for name in (*asked, *settings.primary):
-        if name not in ARMS:
-            raise UserError(f"arm {name} is not known; choose from {', '.join(ARMS)}.")
-        if name in asked and ARMS[name].needs_teacher and not settings.teacher_model:
-            raise UserError(f"arm {name} needs the teacher: name its weights, --teacher-model runs/teacher/model.pt.")
-    return [arm for arm in ARMS.values() if arm.name in asked]
-
-
-def require_views(arms: Sequence[Arm], views: int) -> None:
-    """Raise UserError, before anything is trained, where an arm needs more views than are used."""
-    for arm in arms:
-        if views < arm.needs_views:
-            raise UserError(
-                f"arm {arm.name} needs {arm.needs_views} views of every image, one of them for evaluation, and "
-                f"{views} are used; add some by `python -m kd_dist.cache extend`, or leave the arm out by --arms."
-            )
-
-
-def require_plain_views(arms: Sequence[Arm], cache: Cache) -> None:
-    """Raise UserError where an arm makes soft labels for pictures of one image, and the cache has mixed views."""
-    made = [arm.name for arm in arms if arm.rows is not None]
-    if made and cache.split("train").mixed is not None:
-        raise UserError(
-            f"{cache.path} has mixed views, and the soft labels that {', '.join(made)} make are for pictures of one "
-            f"image: leave {'them' if len(made) > 1 else 'it'} out by --arms, or name a cache without mixed views."
-        )

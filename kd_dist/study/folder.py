@@ -1,7 +1,8 @@
 """A study's folder: the names in it, and study.json, which says what was asked for.
 
 runs/study/
-    study.json               arms, seeds, the primary contrast, the cache, the settings that all runs share
+    study.json               arms and what variants are made of, seeds, the primary contrast, the cache, the settings
+                             that all runs share
     cached-V/seed-0/ ...     a run's folder for each arm and seed
     table.md, plot.png       the results, and results.json with all their numbers
     hparams/                 an entry a run for TensorBoard's HParams page
@@ -82,7 +83,7 @@ def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:
     return arm.settings(**values).resolved()
 
 
-def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[str]) -> None:
+def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[Arm]) -> None:
     """Write study.json, or add these arms and seeds to what earlier commands of the same settings asked for.
 
     Several processes may do so at once. Raises UserError where the folder holds a study of other settings, unless
@@ -93,10 +94,13 @@ def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[str]) -> N
         folder.path.mkdir(parents=True, exist_ok=True)
         with locked(folder.lock):
             earlier = _earlier(folder, shared, settings.start_over)
+            names = {arm.name for arm in arms} | {*earlier["arms"]}
+            variants = _with_variants(folder, earlier.get("variants", {}), arms)
             document = {
                 "format": _FORMAT,
                 "version": _VERSION,
-                "arms": [name for name in ARMS if name in {*arms, *earlier["arms"]}],
+                "arms": [name for name in (*ARMS, *variants) if name in names],
+                "variants": variants,
                 "seeds": sorted({*settings.seeds, *earlier["seeds"]}),
                 "primary": list(settings.primary),
                 "cache": settings.cache,
@@ -107,6 +111,17 @@ def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[str]) -> N
         raise UserError(
             f"--out {folder.path} cannot be written ({error.strerror or error}); choose another."
         ) from error
+
+
+def _with_variants(folder: StudyFolder, earlier: dict[str, str], arms: Sequence[Arm]) -> dict[str, str]:
+    """What each variant is made of, by its name. Raises UserError for a name that was another arm's."""
+    own = {arm.name: arm.definition for arm in arms if arm.made_of is not None}
+    for name in earlier.keys() & own.keys():
+        if earlier[name] != own[name]:
+            raise UserError(
+                f"arm {name} of {folder.path} was {earlier[name]}, now {own[name]}; give the new one another name."
+            )
+    return earlier | own
 
 
 def _earlier(folder: StudyFolder, shared: dict[str, Any], start_over: bool) -> dict[str, Any]:

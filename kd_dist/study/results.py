@@ -22,7 +22,9 @@ from kd_dist.errors import UserError
 from kd_dist.files import disk_full, write_atomically
 from kd_dist.report import Run, markdown
 from kd_dist.study.arms import ARMS
+from kd_dist.study.arms import Arm as KnownArm
 from kd_dist.study.breakeven import cost_of, sentences, student_of
+from kd_dist.study.choice import variant
 from kd_dist.study.folder import StudyFolder
 from kd_dist.study.statistics import Difference, Spread, holm, mcnemar, over_images, paired, resampled, spread, welch
 
@@ -78,11 +80,14 @@ class SeedRun:
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm's runs by seed; `isolates` says what it is in the study for."""
+    """An arm's runs by seed; `isolates` says what it is in the study for, `kin` which arm of the ladder it is or is
+    made of.
+    """
 
     name: str
     isolates: str
     runs: tuple[SeedRun, ...]
+    kin: str
 
     @cached_property
     def finished(self) -> dict[int, SeedRun]:
@@ -156,10 +161,15 @@ class Study:
     def complete(self) -> dict[str, Arm]:
         return {name: arm for name, arm in self.arms.items() if arm.complete}
 
+    @property
+    def hard_twins(self) -> list[str]:
+        """The arms on hard labels alone, variants of them among these."""
+        return [*HARD_TWINS, *(name for name, arm in self.arms.items() if name != arm.kin and arm.kin in HARD_TWINS)]
+
     @cached_property
     def best_twin(self) -> str | None:
-        """The complete twin on hard labels of the higher mean top-1: the one that is harder to beat."""
-        twins = [name for name in HARD_TWINS if name in self.complete]
+        """The complete twin on hard labels of the highest mean top-1: the one that is hardest to beat."""
+        twins = [name for name in self.hard_twins if name in self.complete]
         return max(twins, key=lambda name: self.arms[name].spread("top1").mean) if twins else None
 
     @cached_property
@@ -207,16 +217,18 @@ def read_study(out: Path) -> Study:
     if not there:
         raise UserError(f"{out} holds no runs <arm>/seed-<number>; run `python -m kd_dist.study --out {out}` first.")
     named = {*(document.get("arms") or ()), *there}
-    order = [name for name in ARMS if name in named]
-    arms = {name: _arm(name, there.get(name, {})) for name in [*order, *sorted(named - set(order))]}
+    variants = {name: variant(f"{name}={made_of}") for name, made_of in document.get("variants", {}).items()}
+    known = ARMS | variants
+    order = [name for name in known if name in named]
+    arms = {name: _arm(name, known.get(name), there.get(name, {})) for name in [*order, *sorted(named - set(order))]}
     _require_same_val([run for arm in arms.values() for run in arm.finished.values()])
     return Study(out, document, arms)
 
 
-def _arm(name: str, folders: Mapping[int, RunFolder]) -> Arm:
-    isolates = ARMS[name].isolates if name in ARMS else _ABSENT
+def _arm(name: str, known: KnownArm | None, folders: Mapping[int, RunFolder]) -> Arm:
+    isolates, kin = (known.isolates, known.made_of or name) if known else (_ABSENT, name)
     runs = (SeedRun(Run(folders[seed], f"{name}/{folders[seed].path.name}"), seed) for seed in sorted(folders))
-    return Arm(name, isolates, tuple(runs))
+    return Arm(name, isolates, tuple(runs), kin)
 
 
 def _require_same_val(runs: Sequence[SeedRun]) -> None:
@@ -290,6 +302,7 @@ def _sentences(study: Study) -> list[str]:
         *_about_primary(study),
         *_about_incomplete(study),
         *_about_bug_check(study),
+        *_about_caches(study),
     ]
     runs = {
         name: [student_of(run.run.metrics) for run in arm.finished.values() if run.run.metrics]
@@ -300,13 +313,18 @@ def _sentences(study: Study) -> list[str]:
 
 def _about_twin(study: Study) -> list[str]:
     if study.best_twin is None:
-        return [f"Neither {' nor '.join(HARD_TWINS)} is complete, so no difference is told."]
-    others = [name for name in HARD_TWINS if name != study.best_twin]
+        return [f"Neither {' nor '.join(study.hard_twins)} is complete, so no difference is told."]
+    others = [name for name in study.hard_twins if name != study.best_twin]
     rest = ", ".join(name if name in study.complete else f"{name}, which is not complete" for name in others)
     return [
-        f"{study.best_twin} is the best hard twin, by mean top-1 (the other: {rest}). Taking the better of two as the "
-        "twin makes every gain look smaller rather than larger."
+        f"{study.best_twin} is the best hard twin, by mean top-1 (besides it: {rest}). Taking the best as the twin "
+        "makes every gain look smaller rather than larger."
     ]
+
+
+def _about_caches(study: Study) -> list[str]:
+    own = [name for name, made_of in study.document.get("variants", {}).items() if ",cache=" in made_of]
+    return [f"Agreement of {', '.join(own)} is with the teacher of its own cache."] if own else []
 
 
 def _about_primary(study: Study) -> list[str]:
