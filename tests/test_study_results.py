@@ -303,6 +303,12 @@ def test_when_it_pays():
     assert students_to_pay(None, 3) is None and students_to_pay(3, None) is None
 
 
+def test_a_pause_of_the_machine_is_no_cost_of_the_method():
+    paused = Student((10.0, 600.0, 12.0, None), (0.1, 0.2, 0.3, 0.4))
+    assert paused.total_s == 4 * 12.0 and paused.seconds_until(1) == 2 * 12.0
+    assert Student((None, None), (0.1, 0.2)).total_s is None
+
+
 def test_a_student_that_never_gets_there(study):
     weak = Student((10.0, 10.0), (0.3, 0.5))
     said = sentences(cost_of(None), {"cached-V": [weak], "hard-fresh": [Student((1.0,), (0.9,))]}, "cached-V")

@@ -8,6 +8,7 @@ time only where the student reaches the twin's final top-1 earlier. What no run 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,11 @@ class Student:
         return self.seconds_until(len(self.seconds) - 1)
 
     def seconds_until(self, epoch: int) -> float | None:
-        """Seconds up to the end of an epoch, counted from 0."""
-        passed = self.seconds[: epoch + 1]
-        return None if not passed or None in passed else sum(passed)
+        """Seconds up to the end of an epoch, counted from 0, each as long as the run's median epoch: a pause of the
+        machine is no cost of the method.
+        """
+        known = [seconds for seconds in self.seconds if seconds is not None]
+        return (epoch + 1) * statistics.median(known) if known else None
 
     def first_epoch_at(self, top1: float) -> int | None:
         """The first epoch, counted from 0, that ends at this top-1 or more."""
@@ -68,7 +71,8 @@ def sentences(cost: CacheCost, runs: Mapping[str, Sequence[Student]], distilled:
     """What the cache cost and after how many students it pays; `runs` holds each arm's finished runs."""
     said = [
         f"The cache cost {duration(cost.writing_s)} of writing and {_size(cost.bytes)}; training its teacher took "
-        f"{duration(cost.training_s)}. Wall time, each job on the ranks that it ran on."
+        f"{duration(cost.training_s)}. Wall time, each job on the ranks that it ran on; an epoch of a run counts as "
+        "its median one."
     ]
     cached = runs.get(distilled, ())
     if not cached:
