@@ -6,6 +6,7 @@
         metrics.jsonl      one line per epoch
         checkpoints/       step-00000141.pt ..., the last two
         model.pt           the final weights
+        model-epoch-20.pt  those after 20 epochs, where they were asked for (teachers)
         val_logits.h5      the student's own logits on val (students)
         logits.h5          the cache of soft labels, with logits.h5.sha256 (teachers)
         costs.json         seconds of work that no epoch's row counts, such as writing the cache (teachers)

@@ -58,8 +58,7 @@ def open_inputs(settings: DistillSettings, runtime: Runtime) -> tuple[Cache | No
     data = job.open_data(DataSource(**settings.source()), runtime)
     if cache is not None:
         require_fit(settings, data, cache)
-        if not cache.noted:
-            job.say(runtime, f"{cache.path} came without its digest file; its own checks hold")
+        tell_unnoted(cache, runtime)
     return cache, data
 
 
@@ -68,6 +67,12 @@ def require_fit(settings: DistillSettings, data: Data, cache: Cache) -> None:
     data.require_fit(cache)
     require_unseen(settings, data, cache)
     require_own_partners(settings, data, cache)
+
+
+def tell_unnoted(cache: Cache, runtime: Runtime) -> None:
+    """Say of a cache that its digest file is not there."""
+    if not cache.noted:
+        job.say(runtime, f"{cache.path} came without its digest file; its own checks hold")
 
 
 def run(

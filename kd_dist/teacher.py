@@ -14,7 +14,7 @@ from torch import nn
 from kd_dist import job, label, objectives, views
 from kd_dist.cache import open_cache
 from kd_dist.cache.format import parts_of
-from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs
+from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
 from kd_dist.config import TeacherSettings
 from kd_dist.errors import UserError
 from kd_dist.inference import compute_dtype
@@ -42,9 +42,9 @@ def main() -> None:
             runtime.on_main(lambda: require_own_cache(settings, target, data))
         folder = job.claim(settings, data, runtime)
         with job.running(folder, runtime) as stop:
+            tell_what_passed(settings, folder, runtime)
             if not runtime.on_main(folder.model.exists):
                 train(settings, data, model, folder, runtime, stop)
-            tell_what_passed(settings, folder, runtime)
             if settings.views:
                 write(settings, data, target, folder, runtime, stop)
 
@@ -105,10 +105,17 @@ def train(
 
 
 def tell_what_passed(settings: TeacherSettings, folder: RunFolder, runtime: Runtime) -> None:
-    """Say which weights could not be kept, of epochs that had passed when they were asked for."""
-    passed = runtime.on_main(lambda: [n for n in settings.keep_epochs if not folder.model_after(n).exists()])
-    if passed:
-        job.say(runtime, f"--keep-epochs {' '.join(map(str, passed))} came after those epochs: they are not kept")
+    """Say which weights cannot be kept any more, because their epochs have passed; the last epoch's are model.pt's."""
+    rows = runtime.on_main(lambda: read_metrics(folder))
+    done = max((row["epoch"] for row in rows), default=0)
+    passed = [epoch for epoch in settings.keep_epochs if epoch <= done and epoch < settings.epochs]
+    missing = runtime.on_main(lambda: [str(epoch) for epoch in passed if not folder.model_after(epoch).exists()])
+    if missing:
+        job.say(
+            runtime,
+            f"--keep-epochs {' '.join(missing)}: {done} epochs are done already, so those weights are gone; train in "
+            "another --out to have them",
+        )
 
 
 def write(

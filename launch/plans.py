@@ -181,7 +181,7 @@ def _require_turns(options: argparse.Namespace) -> None:
 def plan_study(options: argparse.Namespace, own: list[str], resources: Resources, site: Site) -> list[Plan]:
     """One job for each arm and seed, all in one study's folder; the last to finish writes the whole table."""
     from kd_dist.study.choice import chosen_arms  # takes torch, which the other jobs' submission does without
-    from kd_dist.study.folder import run_settings
+    from kd_dist.study.folder import StudyFolder, run_settings, with_variants
 
     _require_turns(options)
     typed = _typed("study", own)
@@ -189,9 +189,11 @@ def plan_study(options: argparse.Namespace, own: list[str], resources: Resources
         raise UserError(f"--{name} belongs before the --, so that each can become a job.")
     base = {"out": str(options.runs / "study"), **typed}
     asked = config.resolve(StudySettings, {**base, "arms": options.arms, "seeds": options.seeds}, resources.gpus > 0)
-    plans = []
-    for arm, seed in product(chosen_arms(asked), dict.fromkeys(options.seeds)):
+    arms, folder, plans = chosen_arms(asked), StudyFolder(Path(asked.out)), []
+    with_variants(folder, folder.document(), arms)
+    for arm, seed in product(arms, dict.fromkeys(options.seeds)):
         plan = _plan(f"{arm.name}_seed-{seed}", "study", {**base, "arms": [arm.word], "seeds": [seed]}, resources, site)
+        require_cache(plan)  # the study's; below, the arm's
         plans.append(replace(plan, settings=run_settings(plan.settings, arm, seed)))
     for plan in plans:
         require_cache(plan)

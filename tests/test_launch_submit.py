@@ -1,5 +1,6 @@
 """What launch.submit would submit, and what it refuses, on a machine without Slurm."""
 
+import json
 import os
 import shlex
 import sys
@@ -11,7 +12,7 @@ import pytest
 from kd_dist.checkpoint import RunFolder, claim, write_state
 from kd_dist.config import DistillSettings, StudySettings, TeacherSettings, resolve
 from kd_dist.study.arms import ARMS
-from kd_dist.study.folder import run_settings
+from kd_dist.study.folder import StudyFolder, run_settings
 from launch import submit
 from launch.code import snapshot
 from launch.folders import Job, JobFolder, new_folder, write_json
@@ -159,6 +160,13 @@ def test_a_variant_goes_to_its_jobs_as_it_was_made(here, capsys):
     text = said(capsys, f"{words} logits.h5")
     assert f"--arms ensemble=cached-V,cache={here}/both.h5,alpha=0.5 --cache {here}/logits.h5" in text
     assert f"#   cache = {here}/both.h5\n" in text and f"#   out = {here}/runs/study/ensemble/seed-4\n" in text
+    study = StudyFolder(here / "runs/study")
+    study.path.mkdir(parents=True)
+    study.study.write_text(json.dumps({"variants": {"ensemble": "cached-V,alpha=0.5"}}))
+    sentence = refused(capsys, f"{words} logits.h5")
+    assert f"was cached-V,alpha=0.5, now cached-V,cache={here}/both.h5,alpha=0.5; give the new one" in sentence
+    study.study.unlink()
+    assert f"there is no cache {here}/none.h5" in refused(capsys, f"{words} none.h5")
     (here / "both.h5").unlink()
     assert f"there is no cache {here}/both.h5" in refused(capsys, f"{words} logits.h5")
 

@@ -40,10 +40,13 @@ def right(seed, wrong):
     return (np.arange(N) - 3 * seed) % N >= wrong
 
 
-def make_run(out, arm, seed, wrong, *, fingerprint="f" * 64, status="finished", epoch_s=10.0, epochs=(0.5, 0.6)):
+def make_run(
+    out, arm, seed, wrong, *, fingerprint="f" * 64, status="finished", epoch_s=10.0, epochs=(0.5, 0.6), **facts
+):
     """A run's folder of three epochs."""
     folder = RunFolder(out / arm / f"seed-{seed}")
-    claim(folder, "student", {"epochs": 3, "alpha": 0.9, "cache": "c.h5", "views": None, "seed": seed}, set(), False)
+    settings = {"epochs": 3, "alpha": 0.9, "cache": "c.h5", "views": None, "seed": seed, **facts}
+    claim(folder, "student", settings, set(), False)
     clock = {"epoch_s": epoch_s} if epoch_s is not None else {}
     for epoch, top1 in enumerate((*epochs, 1 - wrong / N), 1):
         row = {"step": epoch, "epoch": epoch, "val_top1": top1, "val_agreement": 0.9 - seed / 100, **clock}
@@ -145,6 +148,23 @@ def test_the_better_twin_is_chosen(study):
     # The contrast named beforehand keeps its twin, and the row's own difference is then corrected like any other.
     assert "cached-V less hard-fresh, 3 shared seeds, +20.00 points" in line_of(text, "**Primary")
     assert "primary" not in rows_of(text)["cached-V"][9]
+
+
+def test_a_variant_of_a_hard_twin_is_one_too(study):
+    primary = {"primary": ["cached-V", "hard-fresh"], "cache": str(study)}
+    for seed in range(3):
+        make_run(study, "steep", seed, 1, **{"made of": "hard-fresh"})
+        make_run(study, "hot", seed, 0, **{"made of": "cached-V"})
+    for noted in ({"steep": "hard-fresh,lr=0.1", "hot": "cached-V,temperature=8.0"}, {}):  # lost: the runs know it
+        describe(study, variants=noted, **primary)
+        text = results.table(study)
+        assert rows_of(text)["arm"][6].startswith("less steep") and "(besides it: hard-fresh, hard-cached)" in text
+    for seed in (1, 2):
+        shutil.rmtree(study / "steep" / f"seed-{seed}")
+    text = results.table(study)
+    assert rows_of(text)["arm"][6].startswith("less hard-fresh")
+    assert "(besides it: hard-cached, steep (fewer seeds))" in text
+    assert "**primary: " in rows_of(text)["cached-V"][9]
 
 
 def test_the_primary_contrast_is_marked_and_the_rest_corrected(study):

@@ -18,7 +18,7 @@ from kd_dist.job import Data
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, joined, launched_rank, run_entry
 from kd_dist.study.arms import ARMS, Arm
 from kd_dist.study.choice import MAY_VARY, chosen_arms, require_views
-from kd_dist.study.folder import StudyFolder, note, run_settings
+from kd_dist.study.folder import MADE_OF, StudyFolder, note, run_settings
 from kd_dist.study.online import OnlineTeacher, open_teacher
 
 DESCRIPTION = """Train the same student in several ways (arms), each with several seeds, under one schedule, and compare
@@ -50,7 +50,7 @@ def main() -> None:
 def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
     """All runs that are not finished, one after the other, a seed's arms together; then the results."""
     cache, data = distill.open_inputs(settings, runtime)
-    caches = caches_of(settings, arms, data, cache)
+    caches = caches_of(settings, arms, data, cache, runtime)
     online = None
     if any(arm.needs_teacher for arm in arms):
         online = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)
@@ -64,21 +64,25 @@ def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: 
     runtime.on_main(lambda: show(folder))
 
 
-def caches_of(settings: StudySettings, arms: Sequence[Arm], data: Data, cache: Cache) -> dict[str, Cache]:
+def caches_of(
+    settings: StudySettings, arms: Sequence[Arm], data: Data, cache: Cache, runtime: Runtime
+) -> dict[str, Cache]:
     """Each arm's cache by the arm's name; a file that several learn from is opened once. Raises UserError, before
     anything is trained, where an arm cannot use its own.
     """
-    opened, found = {settings.cache: cache}, {}
+    of_arm = {arm.name: run_settings(settings, arm, settings.seeds[0]) for arm in arms}
+    paths = {name: Path(own.cache).absolute() for name, own in of_arm.items()}
+    opened = {Path(settings.cache).absolute(): cache}
+    share = settings.cache_memory_bytes // len({*paths.values(), *opened})  # of what is loaded whole
     for arm in arms:
-        own = run_settings(settings, arm, settings.seeds[0])
-        distill.require_known(own)
-        if own.cache not in opened:
-            opened[own.cache] = open_cache(Path(own.cache), own.cache_memory_bytes)
-        found[arm.name] = opened[own.cache]
-        distill.require_use(own, found[arm.name])
-        distill.require_fit(own, data, found[arm.name])
-        require_views(arm, found[arm.name], own.views)
-    return found
+        own, path = of_arm[arm.name], paths[arm.name]
+        if path not in opened:
+            opened[path] = open_cache(path, share)
+            distill.tell_unnoted(opened[path], runtime)
+        distill.require_use(own, opened[path])
+        distill.require_fit(own, data, opened[path])
+        require_views(arm, opened[path], own.views)
+    return {name: opened[path] for name, path in paths.items()}
 
 
 def run(
@@ -94,7 +98,11 @@ def run(
     """One student of an arm, unless it is finished."""
     settings = run_settings(study_settings, arm, seed)
     folder = RunFolder(Path(settings.out))
-    identity = {"study arm": arm.name, **({"teacher weights": online.digest} if online else {})}
+    identity = {
+        "study arm": arm.name,
+        **({MADE_OF: arm.made_of} if arm.made_of else {}),
+        **({"teacher weights": online.digest} if online else {}),
+    }
     stored = job.stored_settings(settings, data, **distill.learned_from(settings, cache), **identity)
     if not settings.start_over and runtime.on_main(
         lambda: checkpoint.is_finished(folder, settings.kind, stored, settings.may_change)

@@ -9,7 +9,7 @@ runs/study/
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from kd_dist.files import locked
 from kd_dist.study.arms import ARMS, Arm
 
 _FORMAT, _VERSION = "kd_dist.study", 1
+MADE_OF = "made of"  # in a variant's settings.json, the arm of the ladder that it is made of
 _OWN = StudySettings.may_change | StudySettings.not_typed
 
 
@@ -95,7 +96,7 @@ def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[Arm]) -> N
         with locked(folder.lock):
             earlier = _earlier(folder, shared, settings.start_over)
             names = {arm.name for arm in arms} | {*earlier["arms"]}
-            variants = _with_variants(folder, earlier.get("variants", {}), arms)
+            variants = with_variants(folder, earlier, arms)
             document = {
                 "format": _FORMAT,
                 "version": _VERSION,
@@ -113,8 +114,11 @@ def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[Arm]) -> N
         ) from error
 
 
-def _with_variants(folder: StudyFolder, earlier: dict[str, str], arms: Sequence[Arm]) -> dict[str, str]:
-    """What each variant is made of, by its name. Raises UserError for a name that was another arm's."""
+def with_variants(folder: StudyFolder, document: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, str]:
+    """What each variant is made of, by its name: those of study.json and these. Raises UserError for a name that was
+    another arm's.
+    """
+    earlier = document.get("variants", {})
     own = {arm.name: arm.definition for arm in arms if arm.made_of is not None}
     for name in earlier.keys() & own.keys():
         if earlier[name] != own[name]:

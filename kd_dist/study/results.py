@@ -25,7 +25,7 @@ from kd_dist.study.arms import ARMS
 from kd_dist.study.arms import Arm as KnownArm
 from kd_dist.study.breakeven import cost_of, sentences, student_of
 from kd_dist.study.choice import variant
-from kd_dist.study.folder import StudyFolder
+from kd_dist.study.folder import MADE_OF, StudyFolder
 from kd_dist.study.statistics import Difference, Spread, holm, mcnemar, over_images, paired, resampled, spread, welch
 
 HARD_TWINS = ("hard-fresh", "hard-cached")
@@ -168,9 +168,13 @@ class Study:
 
     @cached_property
     def best_twin(self) -> str | None:
-        """The complete twin on hard labels of the highest mean top-1: the one that is hardest to beat."""
-        twins = [name for name in self.hard_twins if name in self.complete]
-        return max(twins, key=lambda name: self.arms[name].spread("top1").mean) if twins else None
+        """The complete twin on hard labels of the highest mean top-1, which is hardest to beat, of those with the most
+        seeds: one lucky seed is no twin for several.
+        """
+        twins = {name: self.arms[name] for name in self.hard_twins if name in self.complete}
+        most = max((len(twin.finished) for twin in twins.values()), default=0)
+        of_most = [name for name, twin in twins.items() if len(twin.finished) == most]
+        return max(of_most, key=lambda name: twins[name].spread("top1").mean, default=None)
 
     @cached_property
     def primary(self) -> tuple[str, str] | None:
@@ -226,9 +230,11 @@ def read_study(out: Path) -> Study:
 
 
 def _arm(name: str, known: KnownArm | None, folders: Mapping[int, RunFolder]) -> Arm:
-    isolates, kin = (known.isolates, known.made_of or name) if known else (_ABSENT, name)
-    runs = (SeedRun(Run(folders[seed], f"{name}/{folders[seed].path.name}"), seed) for seed in sorted(folders))
-    return Arm(name, isolates, tuple(runs), kin)
+    runs = tuple(SeedRun(Run(folders[seed], f"{name}/{folders[seed].path.name}"), seed) for seed in sorted(folders))
+    if known:
+        return Arm(name, known.isolates, runs, known.made_of or name)
+    made_of = {run.run.settings.get(MADE_OF) for run in runs if run.finished} - {None}  # study.json may be lost
+    return Arm(name, _ABSENT, runs, next(iter(made_of), name))
 
 
 def _require_same_val(runs: Sequence[SeedRun]) -> None:
@@ -315,11 +321,19 @@ def _about_twin(study: Study) -> list[str]:
     if study.best_twin is None:
         return [f"Neither {' nor '.join(study.hard_twins)} is complete, so no difference is told."]
     others = [name for name in study.hard_twins if name != study.best_twin]
-    rest = ", ".join(name if name in study.complete else f"{name}, which is not complete" for name in others)
+    rest = ", ".join(f"{name}{_passed_over(study, name)}" for name in others)
     return [
         f"{study.best_twin} is the best hard twin, by mean top-1 (besides it: {rest}). Taking the best as the twin "
         "makes every gain look smaller rather than larger."
     ]
+
+
+def _passed_over(study: Study, name: str) -> str:
+    """Why a hard twin was not looked at, in brackets; empty where it was."""
+    if name not in study.complete:
+        return " (not complete)"
+    fewer = len(study.arms[name].finished) < len(study.arms[study.best_twin].finished)
+    return " (fewer seeds)" if fewer else ""
 
 
 def _about_caches(study: Study) -> list[str]:
