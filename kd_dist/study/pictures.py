@@ -25,8 +25,11 @@ Values = Mapping[str, Mapping[str, Sequence[float]]]
 """Values over seeds, by arm and metric."""
 
 
-def plot(arms: Values, best_twin: str | None) -> bytes:
-    """A PNG: a row an arm, a panel a metric; a point with its 95 % interval over seeds, and a dot for each seed."""
+def plot(arms: Values, best_twin: str | None, far: str) -> bytes:
+    """A PNG: a row an arm, a panel a metric; a point with its 95 % interval over seeds, and a dot for each seed.
+
+    The arm `far` is told in a number at the edge where the others' scale does not reach it: it would crush them.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -34,8 +37,11 @@ def plot(arms: Values, best_twin: str | None) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(PANELS), sharey=True)
     for axis, (metric, (title, scale)) in zip(axes, PANELS.items(), strict=True):
-        for row, values in enumerate(arms.values()):
-            _draw(axis, row, scale * np.array(values[metric]))
+        for row, (name, values) in enumerate(arms.items()):
+            if name != far:
+                _draw(axis, row, scale * np.array(values[metric]))
+        if far in arms:
+            _draw_far(axis, list(arms).index(far), scale * np.array(arms[far][metric]))
         axis.set_xlabel(title)
         axis.grid(axis="x", alpha=0.3)
         if best_twin is not None and arms[best_twin][metric]:
@@ -57,6 +63,17 @@ def _draw(axis: Any, row: int, values_S: np.ndarray) -> None:
     axis.plot(found.mean, row, "o", color="tab:blue")
     if found.interval:
         axis.plot(found.interval, (row, row), color="tab:blue")
+
+
+def _draw_far(axis: Any, row: int, values_S: np.ndarray) -> None:
+    low, high = axis.get_xlim()
+    mean = np.mean(values_S) if len(values_S) else low
+    if low <= mean <= high or not axis.lines:
+        _draw(axis, row, values_S)
+        return
+    place, arrow = (0.01, "\N{LEFTWARDS ARROW} {}") if mean < low else (0.99, "{} \N{RIGHTWARDS ARROW}")
+    side = "left" if mean < low else "right"
+    axis.text(place, row, arrow.format(f"{mean:.3g}"), transform=axis.get_yaxis_transform(), ha=side, va="center")
 
 
 def write_page(folder: Path, entries: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]]) -> None:

@@ -413,7 +413,7 @@ def write(out: Path) -> None:
     with _writing(out):
         _publish(folder.table, _text(study).encode())
         _publish(folder.figures, (json.dumps(_figures(study), indent=2) + "\n").encode())
-        _publish(folder.plot, plot(_plotted(study), study.best_twin))
+        _publish(folder.plot, plot(_plotted(study), study.best_twin, far=BUG_CHECK))
         write_page(folder.page, _entries(study))
 
 
