@@ -34,6 +34,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     import torch
 
 CACHE_SECONDS = "writing the cache"
+Completed = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Stored settings -> the same with what this version adds to them."""
+
 STATUSES = ("running", "finished", "interrupted", "failed")
 _VERSION = 1
 _RUN, _CHECKPOINT, _MODEL, _VAL_LOGITS = "kd_dist.run", "kd_dist.checkpoint", "kd_dist.model", "kd_dist.val_logits"
@@ -139,21 +143,26 @@ class RunFolder:
 
 
 def claim(
-    folder: RunFolder, kind: str, settings: Mapping[str, Any], may_change: Collection[str], start_over: bool
+    folder: RunFolder,
+    kind: str,
+    settings: Mapping[str, Any],
+    may_change: Collection[str],
+    start_over: bool,
+    completed: Completed = dict,
 ) -> bool:
     """Take the folder for a run and write its settings.json; True where it goes on with an earlier one. Rank 0 only.
 
     `kind` is "teacher" or "student", `settings` anything json can hold; `may_change` names the settings that a resume
-    may alter. `start_over` removes what the earlier run of the same kind made, never a file of a name that is not ours.
-    The folder stays locked against other processes until this one ends. Nothing is touched before the checks have
-    passed. Raises UserError: the folder holds something else, another kind of run or other settings, is in use, or
-    cannot be written.
+    may alter, and `completed` fills in what an older version's settings lack. `start_over` removes what the earlier run
+    of the same kind made, never a file of a name that is not ours. The folder stays locked against other processes
+    until this one ends. Nothing is touched before the checks have passed. Raises UserError: the folder holds something
+    else, another kind of run or other settings, is in use, or cannot be written.
     """
     wanted = json.loads(json.dumps(settings))
-    _check_free(folder, kind, wanted, may_change, start_over)
+    check = partial(_check_free, folder, kind, wanted, may_change, start_over, completed)
+    check()
     _make_and_lock(folder)
-    # Once more: until the lock was ours, another process may have begun a run here.
-    there = _check_free(folder, kind, wanted, may_change, start_over)
+    there = check()  # once more: until the lock was ours, another process may have begun a run here
     with _writing(folder.path):
         for path in folder.left_overs() + (folder.products() if start_over else []):
             _remove(path)
@@ -161,12 +170,18 @@ def claim(
     return there and not start_over
 
 
-def is_finished(folder: RunFolder, kind: str, settings: Mapping[str, Any], may_change: Collection[str]) -> bool:
+def is_finished(
+    folder: RunFolder,
+    kind: str,
+    settings: Mapping[str, Any],
+    may_change: Collection[str],
+    completed: Completed = dict,
+) -> bool:
     """Whether this very run was brought to its end here; the folder is not claimed.
 
     Raises UserError where it holds something else, as `claim` does.
     """
-    there = _check_free(folder, kind, json.loads(json.dumps(settings)), may_change, start_over=False)
+    there = _check_free(folder, kind, json.loads(json.dumps(settings)), may_change, False, completed)
     return there and folder.model.exists() and (read_state(folder) or {}).get("status") == "finished"
 
 
@@ -190,7 +205,12 @@ def read_settings(folder: RunFolder) -> tuple[str, dict[str, Any]]:
 
 
 def _check_free(
-    folder: RunFolder, kind: str, wanted: Mapping[str, Any], may_change: Collection[str], start_over: bool
+    folder: RunFolder,
+    kind: str,
+    wanted: Mapping[str, Any],
+    may_change: Collection[str],
+    start_over: bool,
+    completed: Completed,
 ) -> bool:
     """Whether an earlier run is there; UserError where this one may not have the folder."""
     if not os.path.lexists(folder.settings):
@@ -199,7 +219,7 @@ def _check_free(
     there, old = read_settings(folder)
     if there != kind:
         raise UserError(f"--out {folder.path} holds a {there} run, not a {kind} run; choose another --out.")
-    differing = [] if start_over else differences(old, wanted, may_change)
+    differing = [] if start_over else differences(completed(old), wanted, may_change)
     if differing:
         free = ", ".join(_flag(key) for key in sorted(may_change)) or "nothing"
         raise UserError(

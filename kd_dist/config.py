@@ -10,7 +10,7 @@ import dataclasses
 import math
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
@@ -161,9 +161,12 @@ class Settings:
 
     def stored(self) -> dict[str, Any]:
         """The settings as plain JSON values, for the run folder and the checkpoint."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def completed(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Stored settings, with the defaults of those that the version which stored them did not have yet."""
+        return {setting.name: _plain(setting.default) for setting in dataclasses.fields(cls)} | dict(stored)
 
 
 @dataclass(frozen=True)
@@ -320,6 +323,10 @@ class StudySettings(DistillSettings):
     def resolved(self) -> Self:
         """The usual cache where none was named."""
         return dataclasses.replace(self, cache=self.cache or "runs/teacher/logits.h5")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:

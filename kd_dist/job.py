@@ -193,7 +193,11 @@ def claim(settings: Settings, data: Data, runtime: Runtime, **identity: str) -> 
     """
     folder = RunFolder(Path(settings.out))
     stored = stored_settings(settings, data, **identity)
-    runtime.on_main(lambda: checkpoint.claim(folder, settings.kind, stored, settings.may_change, settings.start_over))
+    runtime.on_main(
+        lambda: checkpoint.claim(
+            folder, settings.kind, stored, settings.may_change, settings.start_over, settings.completed
+        )
+    )
     return folder
 
 

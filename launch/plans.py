@@ -222,8 +222,8 @@ def is_finished(plan: Plan) -> bool:
     folder = RunFolder(plan.run)
     if plan.settings.start_over or not folder.settings.exists():
         return False
-    kind, old = read_settings(folder)
-    new = plan.settings.stored()
+    kind, stored = read_settings(folder)
+    old, new = plan.settings.completed(stored), plan.settings.stored()
     if kind != plan.settings.kind:
         raise UserError(
             f"{plan.run} holds a {kind} run, not a {plan.settings.kind} run; choose another folder by -- --out or "

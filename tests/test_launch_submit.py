@@ -230,6 +230,9 @@ def test_what_is_finished_is_not_submitted_again(here, capsys):
     words = "teacher --gpus-per-node 0"
     assert "no Slurm" in refused(capsys, words)  # its cache is missing, so it is not finished
     run.cache.touch()
+    document = json.loads(run.settings.read_text())
+    del document["settings"]["weight_decay"]  # as if an older version, which had no such setting, had stored them
+    run.settings.write_text(json.dumps(document))
     assert said(capsys, words) == f"teacher: finished already in {here}/runs/teacher, nothing to do\n"
     assert "no Slurm" in refused(capsys, f"{words} -- --start-over")
     assert "--seed was 0, now 1" in refused(capsys, f"{words} -- --seed 1")

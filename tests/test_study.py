@@ -328,6 +328,29 @@ def test_a_finished_run_is_not_run_again_and_arms_and_seeds_may_be_added(made, w
     assert 'study arm was "cached-V", now "cached-1"' in foreign
 
 
+def test_a_study_of_an_older_version_is_gone_on_with(made, whole, tmp_path, capsys):
+    """Settings that it did not have count as their defaults; the first run's lr was not the default."""
+    out = tmp_path / "study"
+    shutil.copytree(whole[0] / "cached-V", out / "cached-V")
+    shutil.copy(whole[0] / "study.json", out)
+    files = [out / "study.json", StudyFolder(out).run("cached-V", 0).settings]
+
+    def forget(name):
+        for file in files:
+            document = json.loads(file.read_text())
+            del document["settings"][name]
+            file.write_text(json.dumps(document))
+
+    command = words(made, out, "--cutmix", "0.5", "--arms", "cached-V")
+    forget("weight_decay")
+    call(entry.main, *command)
+    assert "cached-V, seed 0: finished already" in capsys.readouterr().out
+    forget("lr")
+    assert "--lr was 0.2, now 0.02" in refused(entry.main, *command)
+    files[0].unlink()
+    assert "--lr was 0.2, now 0.02" in refused(entry.main, *command)
+
+
 def test_an_interrupted_study_goes_on_to_the_same_weights(made, whole, tmp_path, monkeypatch):
     """Stopped in the second run's second epoch: the first is kept, the second goes on, the third begins."""
     out, chosen = tmp_path / "study", ["hard-fresh", "cached-V", "origin"]

@@ -105,7 +105,7 @@ def run(
     }
     stored = job.stored_settings(settings, data, **distill.learned_from(settings, cache), **identity)
     if not settings.start_over and runtime.on_main(
-        lambda: checkpoint.is_finished(folder, settings.kind, stored, settings.may_change)
+        lambda: checkpoint.is_finished(folder, settings.kind, stored, settings.may_change, settings.completed)
     ):
         job.say(runtime, f"{arm.name}, seed {seed}: finished already")
         return

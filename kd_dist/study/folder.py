@@ -135,7 +135,7 @@ def _earlier(folder: StudyFolder, shared: dict[str, Any], start_over: bool) -> d
         document = json.loads(folder.study.read_text(encoding="utf-8"))
         if (document["format"], document["version"]) != (_FORMAT, _VERSION):
             raise ValueError("another format or version")
-        differing = checkpoint.differences(document["settings"], shared, ())
+        differing = checkpoint.differences(StudySettings.completed(document["settings"]), shared, _OWN)
     except FileNotFoundError:
         return nothing
     except (ValueError, KeyError, TypeError) as error:
