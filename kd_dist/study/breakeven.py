@@ -123,7 +123,7 @@ def _against_hard(cost: CacheCost, cached: Sequence[Student], hard: Sequence[Stu
     counts = [epoch + 1 for epoch in epochs]
     whole = max(len(run.top1) for run in hard)
     head = (
-        f"{name} reaches {shown} after {_range(counts)} epochs, hard-fresh takes {whole} (seen on val afterwards, no "
+        f"{name} reaches {shown} after {_range(counts)} epochs, hard-fresh takes {whole} (seen afterwards, no "
         "run was stopped there)"
     )
     until = [run.seconds_until(epoch) for run, epoch in zip(cached, epochs, strict=True)]

@@ -301,7 +301,7 @@ def _contrast_cells(study: Study, arm: Arm) -> tuple[str, ...]:
 
 def _sentences(study: Study) -> list[str]:
     said = [
-        "Mean ± standard deviation over seeds; 95 % intervals. Paired and Welch: other seeds on these val images; the "
+        "Mean ± standard deviation over seeds; 95 % intervals. Paired and Welch: other seeds on these images; the "
         "third: other images too.",
         *_about_images(study),
         *_about_twin(study),
