@@ -28,7 +28,7 @@ clean-demo:
 # The README's first table: real Imagewoof on a CPU box, some hours; resumes. KD_DIST_DATA names the image folder.
 # A CPU with AVX512-BF16 computes in bfloat16, twice as fast; others would be ten times slower in it.
 WOOF := runs/imagewoof-cpu
-WOOF_ARMS := hard-fresh hard-cached shuffled-all cached-1 cached-V
+WOOF_ARMS := hard-fresh hard-cached shuffled-all cached-1 cached-V hard-wd=hard-fresh,weight-decay=0.002 V-alpha1=cached-V,alpha=1
 WOOF_PRECISION := $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
 imagewoof-cpu: setup
 	$(JOB) kd_dist.teacher --preset cpu-64px --precision $(WOOF_PRECISION) --out $(WOOF)/teacher

@@ -408,7 +408,8 @@ PRESETS: dict[str, Preset] = {
     ),
     # A CPU box: the teacher sees 96 px, the student the same boxes at 64 px. `make imagewoof-cpu`, two cores with
     # AVX512-BF16 (Zen 4) and --precision bf16: teacher 77.0 % in 65 minutes, a student 73.5 +- 0.4 % in 4, its
-    # hard-label twin 69.9 +- 0.7 % (three seeds, docs/results/imagewoof-cpu.md). In float32 about twice as long.
+    # hard-label twin 69.9 +- 0.7 %, 70.8 +- 0.7 % with a weight decay of 0.002 (three seeds each,
+    # docs/results/imagewoof-cpu.md). In float32 about twice as long.
     "cpu-64px": Preset(
         about="for a CPU box: teacher at 96 px, an hour or two on two cores; student at 64 px, 4 to 8 minutes",
         teacher={
