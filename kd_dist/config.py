@@ -56,6 +56,8 @@ class Settings:
     )
 
     not_typed: ClassVar[frozenset[str]] = frozenset()
+    labelled: ClassVar[float] = 1.0  # a student may have fewer labels, a teacher has them all
+    learns_from_labels_alone: ClassVar[bool] = True
 
     preset: str | None = flag(
         RUN, None, "a named set of defaults, see below [h100 on a GPU, cpu-64px on a CPU]", "NAME"
@@ -234,6 +236,13 @@ class DistillSettings(Settings):
         "KIND",
     )
     views: int | None = flag(DATA, None, "use only the first V views of the cache [all]", "V")
+    labelled: float = flag(
+        DATA,
+        1.0,
+        "share of train whose labels are used, in every class alike; of the other images a student sees the soft "
+        "labels alone, or at --alpha 0 nothing",
+        "SHARE",
+    )
     cache_memory: str = flag(
         DATA,
         "4G",
@@ -247,6 +256,7 @@ class DistillSettings(Settings):
         _require(0 <= self.alpha <= 1, "alpha", self.alpha, "must lie in [0, 1]")
         _require(0 < self.temperature < math.inf, "temperature", self.temperature, "must be above 0")
         _require(self.views is None or self.views >= 1, "views", self.views, "must be at least 1")
+        _require(0 < self.labelled <= 1, "labelled", self.labelled, "must be above 0 and at most 1")
         if self.crops is not None:
             _one_of("crops", self.crops, ("cached", "fresh"))
         self._check_crops()
@@ -269,6 +279,10 @@ class DistillSettings(Settings):
     def cache_memory_bytes(self) -> int:
         """The size up to which a cache is loaded whole."""
         return bytes_of("cache_memory", self.cache_memory)
+
+    @property
+    def learns_from_labels_alone(self) -> bool:
+        return self.alpha == 0
 
     @property
     def uses_fresh_crops(self) -> bool:

@@ -19,7 +19,7 @@ from kd_dist.config import DistillSettings
 from kd_dist.engine import LossTerms
 from kd_dist.errors import UserError
 from kd_dist.job import Data, DataSource
-from kd_dist.losses import SOFT_LOSSES
+from kd_dist.losses import NEED_LABELS, SOFT_LOSSES
 from kd_dist.models import STUDENTS
 from kd_dist.runtime import Runtime, StopRequest, joined, run_entry
 from kd_dist.views import require_renderer
@@ -46,10 +46,15 @@ def main() -> None:
 
 
 def require_known(settings: DistillSettings) -> None:
-    """Raise UserError for a student or a loss that no table has."""
+    """Raise UserError for a student or a loss that no table has, or a loss that needs labels which are not used."""
     for name, table in (("student", STUDENTS), ("loss", SOFT_LOSSES)):
         if getattr(settings, name) not in table:
             raise UserError(f"--{name} {getattr(settings, name)} is not known; choose from {', '.join(table)}.")
+    if settings.labelled < 1 and settings.alpha and SOFT_LOSSES[settings.loss] in NEED_LABELS:
+        raise UserError(
+            f"--loss {settings.loss} needs every image's label, --labelled {settings.labelled} uses fewer; choose "
+            f"another --loss."
+        )
 
 
 def open_inputs(settings: DistillSettings, runtime: Runtime) -> tuple[Cache | None, Data]:

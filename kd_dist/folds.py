@@ -1,9 +1,10 @@
-"""Parts of the training images: K folds, of which one is held out.
+"""Parts of the training images: K folds, of which one is held out, and the share whose labels are used.
 
 A part is a function of the images alone (labels and contents), not of a seed or of names. Every class is spread evenly
 over the parts, and files of the same content stay together: a teacher that never saw a part saw no copy of its images.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,20 @@ def parts_of(labels_N: np.ndarray, sha256_N32: np.ndarray, folds: int) -> np.nda
         np.add.at(of_class_KP[:, part], labels_G, 1)
         in_all_P[part] += len(labels_G)
     return part_N
+
+
+def labelled_rows(labels_N: np.ndarray, sha256_N32: np.ndarray, share: float) -> np.ndarray:
+    """The rows whose labels are used where only a share of them is: int64, sorted.
+
+    Of each class the share in (0, 1], rounded up, of its different images, first by digest, and all copies of these. A
+    smaller share's rows are among a larger one's.
+    """
+    group_N, _ = _groups(sha256_N32)
+    used_N = np.zeros(len(labels_N), bool)
+    for label in np.unique(labels_N):
+        groups = np.unique(group_N[labels_N == label])
+        used_N |= (labels_N == label) & np.isin(group_N, groups[: math.ceil(share * len(groups))])
+    return np.flatnonzero(used_N)
 
 
 def _groups(sha256_N32: np.ndarray) -> tuple[np.ndarray, int]:

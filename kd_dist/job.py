@@ -26,8 +26,9 @@ from kd_dist.config import Settings
 from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
 from kd_dist.engine import HEARTBEAT_SECONDS, AfterEpoch, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
-from kd_dist.folds import Fold, fold_of
+from kd_dist.folds import Fold, fold_of, labelled_rows
 from kd_dist.inference import Forward, compute_dtype
+from kd_dist.losses import UNKNOWN
 from kd_dist.models import count_weights
 from kd_dist.pixels import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
 from kd_dist.resident import ResidentPixels, free_bytes
@@ -70,6 +71,21 @@ def fold_for(settings: Settings, data: Data) -> Fold | None:
         return None
     train = data.samples.train
     return fold_of(train.labels_N, train.sha256_N32, settings.fold, settings.folds)
+
+
+def members_of(settings: Settings, data: Data) -> np.ndarray | None:
+    """The rows of train that are trained on, int64 and sorted; None for all. Raises UserError as fold_for does."""
+    if settings.labelled < 1 and settings.learns_from_labels_alone:
+        return labelled_of(settings, data)
+    fold = fold_for(settings, data)
+    return None if fold is None else fold.train_M
+
+
+def labelled_of(settings: Settings, data: Data) -> np.ndarray:
+    """The rows of train whose labels are used, int64 and sorted: --labelled of what --fold leaves."""
+    train, fold = data.samples.train, fold_for(settings, data)
+    rows_M = np.arange(len(train)) if fold is None else fold.train_M
+    return rows_M[labelled_rows(train.labels_N[rows_M], train.sha256_N32[rows_M], settings.labelled)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,10 +351,14 @@ def _train_data(
     settings: Settings, data: Data, views_of_epoch: FreshCrops | CachedCrops, logits_NVK: SoftLabels | None
 ) -> TrainData:
     samples, pixels = data.split("train")
-    fold = fold_for(settings, data)
+    labels_N = samples.labels_N
+    if settings.labelled < 1:
+        labels_N = np.full_like(samples.labels_N, UNKNOWN)
+        used_M = labelled_of(settings, data)
+        labels_N[used_M] = samples.labels_N[used_M]
     return TrainData(
         pixels=pixels,
-        labels_N=samples.labels_N,
+        labels_N=labels_N,
         views_of_epoch=views_of_epoch,
         image_size=settings.image_size,
         batch_size=settings.batch_size,
@@ -346,7 +366,7 @@ def _train_data(
         mixup=settings.mixup,
         cutmix=settings.cutmix,
         logits_NVK=logits_NVK,
-        members_M=None if fold is None else fold.train_M,
+        members_M=members_of(settings, data),
     )
 
 
@@ -357,17 +377,19 @@ def schedule_of(settings: Settings) -> Schedule:
 
 def _introduction(settings: Settings, trainer: Trainer) -> str:
     data, runtime = trainer.data, trainer.runtime
+    unknown = int((data.labels_N == UNKNOWN).sum())
+    labels = f" ({len(data.labels_N) - unknown:,} labels used)" if unknown else ""
     return (
-        f"{settings.kind}: {count_weights(trainer.model):,} weights, {len(data):,} images at {data.image_size} px, "
-        f"{settings.epochs} epochs of {data.steps_per_epoch} steps, {runtime.world_size} ranks on "
-        f"{runtime.device.type} in {trainer.compute_dtype} (preset {settings.preset})"
+        f"{settings.kind}: {count_weights(trainer.model):,} weights, {len(data):,} images{labels} at "
+        f"{data.image_size} px, {settings.epochs} epochs of {data.steps_per_epoch} steps, "
+        f"{runtime.world_size} ranks on {runtime.device.type} in {trainer.compute_dtype} (preset {settings.preset})"
     )
 
 
 def require_fit(settings: Settings, data: Data, model: nn.Module, runtime: Runtime) -> None:
     """Raise UserError where the batch does not suit the data and the ranks, or the picture size the network."""
-    fold = fold_for(settings, data)
-    images, ranks = len(data.samples.train if fold is None else fold.train_M), runtime.world_size
+    members_M = members_of(settings, data)
+    images, ranks = len(data.samples.train if members_M is None else members_M), runtime.world_size
     if settings.batch_size > images:
         raise UserError(
             f"--batch-size {settings.batch_size} is larger than the {images} training images; use --batch-size "

@@ -13,6 +13,7 @@ from torch.nn.functional import log_softmax, one_hot
 
 LEAST_VARIANCE = 1e-12  # of a row of logits: equal ones have no direction to scale
 OTHERS_WEIGHT = 8.0
+UNKNOWN = -1  # the label of an image whose label is not used
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
@@ -29,12 +30,18 @@ def hard_targets(
     """Target probabilities [B, K]: one-hot labels, blended with a partner's (mixup, CutMix) and smoothed (Szegedy et
     al. 2016).
 
-    weight_B is the share of the sample's own label in [0, 1]; partners_B holds the partners' labels.
+    weight_B is the share of the sample's own label in [0, 1]; partners_B holds the partners' labels. A label that is
+    not known (UNKNOWN) has a row of zeros, which no loss and no gradient comes from; in a blend, only its share has.
     """
-    targets_BK = one_hot(labels_B, classes).float()
-    if partners_B is not None:
-        targets_BK = torch.lerp(one_hot(partners_B, classes).float(), targets_BK, weight_B[:, None])
-    return targets_BK * (1 - smoothing) + smoothing / classes
+    targets_BK = _smoothed(labels_B, classes, smoothing)
+    if partners_B is None:
+        return targets_BK
+    return torch.lerp(_smoothed(partners_B, classes, smoothing), targets_BK, weight_B[:, None])
+
+
+def _smoothed(labels_B: Tensor, classes: int, smoothing: float) -> Tensor:
+    targets_BK = one_hot(labels_B.clamp(min=0), classes) * (1 - smoothing) + smoothing / classes
+    return targets_BK * (labels_B != UNKNOWN)[:, None]
 
 
 def cross_entropy(logits_BK: Tensor, targets_BK: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ LEAST_SMOOTHING = 1e-9
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to teach the student. `needs_views` counts the evaluation view; `needs_teacher`: besides the cache.
+    """One way to teach the student. `needs_views` counts the evaluation view; `needs_teacher`: besides the cache;
+    `needs_labels`: of every image, --labelled cannot use fewer.
 
     A variant, made on the command line, is an arm of the ladder (`made_of`) with settings of its own (`own`).
     """
@@ -42,6 +43,7 @@ class Arm:
     settings: type[DistillSettings] = DistillSettings
     needs_views: int = 1
     needs_teacher: bool = False
+    needs_labels: bool = False
     made_of: str | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
 
@@ -192,12 +194,19 @@ _LADDER = (
         "smooth",
         "the smoothed label, as uncertain as the cache's mean row: is it only smoothing?",
         rows=smoothed_labels,
+        needs_labels=True,
     ),
-    Arm("class-mean", "the teacher's mean row of the class: class similarity without the image", rows=class_means),
+    Arm(
+        "class-mean",
+        "the teacher's mean row of the class: class similarity without the image",
+        rows=class_means,
+        needs_labels=True,
+    ),
     Arm(
         "shuffled-within",
         "rows of another image of the class: what knowing the image itself is worth",
         rows=shuffled_within,
+        needs_labels=True,
     ),
     Arm(
         "shuffled-view",
@@ -224,6 +233,7 @@ _LADDER = (
         "origin",
         "the origin's loss as written, its soft term without a gradient: nothing is distilled",
         loss=origin_loss,
+        needs_labels=True,
     ),
 )
 

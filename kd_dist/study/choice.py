@@ -17,7 +17,7 @@ from kd_dist.study.arms import ARMS, Arm
 from kd_dist.study.folder import run_settings
 
 MAY_VARY = (
-    *("cache", "views", "alpha", "temperature", "loss"),
+    *("cache", "views", "alpha", "temperature", "loss", "labelled"),
     *("label_smoothing", "mixup", "cutmix", "lr", "weight_decay"),
 )
 """What a variant may set. The student and its budget are what all arms of a study share."""
@@ -51,11 +51,13 @@ def _of_ladder(name: str) -> Arm:
 
 
 def _require_sense(settings: StudySettings, arm: Arm) -> None:
-    """Raise UserError for an arm without its teacher, and for a variant whose values are out of range or the study's
-    own.
+    """Raise UserError for an arm without its teacher or its labels, and for a variant whose values are out of range or
+    the study's own.
     """
     if arm.needs_teacher and not settings.teacher_model:
         raise UserError(f"arm {arm.name} needs the teacher: name its weights, --teacher-model runs/teacher/model.pt.")
+    if arm.needs_labels and arm.own.get("labelled", settings.labelled) < 1:
+        raise UserError(f"arm {arm.name} needs every image's label, --labelled uses fewer; leave it out by --arms.")
     if arm.made_of is None:
         return
     try:

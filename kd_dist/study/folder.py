@@ -75,12 +75,19 @@ class StudyFolder:
 
 
 def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:
-    """The settings of one run: the study's, with the arm's own changes. Blends are for fresh crops alone."""
+    """The settings of one run: the study's, with the arm's own changes. Blends are for fresh crops alone.
+
+    An arm that learns from labels alone passes over a share of them so many times more often: as many pictures are
+    shown.
+    """
     shared = {field.name: getattr(study, field.name) for field in fields(DistillSettings)}
     out = StudyFolder(Path(study.out)).run(arm.name, seed).path
     values = {**shared, **arm.changes, "out": str(out), "seed": seed}
     if values["crops"] != "fresh":
         values |= {"mixup": 0.0, "cutmix": 0.0}
+    if values["alpha"] == 0:
+        share = values["labelled"]
+        values |= {"epochs": round(study.epochs / share), "warmup_epochs": study.warmup_epochs / share}
     return arm.settings(**values).resolved()
 
 

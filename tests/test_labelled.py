@@ -1,0 +1,227 @@
+"""--labelled: only a share of the labels is used; of other images a student sees soft labels alone, or nothing."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kd_dist import config, distill, engine, job, objectives, teacher
+from kd_dist.batches import Batch
+from kd_dist.checkpoint import read_metrics, read_settings
+from kd_dist.config import DistillSettings
+from kd_dist.dataset import scan
+from kd_dist.errors import UserError
+from kd_dist.folds import labelled_rows
+from kd_dist.generated import generate
+from kd_dist.losses import SOFT_LOSSES, UNKNOWN, hard_targets
+from kd_dist.models import STUDENTS, TEACHERS, Cnn5
+from kd_dist.study import __main__ as study
+from kd_dist.study.folder import StudyFolder
+from tests.entries import call, refused
+from tests.test_bad_input import TINY
+
+SHARES = [0.05, 0.1, 0.3, 0.5, 1.0]
+
+
+@pytest.fixture(scope="module")
+def images():
+    """211 images of three uneven classes; rows 10 to 12 show one picture, as do rows 0 and 210, of two classes."""
+    sha256_N32 = np.random.default_rng(0).integers(0, 256, (211, 32), dtype=np.uint8)
+    sha256_N32[11] = sha256_N32[12] = sha256_N32[10]
+    sha256_N32[210] = sha256_N32[0]
+    return np.repeat([0, 1, 2], [100, 90, 21]), sha256_N32
+
+
+def test_every_class_has_its_share_and_copies_stay_together(images):
+    labels_N, sha256_N32 = images
+    for share in SHARES:
+        rows_M = labelled_rows(labels_N, sha256_N32, share)
+        assert rows_M.dtype == np.int64 and (np.diff(rows_M) > 0).all()
+        for label in range(3):
+            of_class = np.flatnonzero(labels_N == label)
+            different = {sha256_N32[row].tobytes() for row in of_class}
+            used = {sha256_N32[row].tobytes() for row in of_class if row in rows_M}
+            assert len(used) == np.ceil(share * len(different))
+            assert all((sha256_N32[row].tobytes() in used) == (row in rows_M) for row in of_class)
+
+
+def test_a_smaller_share_is_part_of_a_larger_one(images):
+    found = [set(labelled_rows(*images, share)) for share in SHARES]
+    assert all(small < large for small, large in pairwise(found)) and len(found[-1]) == 211
+
+
+def test_the_share_follows_the_images_not_their_order(images):
+    labels_N, sha256_N32 = images
+    order_N = np.random.default_rng(1).permutation(211)
+    moved_M = labelled_rows(labels_N[order_N], sha256_N32[order_N], 0.3)
+    assert set(order_N[moved_M]) == set(labelled_rows(labels_N, sha256_N32, 0.3))
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_label_that_is_not_known_has_no_target(smoothing):
+    known, unknown = torch.tensor([2, 0, 1]), torch.tensor([2, UNKNOWN, 1])
+    targets_BK = hard_targets(unknown, 4, smoothing)
+    assert (targets_BK[1] == 0).all() and torch.equal(targets_BK[::2], hard_targets(known, 4, smoothing)[::2])
+    partners, weights = torch.tensor([3, 3, UNKNOWN]), torch.tensor([0.25, 0.25, 0.25])
+    blended_BK = hard_targets(unknown, 4, smoothing, partners, weights)
+    assert torch.equal(blended_BK[0], hard_targets(known, 4, smoothing, partners, weights)[0])
+    torch.testing.assert_close(blended_BK[1], 0.75 * hard_targets(partners, 4, smoothing)[1])
+    torch.testing.assert_close(blended_BK[2], 0.25 * hard_targets(known, 4, smoothing)[2])
+
+
+def test_an_image_without_a_label_gives_the_soft_loss_alone():
+    rng = np.random.default_rng(0)
+    labels_B = torch.tensor([0, 1, 2])
+    batch = Batch(
+        index_B=torch.arange(3),
+        images_BCHW=torch.tensor(rng.normal(0, 1, (3, 3, 2, 2))),
+        labels_B=labels_B,
+        partner_labels_B=labels_B,
+        weights_B=torch.ones(3),
+        teacher_logits_BK=torch.tensor(rng.normal(0, 2, (3, 5))),
+        global_size=3,
+    )
+    masked_B = torch.tensor([0, UNKNOWN, 2])
+    masked = replace(batch, labels_B=masked_B, partner_labels_B=masked_B)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5)).double()
+    terms = objectives.distilled(5, 0.1, SOFT_LOSSES["kl"], 0.6, 2.0)
+    whole, part = terms(model, batch), terms(model, masked)
+    assert torch.equal(whole["soft"], part["soft"])
+    assert part["hard"][1] == 0 and torch.equal(part["total"][1], 0.6 * part["soft"][1])
+    assert torch.equal(whole["total"][::2], part["total"][::2])
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A set of four classes of twelve (data), and a teacher's run (teacher) with a cache of three views."""
+    folder = tmp_path_factory.mktemp("labelled")
+    generate(folder / "data", train_per_class=12, val_per_class=2, classes=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TEACHERS, "small", small)
+        call(teacher.main, *words(folder), "--out", folder / "teacher", "--teacher", "small", "--views", 3)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_student(monkeypatch):
+    monkeypatch.setitem(STUDENTS, "small", small)
+
+
+def small(classes: int) -> Cnn5:
+    return Cnn5(classes, channels=(4, 8, 8))
+
+
+def words(folder: Path) -> list[object]:
+    return ["--data", folder / "data", *TINY]
+
+
+def student(made: Path) -> list[object]:
+    return [*words(made), "--cache", made / "teacher" / "logits.h5", "--student", "small"]
+
+
+def used_rows(made: Path, share: float) -> set[int]:
+    train = scan(made / "data").train
+    return set(labelled_rows(train.labels_N, train.sha256_N32, share))
+
+
+@pytest.fixture
+def seen(monkeypatch) -> dict[int, set[int]]:
+    """The labels that training was given of each image; filled as runs go on."""
+    labels: dict[int, set[int]] = {}
+    original = engine.Trainer._train_step
+
+    def looked_at(self, batch):
+        for index, label in zip(batch.index_B.tolist(), batch.labels_B.tolist(), strict=True):
+            labels.setdefault(index, set()).add(label)
+        return original(self, batch)
+
+    monkeypatch.setattr(engine.Trainer, "_train_step", looked_at)
+    return labels
+
+
+def test_labels_alone_are_learned_from_the_labelled_images_alone(made, tmp_path, seen):
+    call(distill.main, *student(made), "--alpha", 0, "--labelled", 0.5, "--batch-size", 8, "--out", tmp_path / "run")
+    train = scan(made / "data").train
+    assert set(seen) == used_rows(made, 0.5) and len(seen) == 24
+    assert all(labels == {train.labels_N[row]} for row, labels in seen.items())
+
+
+def test_a_distilled_student_sees_all_images_and_the_labels_of_some(made, tmp_path, seen, capsys):
+    call(distill.main, *student(made), "--labelled", 0.25, "--out", tmp_path / "run")
+    train, used = scan(made / "data").train, used_rows(made, 0.25)
+    assert len(seen) == 48 and len(used) == 12
+    assert all(labels == {train.labels_N[row] if row in used else UNKNOWN} for row, labels in seen.items())
+    assert "48 images (12 labels used) at" in capsys.readouterr().out
+
+
+def test_another_share_is_another_run(made, tmp_path):
+    command = [*student(made), "--out", tmp_path / "run"]
+    call(distill.main, *command, "--labelled", 0.5)
+    assert "labelled" in refused(distill.main, *command)
+
+
+def test_the_share_is_of_what_a_fold_leaves(made):
+    data = job.Data(scan(made / "data"), {})
+    typed = {"folds": 4, "fold": 1, "labelled": 0.5, "alpha": 0.0}
+    settings = config.resolve(DistillSettings, typed, has_gpu=False)
+    members_M, fold = job.members_of(settings, data), job.fold_for(settings, data)
+    assert (
+        set(members_M) < set(fold.train_M) and np.bincount(data.samples.train.labels_N[members_M]).tolist() == [5] * 4
+    )
+    soft = config.resolve(DistillSettings, typed | {"alpha": 0.5}, has_gpu=False)
+    assert np.array_equal(job.members_of(soft, data), fold.train_M)
+    assert np.array_equal(job.labelled_of(soft, data), members_M)
+
+
+def test_a_batch_larger_than_the_labelled_images_is_refused(made, one_process):
+    data = job.Data(scan(made / "data"), {})
+    settings = config.resolve(DistillSettings, {"labelled": 0.1, "alpha": 0.0, "batch_size": 9}, has_gpu=False)
+    with pytest.raises(UserError, match="--batch-size 9 is larger than the 8 training images"):
+        job.require_fit(settings, data, small(4), one_process)
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5, "nan"])
+def test_a_share_out_of_range_is_refused(made, tmp_path, share):
+    sentence = refused(distill.main, *student(made), "--labelled", share, "--out", tmp_path / "run")
+    assert "--labelled" in sentence and "must be above 0 and at most 1" in sentence
+
+
+def test_a_loss_of_labels_is_refused(made, tmp_path):
+    command = [*student(made), "--loss", "dkd", "--labelled", 0.5, "--out", tmp_path / "run"]
+    assert "--loss dkd needs every image's label, --labelled 0.5 uses fewer" in refused(distill.main, *command)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the study
+
+
+def test_a_studys_twins_on_fewer_labels_are_shown_as_many_pictures(made, tmp_path):
+    out = tmp_path / "study"
+    chosen = ["hard-half=hard-fresh,labelled=0.5", "half=cached-V,labelled=0.5"]
+    command = [*student(made), "--seeds", 0, "--out", out]
+    call(study.main, *command, "--arms", "hard-fresh", "cached-V", *chosen)
+    runs = {name: StudyFolder(out).run(name, 0) for name in ("hard-fresh", "hard-half", "cached-V", "half")}
+    epochs = {name: len(read_metrics(run)) for name, run in runs.items()}
+    assert epochs["hard-half"] == 2 * epochs["hard-fresh"] and epochs["half"] == epochs["cached-V"]
+    settings = {name: read_settings(run)[1] for name, run in runs.items()}
+    assert settings["hard-half"]["warmup_epochs"] == 2 * settings["hard-fresh"]["warmup_epochs"]
+    assert settings["half"]["labelled"] == settings["hard-half"]["labelled"] == 0.5
+    table = StudyFolder(out).table.read_text()
+    assert "| as hard-fresh, with labelled 0.5 |" in table
+
+
+@pytest.mark.parametrize("name", ["smooth", "class-mean", "shuffled-within", "origin"])
+def test_arms_that_need_every_label_are_refused(made, tmp_path, name):
+    command = [*student(made), "--seeds", 0, "--out", tmp_path / "study", "--arms"]
+    sentence = "needs every image's label, --labelled uses fewer; leave it out by --arms."
+    assert refused(study.main, *command, name, "--labelled", 0.5) == f"arm {name} {sentence}"
+    assert refused(study.main, *command, f"few={name},labelled=0.5") == f"arm few {sentence}"
