@@ -24,8 +24,8 @@ from kd_dist.study.online import OnlineTeacher, open_teacher
 DESCRIPTION = """Train the same student in several ways (arms), each with several seeds, under one schedule, and compare
 them. Finished runs are not run again and interrupted ones go on, so the same command, typed again, completes a study;
 further arms and seeds may be added to it. --list shows the arms; NAME=ARM,setting=value makes another out of one of
-them. Two more commands: `table OUT` writes the table and plot of a study anew, `compare A B` tells two finished runs
-apart."""
+them. More commands: `table OUT` writes the table and plot of a study anew, `compare A B` tells two finished runs apart,
+`sweep views OUT` plots top-1 over a setting that arms differ in, of several studies if these are named."""
 EPILOG = f"""Examples: python -m kd_dist.study --cache runs/teacher/logits.h5 --arms hard-fresh cached-V --seeds 0 1 2
 --epochs 30; the arm online needs the teacher: --teacher-model runs/teacher/model.pt; arms of other caches and settings:
 --arms cached-V ensemble=cached-V,cache=runs/both.h5 hot=cached-V,temperature=8. A variant may set
@@ -136,12 +136,25 @@ def _compare(words: Sequence[str]) -> None:
     print(compare(*map(Path, words)), flush=True)
 
 
+def _sweep(words: Sequence[str]) -> None:
+    from kd_dist.study.sweep import sweep
+
+    if len(words) < 2:
+        raise UserError("name a setting and studies' folders: python -m kd_dist.study sweep views runs/study.")
+    print(sweep(words[0], [*map(Path, words[1:])]), flush=True)
+
+
 def _list(_words: Sequence[str]) -> None:
     width = max(map(len, ARMS))
     print("\n".join(f"{arm.name:{width}}  {arm.isolates}" for arm in ARMS.values()), flush=True)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"table": _table, "compare": _compare, "--list": _list}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "table": _table,
+    "sweep": _sweep,
+    "compare": _compare,
+    "--list": _list,
+}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ runs/study/
                              that all runs share
     cached-V/seed-0/ ...     a run's folder for each arm and seed
     table.md, plot.png       the results, and results.json with all their numbers
+    sweep-views.png          one setting along an axis
     hparams/                 an entry a run for TensorBoard's HParams page
 """
 
@@ -51,6 +52,10 @@ class StudyFolder:
     @property
     def plot(self) -> Path:
         return self.path / "plot.png"
+
+    def sweep(self, setting: str) -> Path:
+        """The plot of a sweep over a setting."""
+        return self.path / f"sweep-{setting.replace('_', '-')}.png"
 
     @property
     def page(self) -> Path:

@@ -21,6 +21,7 @@ PANELS = {
     "agreement": ("agreement with the teacher, %", 100),
     "calibration_error": ("calibration error", 1),
 }
+LOG_AXIS_FROM = 4.0  # times the least value
 Values = Mapping[str, Mapping[str, Sequence[float]]]
 """Values over seeds, by arm and metric."""
 
@@ -50,9 +51,7 @@ def plot(arms: Values, best_twin: str | None, far: str) -> bytes:
     axes[0].invert_yaxis()
     twin = f"; dashed: {best_twin}, the best hard twin" if best_twin else ""
     figure.suptitle(f"mean over seeds with its 95 % interval (two seeds or more), dots: seeds{twin}", fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return _png(figure)
 
 
 def _draw(axis: Any, row: int, values_S: np.ndarray) -> None:
@@ -74,6 +73,36 @@ def _draw_far(axis: Any, row: int, values_S: np.ndarray) -> None:
     place, arrow = (0.01, "\N{LEFTWARDS ARROW} {}") if mean < low else (0.99, "{} \N{RIGHTWARDS ARROW}")
     side = "left" if mean < low else "right"
     axis.text(place, row, arrow.format(f"{mean:.3g}"), transform=axis.get_yaxis_transform(), ha=side, va="center")
+
+
+def plot_lines(lines: Mapping[str, Mapping[float, Sequence[float]]], axis_title: str, top1_title: str) -> bytes:
+    """A PNG: top-1 in % over a setting's values, a line through the means over seeds and a dot for each seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    values = sorted({value for line in lines.values() for value in line})
+    if values[0] > 0 and values[-1] / values[0] >= LOG_AXIS_FROM:
+        axis.set_xscale("log")
+    for name, top1 in lines.items():
+        (drawn,) = axis.plot([*top1], [100 * np.mean(seeds_S) for seeds_S in top1.values()], "o-", label=name)
+        for value, seeds_S in top1.items():
+            axis.plot(np.full(len(seeds_S), value), 100 * np.array(seeds_S), ".", color=drawn.get_color(), alpha=0.4)
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.minorticks_off()
+    axis.set_xlabel(axis_title)
+    axis.set_ylabel(top1_title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 def write_page(folder: Path, entries: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]]) -> None:

@@ -7,9 +7,9 @@ folders give the same figures. An arm counts as complete when all its seeds are 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,14 @@ class SeedRun:
 @dataclass(frozen=True)
 class Arm:
     """An arm's runs by seed; `isolates` says what it is in the study for, `kin` which arm of the ladder it is or is
-    made of.
+    made of, `own` what a variant sets.
     """
 
     name: str
     isolates: str
     runs: tuple[SeedRun, ...]
     kin: str
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def finished(self) -> dict[int, SeedRun]:
@@ -225,19 +226,20 @@ def read_study(out: Path) -> Study:
     known = ARMS | variants
     order = [name for name in known if name in named]
     arms = {name: _arm(name, known.get(name), there.get(name, {})) for name in [*order, *sorted(named - set(order))]}
-    _require_same_val([run for arm in arms.values() for run in arm.finished.values()])
+    require_same_val([run for arm in arms.values() for run in arm.finished.values()])
     return Study(out, document, arms)
 
 
 def _arm(name: str, known: KnownArm | None, folders: Mapping[int, RunFolder]) -> Arm:
     runs = tuple(SeedRun(Run(folders[seed], f"{name}/{folders[seed].path.name}"), seed) for seed in sorted(folders))
     if known:
-        return Arm(name, known.isolates, runs, known.made_of or name)
+        return Arm(name, known.isolates, runs, known.made_of or name, known.own)
     made_of = {run.run.settings.get(MADE_OF) for run in runs if run.finished} - {None}  # study.json may be lost
     return Arm(name, _ABSENT, runs, next(iter(made_of), name))
 
 
-def _require_same_val(runs: Sequence[SeedRun]) -> None:
+def require_same_val(runs: Sequence[SeedRun]) -> None:
+    """Raise UserError where runs saw different val images."""
     for run in runs[1:]:
         _require_same_images(runs[0].run.folder.val_logits, runs[0].val, run.run.folder.val_logits, run.val)
 
@@ -278,8 +280,8 @@ def _text(study: Study) -> str:
 
 def _row(study: Study, arm: Arm) -> tuple[str, ...]:
     seeds = f"{len(arm.finished)}" if arm.complete else f"incomplete, {len(arm.finished)} of {len(arm.runs) or '?'}"
-    shares = (_with_deviation(arm.spread(name), digits=2, scale=100) for name in ("top1", "agreement"))
-    figures = (*shares, _with_deviation(arm.spread("calibration_error"), digits=3))
+    shares = (with_deviation(arm.spread(name), digits=2, scale=100) for name in ("top1", "agreement"))
+    figures = (*shares, with_deviation(arm.spread("calibration_error"), digits=3))
     return (arm.name, arm.isolates, seeds, *figures, *_contrast_cells(study, arm))
 
 
@@ -384,7 +386,8 @@ def _about_bug_check(study: Study) -> list[str]:
     ]
 
 
-def _with_deviation(found: Spread | None, digits: int, scale: float = 1.0) -> str:
+def with_deviation(found: Spread | None, digits: int, scale: float = 1.0) -> str:
+    """Mean and standard deviation as one writes them: "73.50 ± 0.39"."""
     if found is None:
         return _ABSENT
     values = (value for value in (found.mean, found.deviation) if value is not None)
@@ -410,10 +413,10 @@ def write(out: Path) -> None:
     from kd_dist.study.pictures import plot, write_page  # they alone need matplotlib and torch's SummaryWriter
 
     study, folder = read_study(out), StudyFolder(out)
-    with _writing(out):
-        _publish(folder.table, _text(study).encode())
-        _publish(folder.figures, (json.dumps(_figures(study), indent=2) + "\n").encode())
-        _publish(folder.plot, plot(_plotted(study), study.best_twin, far=BUG_CHECK))
+    with writing(out):
+        publish(folder.table, _text(study).encode())
+        publish(folder.figures, (json.dumps(_figures(study), indent=2) + "\n").encode())
+        publish(folder.plot, plot(_plotted(study), study.best_twin, far=BUG_CHECK))
         write_page(folder.page, _entries(study))
 
 
@@ -459,12 +462,13 @@ def _entries(study: Study) -> dict[str, tuple[dict[str, Any], dict[str, float]]]
     }
 
 
-def _publish(path: Path, data: bytes) -> None:
+def publish(path: Path, data: bytes) -> None:
+    """Write a file in place of an earlier one."""
     write_atomically(path, lambda file: file.write(data))
 
 
 @contextmanager
-def _writing(out: Path):
+def writing(out: Path) -> Iterator[None]:
     """One sentence, which names the folder, of what the system says against writing."""
     try:
         yield
