@@ -129,7 +129,8 @@ class TrainData:
     """Everything batches are made of: pictures, labels, a rule for views, and soft labels where there is a cache.
 
     members_M: the rows that are trained on, int64 and sorted; None for all. Views are drawn for all N, so that an
-    image's do not depend on who else is trained on; partners in blends are members.
+    image's do not depend on who else is trained on; partners in blends are members. blended_epochs: blends are drawn in
+    so many epochs, the first ones; None for all.
     """
 
     pixels: Pictures
@@ -142,6 +143,7 @@ class TrainData:
     cutmix: float = 0.0
     logits_NVK: SoftLabels | None = None
     members_M: np.ndarray | None = None
+    blended_epochs: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N if self.members_M is None else self.members_M)
@@ -263,7 +265,8 @@ def _raised(batch: Batch | UserError) -> Batch:
 
 def blends_of(data: TrainData, epoch: int) -> views.Blends | None:
     """The blends of every image in one epoch; None where none are asked for."""
-    if not (data.mixup or data.cutmix):
+    is_plain = data.blended_epochs is not None and epoch >= data.blended_epochs
+    if is_plain or not (data.mixup or data.cutmix):
         return None
     rng = _rng(data.seed, epoch, BLEND)
     return views.draw_blends(rng, len(data.labels_N), data.mixup, data.cutmix, data.members_M)

@@ -88,6 +88,7 @@ class Settings:
     cutmix: float = flag(
         CROPS, 0.0, "share of training images with a box pasted from another; fresh crops only", "SHARE"
     )
+    plain_epochs: int = flag(CROPS, 0, "last epochs without blends, on pictures such as it will be scored on")
     seed: int = flag(RUN, 0, "of weights, order, crops and flips")
     workers: int | None = flag(
         RUN, None, "processes a rank that prepare pictures; 0: the rank itself [0 on a CPU, up to 8 on a GPU]", "N"
@@ -129,6 +130,12 @@ class Settings:
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie in [0, 1]")
         _require(
             self.mixup + self.cutmix <= 1, "mixup", self.mixup, f"and --cutmix {self.cutmix} must not exceed 1 together"
+        )
+        _require(
+            0 <= self.plain_epochs <= self.epochs,
+            "plain_epochs",
+            self.plain_epochs,
+            f"must lie in 0 to {self.epochs} (--epochs)",
         )
         check_crop_scale(self.crop_scale)
         _require(
@@ -409,6 +416,7 @@ PRESETS: dict[str, Preset] = {
             "ema": 0.999,
             "mixup": 0.25,
             "cutmix": 0.25,
+            "plain_epochs": 25,
         },
         distill={
             "student": "cnn5_wide",
@@ -526,12 +534,19 @@ def resolve(kind: type[Settings], typed: dict[str, Any], has_gpu: bool) -> Setti
     name = typed.get("preset") or ("h100" if has_gpu and typed.get("device") != "cpu" else "cpu-64px")
     _one_of("preset", name, tuple(PRESETS))
     values = {**PRESETS[name].of(kind), **typed, "preset": name}
-    if "warmup_epochs" not in typed:  # nobody asked for this one: it must not stand in a short run's way
-        defaults = {setting.name: setting.default for setting in dataclasses.fields(kind)}
-        epochs, warmup = (values.get(name, defaults[name]) for name in ("epochs", "warmup_epochs"))
-        values["warmup_epochs"] = min(warmup, max(epochs, 0) / 5)
+    values |= _shortened(kind, values, typed)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return kind(**values).resolved()
+
+
+def _shortened(kind: type[Settings], values: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The first and last epochs that are unlike the others, where nobody asked for their number: it must not stand in
+    a short run's way.
+    """
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(kind)}
+    epochs, warmup, plain = (values.get(name, defaults[name]) for name in ("epochs", "warmup_epochs", "plain_epochs"))
+    short = {"warmup_epochs": min(warmup, max(epochs, 0) / 5), "plain_epochs": min(plain, max(epochs, 0) // 10)}
+    return {name: value for name, value in short.items() if name not in typed}
 
 
 def read_command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -367,6 +367,7 @@ def _train_data(
         cutmix=settings.cutmix,
         logits_NVK=logits_NVK,
         members_M=members_of(settings, data),
+        blended_epochs=settings.epochs - settings.plain_epochs,
     )
 
 

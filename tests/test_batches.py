@@ -271,6 +271,17 @@ def test_mixed_pictures_and_labels_have_the_same_shares(fresh):
     assert 30 < mixed < 55
 
 
+def test_the_last_epochs_are_plain(fresh):
+    data = fresh(60, 8, mixup=0.5, cutmix=0.5)
+    ending = replace(data, blended_epochs=3)
+    for epoch, is_plain in enumerate((False, False, False, True, True)):
+        weights_B = torch.cat([batch.weights_B for batch in epoch_of(ending, epoch=epoch)])
+        assert (weights_B == 1).all().item() == is_plain
+    assert blends_of(data, 4) is not None and blends_of(replace(data, blended_epochs=0), 0) is None
+    for blended, plain in zip(epoch_of(data, epoch=2), epoch_of(ending, epoch=2), strict=True):
+        assert torch.equal(blended.images_BCHW, plain.images_BCHW)
+
+
 def test_partner_is_shown_in_its_own_view_of_the_epoch(fresh):
     data = fresh(mixup=1.0)
     blends, crops = blends_of(data, 2), data.views_of_epoch(2)

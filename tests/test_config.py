@@ -135,6 +135,12 @@ def test_preset_follows_the_machine_unless_named(words, has_gpu, name):
     assert settings.image_size == PRESETS[name].teacher["image_size"]
 
 
+def test_a_short_run_has_fewer_plain_epochs_unless_they_are_typed():
+    assert read(TeacherSettings, "--preset", "h100").plain_epochs == PRESETS["h100"].teacher["plain_epochs"] == 25
+    assert [read(TeacherSettings, "--preset", "h100", "--epochs", n).plain_epochs for n in ("40", "5")] == [4, 0]
+    assert read(TeacherSettings, "--preset", "h100", "--epochs", "40", "--plain-epochs", "40").plain_epochs == 40
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid(kind, name):
@@ -216,6 +222,8 @@ BAD_ON_BOTH = [
     "--mixup nan",
     "--cutmix -0.5",
     "--cutmix nan",
+    "--plain-epochs -1",
+    "--plain-epochs 101",
     "--crop-scale 0 1",
     "--crop-scale 0.8 0.2",
     "--crop-scale 0.5 1.5",

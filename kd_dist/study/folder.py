@@ -92,7 +92,8 @@ def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:
         values |= {"mixup": 0.0, "cutmix": 0.0}
     if values["alpha"] == 0:
         share = values["labelled"]
-        values |= {"epochs": round(study.epochs / share), "warmup_epochs": study.warmup_epochs / share}
+        values |= {name: round(getattr(study, name) / share) for name in ("epochs", "plain_epochs")}
+        values |= {"warmup_epochs": study.warmup_epochs / share}
     return arm.settings(**values).resolved()
 
 
