@@ -1,5 +1,6 @@
 """The sweep: which arms make a line, where each run stands on the axis, and what is refused."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from kd_dist.errors import UserError
 from kd_dist.study import __main__ as entry
 from kd_dist.study import sweep as module
+from kd_dist.study.results import write
 from kd_dist.study.sweep import sweep
 from tests.entries import call, refused
 from tests.test_cache_format import write_cache
@@ -101,6 +103,12 @@ def test_other_val_images_are_refused(study, tmp_path):
 def test_what_has_no_axis_or_no_values_is_refused(study, setting, sentence):
     assert sentence in refused(entry.main, "sweep", setting, study)
     assert not [*study.glob("sweep-*")]
+
+
+def test_the_figures_say_what_a_variant_is_made_of(study):
+    write(study)
+    figures = json.loads((study / "results.json").read_text())
+    assert figures["variants"]["few"] == "cached-V,views=2" and figures["settings"] == {"epochs": 3}
 
 
 def test_the_command_prints_the_table(study, capsys):

@@ -432,6 +432,7 @@ def _figures(study: Study) -> dict[str, Any]:
         "bug_check_upper_bound": check.paired.upper_bound if check and check.paired else None,
         "cache": asdict(cost_of(study.cache)),
         "settings": study.document.get("settings"),
+        "variants": study.document.get("variants", {}),
     }
 
 
