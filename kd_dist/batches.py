@@ -17,7 +17,7 @@ from kd_dist.errors import UserError
 from kd_dist.pixels import Pictures
 from kd_dist.runtime import Runtime, ignore_stop_signals
 
-ORDER, CROPS, FLIPS, VIEW_CHOICE, BLEND = range(5)
+ORDER, CROPS, FLIPS, VIEW_CHOICE, BLEND, PLAIN_VIEW_CHOICE = range(6)
 CHOICE_CELLS = 1 << 20  # numbers of views permuted at once
 AHEAD_BYTES = 32 << 20  # of soft labels read at once
 
@@ -83,7 +83,8 @@ class FreshCrops:
 @dataclass(frozen=True)
 class CachedCrops:
     """The cache's own views: in each epoch every image gets one of its views, without replacement until all have been
-    seen. A mixed view is shown with its blend.
+    seen. A mixed view is shown with its blend, in the first `blended_epochs` (None: in all); after these, plain views
+    alone are shown.
 
     With more than one view the evaluation view, number 0, is left out.
     """
@@ -92,12 +93,16 @@ class CachedCrops:
     flip_NV: np.ndarray
     seed: int
     mixed: views.Mixed | None = None
+    blended_epochs: int | None = None
 
     def __call__(self, epoch: int) -> EpochViews:
         n, all_views = self.flip_NV.shape
-        numbers = np.arange(min(1, all_views - 1), all_views, dtype=np.int32)
+        numbers, stream = np.arange(min(1, all_views - 1), all_views, dtype=np.int32), VIEW_CHOICE
+        if self.mixed is not None and self.blended_epochs is not None and epoch >= self.blended_epochs:
+            numbers, stream = np.setdiff1d(numbers, self.mixed.mixed_views()), PLAIN_VIEW_CHOICE
+            epoch -= self.blended_epochs
         cycle, turn = divmod(epoch, len(numbers))
-        rng, rows = _rng(self.seed, cycle, VIEW_CHOICE), max(1, CHOICE_CELLS // len(numbers))
+        rng, rows = _rng(self.seed, cycle, stream), max(1, CHOICE_CELLS // len(numbers))
         # Piece by piece the generator gives what it would give at once, without memory for all views of all images.
         pieces = [
             rng.permuted(np.tile(numbers, (min(rows, n - start), 1)), axis=1)[:, turn].copy()

@@ -31,7 +31,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -168,6 +168,17 @@ def claim(
             _remove(path)
     write_json(folder.settings, {"format": _RUN, "version": _VERSION, "kind": kind, "settings": wanted})
     return there and not start_over
+
+
+def forget(folder: RunFolder) -> None:
+    """Remove a run, and its folder if nothing else is in it. Raises UserError while another process uses it."""
+    _make_and_lock(folder)
+    with _writing(folder.path):
+        for path in (*folder.left_overs(), *folder.products(), folder.settings, folder.lock):
+            _remove(path)
+    for path in (folder.checkpoints, folder.path):
+        with suppress(OSError):
+            path.rmdir()
 
 
 def is_finished(

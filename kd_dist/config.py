@@ -88,7 +88,9 @@ class Settings:
     cutmix: float = flag(
         CROPS, 0.0, "share of training images with a box pasted from another; fresh crops only", "SHARE"
     )
-    plain_epochs: int = flag(CROPS, 0, "last epochs without blends, on pictures such as it will be scored on")
+    plain_epochs: int = flag(
+        CROPS, 0, "last epochs without mixup, CutMix or mixed views of the cache, on pictures such as it is scored on"
+    )
     seed: int = flag(RUN, 0, "of weights, order, crops and flips")
     workers: int | None = flag(
         RUN, None, "processes a rank that prepare pictures; 0: the rank itself [0 on a CPU, up to 8 on a GPU]", "N"

@@ -96,14 +96,20 @@ def run(
     `rows` makes soft labels from the cache's, `loss` replaces the one that the settings name; `identity` tells this
     run from others of the same settings. Raises UserError, and Interrupted when `stop` or a signal asked for it.
     """
-    torch.manual_seed(settings.seed)
-    model = STUDENTS[settings.student](len(data.samples.classes))
-    job.require_fit(settings, data, model, runtime)
+    model = require_student(settings, data, runtime)
     folder = job.claim(settings, data, runtime, **learned_from(settings, cache), **identity)
     with job.running(folder, runtime, stop) as stop:
         if not runtime.on_main(folder.model.exists):
             train(settings, data, cache, model, folder, runtime, stop, rows, loss or loss_of)
     return folder
+
+
+def require_student(settings: DistillSettings, data: Data, runtime: Runtime) -> nn.Module:
+    """The student with its first weights. Raises UserError where batch, pictures, ranks and network do not fit."""
+    torch.manual_seed(settings.seed)
+    model = STUDENTS[settings.student](len(data.samples.classes))
+    job.require_fit(settings, data, model, runtime)
+    return model
 
 
 def learned_from(settings: DistillSettings, cache: Cache | None) -> dict[str, str]:
@@ -127,11 +133,25 @@ def require_use(settings: DistillSettings, cache: Cache) -> None:
     require_renderer(cache.header.renderer, cache.path)
     if settings.alpha:
         cache.check_loss(settings.loss, settings.temperature)
+    require_plain_views(settings, cache)
     if settings.views is not None and settings.views > cache.views:
         raise UserError(
             f"--views {settings.views}, but {cache.path} holds {cache.views}; use --views {cache.views} or less, or "
             "add views by "
             f"`python -m kd_dist.cache extend {cache.path} --views {settings.views}`."
+        )
+
+
+def require_plain_views(settings: DistillSettings, cache: Cache) -> None:
+    """Raise UserError where the last epochs are to show plain views of a cache whose drawn views are all mixed."""
+    mixed = cache.split("train").mixed
+    if mixed is None or not settings.plain_epochs or settings.uses_fresh_crops:
+        return
+    drawn = min(settings.views or cache.views, cache.views) - 1
+    if 0 < drawn == len(mixed.first(drawn + 1).mixed_views()):
+        raise UserError(
+            f"--plain-epochs {settings.plain_epochs}, but all drawn views of {cache.path} that are used are mixed; use "
+            "--plain-epochs 0, or a cache with plain views."
         )
 
 
@@ -236,7 +256,8 @@ def crops_of(settings: DistillSettings, data: Data, cache: Cache | None):
     rows = cache.split("train")
     used = slice(settings.views)
     mixed = rows.mixed and rows.mixed.first(settings.views)
-    crops = CachedCrops(rows.box_NV4[:, used], rows.flip_NV[:, used], settings.seed, mixed)
+    blended_epochs = settings.epochs - settings.plain_epochs
+    crops = CachedCrops(rows.box_NV4[:, used], rows.flip_NV[:, used], settings.seed, mixed, blended_epochs)
     if not settings.alpha:
         return crops, None
     logits_NVK = rows.logits_NVK[:, used]

@@ -11,6 +11,8 @@ import numpy as np
 
 from kd_dist.errors import UserError
 
+ROUNDING = 1e-9  # 0.07 * 100 is a little over 7 in floating point
+
 
 @dataclass(frozen=True, eq=False)
 class Fold:
@@ -68,7 +70,7 @@ def labelled_rows(labels_N: np.ndarray, sha256_N32: np.ndarray, share: float) ->
     used_N = np.zeros(len(labels_N), bool)
     for label in np.unique(labels_N):
         groups = np.unique(group_N[labels_N == label])
-        used_N |= (labels_N == label) & np.isin(group_N, groups[: math.ceil(share * len(groups))])
+        used_N |= (labels_N == label) & np.isin(group_N, groups[: math.ceil(share * len(groups) - ROUNDING)])
     return np.flatnonzero(used_N)
 
 

@@ -393,7 +393,8 @@ def require_fit(settings: Settings, data: Data, model: nn.Module, runtime: Runti
     images, ranks = len(data.samples.train if members_M is None else members_M), runtime.world_size
     if settings.batch_size > images:
         raise UserError(
-            f"--batch-size {settings.batch_size} is larger than the {images} training images; use --batch-size "
+            f"--batch-size {settings.batch_size} is larger than the {images} training images"
+            f"{f' that --labelled {settings.labelled:g} leaves' if settings.labelled < 1 else ''}; use --batch-size "
             f"{images} or less."
         )
     steps = steps_in_epoch(images, settings.batch_size)

@@ -141,8 +141,9 @@ def seed_means(runs: Sequence[Run], rows: Sequence[tuple[str, ...]]) -> list[tup
     groups: dict[str, list[tuple[Run, tuple[str, ...]]]] = {}
     for run, row in zip(runs, rows, strict=True):
         if run.kind == "student" and row[-1] == "finished":
+            settings = DistillSettings.completed(run.settings)  # runs of older versions lack some
             same = {
-                name: value for name, value in run.settings.items() if name not in {"seed", *DistillSettings.may_change}
+                name: value for name, value in settings.items() if name not in {"seed", *DistillSettings.may_change}
             }
             groups.setdefault(json.dumps(same, sort_keys=True), []).append((run, row))
     return [_mean_row(group) for group in groups.values() if len({run.settings.get("seed") for run, _ in group}) > 1]

@@ -257,6 +257,10 @@ class Mixed(Protocol):
     weight_NV: np.ndarray
     paste_NV4: np.ndarray
 
+    def mixed_views(self) -> np.ndarray:
+        """The numbers of the views in which some picture is blended, ascending."""
+        ...
+
 
 class CachedViews(Protocol):
     """The views of a split as a cache holds them; `mixed` is None where none is blended."""

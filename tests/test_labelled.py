@@ -44,8 +44,13 @@ def test_every_class_has_its_share_and_copies_stay_together(images):
             of_class = np.flatnonzero(labels_N == label)
             different = {sha256_N32[row].tobytes() for row in of_class}
             used = {sha256_N32[row].tobytes() for row in of_class if row in rows_M}
-            assert len(used) == np.ceil(share * len(different))
+            assert len(used) == np.ceil(round(share * len(different), 6))
             assert all((sha256_N32[row].tobytes() in used) == (row in rows_M) for row in of_class)
+
+
+@pytest.mark.parametrize(("share", "of_100"), [(0.07, 7), (0.28, 28), (0.55, 55), (0.071, 8), (0.001, 1)])
+def test_a_share_is_rounded_up_but_not_by_a_rounding_error(images, share, of_100):
+    assert len(labelled_rows(np.zeros(100, int), images[1][100:200], share)) == of_100
 
 
 def test_a_smaller_share_is_part_of_a_larger_one(images):

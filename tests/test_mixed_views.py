@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import distill, label, teacher, views
+from kd_dist import distill, engine, label, teacher, views
 from kd_dist.batches import EpochBatches, TrainData
 from kd_dist.cache import BlockWriter, Cache, Mixed, card_of, open_cache, render_info
 from kd_dist.cache.__main__ import main as cache_main
@@ -274,6 +274,43 @@ def test_means_are_taken_of_the_same_blends(cache, data):
     others = {**cache.splits, "train": replace(cache.split("train"), mixed=other)}
     with pytest.raises(UserError, match=r"has view/weight 0.* for view . of train/.*has 0.125"):
         check_same_views(cache, replace(cache, splits=others))
+
+
+def test_the_last_epochs_show_plain_views_each_in_turn(cache, data):
+    settings = DistillSettings(epochs=9, plain_epochs=6, warmup_epochs=0.0).resolved()
+    crops, _ = distill.crops_of(settings, data, cache)
+    drawn = [crops(epoch).choice_N for epoch in range(9)]
+    every = [distill.crops_of(replace(settings, plain_epochs=0), data, cache)[0](epoch).choice_N for epoch in range(9)]
+    assert all(np.array_equal(*pair) for pair in zip(drawn[:3], every[:3], strict=True))
+    assert np.isin(np.stack(every), MIXED).any(axis=1)[3:].all()
+    for turn in (drawn[3:6], drawn[6:9]):
+        assert (np.sort(np.stack(turn), axis=0).T == [1, 3, 5]).all()
+    assert not np.array_equal(drawn[3], drawn[6])
+    assert (crops(3).mixed_N.weight_B == 1).all()
+
+
+def test_plain_epochs_of_a_cache_without_plain_views_are_refused(cache):
+    settings = DistillSettings(epochs=9, plain_epochs=1, warmup_epochs=0.0).resolved()
+    distill.require_use(settings, cache)
+    mixed = replace(cache.split("train").mixed, weight_NV=np.full((21, V), 0.5, np.float32))
+    mixed.weight_NV[:, 0] = 1
+    everywhere = replace(cache, splits={**cache.splits, "train": replace(cache.split("train"), mixed=mixed)})
+    with pytest.raises(UserError, match=r"all drawn views of .* that are used are mixed; use --plain-epochs 0"):
+        distill.require_use(settings, everywhere)
+    distill.require_use(replace(settings, plain_epochs=0), everywhere)
+    distill.require_use(replace(settings, alpha=0.0, crops="fresh"), everywhere)
+
+
+def test_plain_epochs_reach_the_batches(root, monkeypatch, tmp_path):
+    """Of a teacher on fresh crops: blends in the first epoch, none in the last."""
+    weights: list[torch.Tensor] = []
+    original = engine.Trainer._train_step
+    monkeypatch.setattr(
+        engine.Trainer, "_train_step", lambda self, batch: weights.append(batch.weights_B) or original(self, batch)
+    )
+    run = ["--data", root, "--out", tmp_path / "run", "--views", 0, *TINY, "--batch-size", 21, "--epochs", 3]
+    call(teacher.main, *run, "--mixup", 0.5, "--cutmix", 0.5, "--plain-epochs", 2)
+    assert [bool((weights_B < 1).any()) for weights_B in weights] == [True, False, False]
 
 
 def test_controls_whose_labels_know_one_image_are_refused(cache):

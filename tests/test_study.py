@@ -351,6 +351,55 @@ def test_a_study_of_an_older_version_is_gone_on_with(made, whole, tmp_path, caps
     assert "--lr was 0.2, now 0.02" in refused(entry.main, *command)
 
 
+def test_start_over_with_other_settings_removes_the_earlier_runs(made, tmp_path):
+    out = tmp_path / "study"
+    call(entry.main, *words(made, out, "--arms", "hard-fresh", "cached-1"))
+    (out / "cached-1" / "mine.txt").write_text("not a run's")
+    command = words(made, out, "--lr", "0.01", "--arms", "cached-V")
+    assert "or add --start-over to remove it and its runs." in refused(entry.main, *command)
+    call(entry.main, *command, "--start-over")
+    assert {*StudyFolder(out).runs()} == {"cached-V"} and not (out / "hard-fresh" / "seed-0").exists()
+    assert (out / "cached-1" / "mine.txt").exists()
+    assert "hard-fresh" not in StudyFolder(out).table.read_text().split("\n\n")[0]
+
+
+def test_another_cache_is_another_study(made, other_cache, tmp_path):
+    out = tmp_path / "study"
+    call(entry.main, *words(made, out, "--epochs", "1", "--arms", "hard-fresh"))
+    command = words(made, out, "--epochs", "1", "--arms", "cached-V")
+    command[command.index("--cache") + 1] = other_cache
+    sentence = refused(entry.main, *command)
+    digests = [open_cache(path).digest for path in (made / "teacher" / "logits.h5", other_cache)]
+    assert f'cache digest was "{digests[0]}", now "{digests[1]}"' in sentence
+    moved = shutil.copy(made / "teacher" / "logits.h5", tmp_path / "moved.h5")
+    command[command.index("--cache") + 1] = moved
+    call(entry.main, *command)
+    assert {*StudyFolder(out).runs()} == {"hard-fresh", "cached-V"}
+
+
+def test_fresh_crops_unlike_the_caches_are_refused(made, tmp_path):
+    """hard-fresh would differ from cached-V in its crops too."""
+    command = words(made, tmp_path / "study", "--crop-scale", "0.5", "1", "--arms")
+    sentence = refused(entry.main, *command, "cached-V", "hard-fresh")
+    assert "have area shares of 0.35 1, fresh crops would have 0.5 1: use --crop-scale 0.35 1" in sentence
+    assert not (tmp_path / "study").exists()
+    call(entry.main, *command, "hard-cached", "--epochs", "1")
+
+
+def test_an_arm_that_cannot_run_is_refused_before_others_are_trained(made, tmp_path):
+    command = words(made, tmp_path / "study", "--arms", "cached-V", "few=hard-fresh,labelled=0.1")
+    sentence = refused(entry.main, *command)
+    assert "--batch-size 12 is larger than the 3 training images that --labelled 0.1 leaves" in sentence
+    assert not (tmp_path / "study").exists()
+
+
+def test_twins_on_few_labels_keep_the_shares_of_a_schedule():
+    study = replace(SETTINGS, epochs=3, warmup_epochs=2.9, plain_epochs=1)
+    for share, epochs, plain in ((1.0, 3, 1), (0.9, 3, 1), (0.1, 30, 10)):
+        own = run_settings(replace(study, labelled=share), ARMS["hard-fresh"], 0)
+        assert (own.epochs, own.plain_epochs, own.warmup_epochs) == (epochs, plain, pytest.approx(2.9 * epochs / 3))
+
+
 def test_an_interrupted_study_goes_on_to_the_same_weights(made, whole, tmp_path, monkeypatch):
     """Stopped in the second run's second epoch: the first is kept, the second goes on, the third begins."""
     out, chosen = tmp_path / "study", ["hard-fresh", "cached-V", "origin"]
@@ -469,7 +518,7 @@ def test_a_variant_differs_in_what_it_names_and_in_nothing_else(made, other_cach
     assert "Agreement of other is with the teacher of its own cache." in table
     twins = re.search(r"- (\S+) is the best hard twin, by mean top-1 \(besides it: (.*)\)\. Taking", table)
     others = {"hard-cached", "steep", "smoothed"} - {twins[1]}
-    assert set(twins[2].split(", ")) == {"hard-fresh (not complete)", *others}
+    assert set(twins[2].split(", ")) == {"hard-fresh (not in this study)", *others}
 
     looker.runs.clear()
     call(entry.main, *command)

@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 
+import h5py
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -178,6 +180,57 @@ def test_the_primary_contrast_is_marked_and_the_rest_corrected(study):
         assert rows[arm][9] == f"{floor:.2g}"
 
 
+def test_nobody_else_stands_in_for_a_twin_named_beforehand(tmp_path):
+    """A twin picked by the figures would have an uncorrected p."""
+    out = tmp_path / "study"
+    for arm in ("hard-cached", "cached-V"):
+        for seed, wrong in enumerate(WRONG[arm]):
+            make_run(out, arm, seed, wrong)
+    for facts in ({"primary": ["cached-V", "hard-fresh"]}, {}):
+        describe(out, **facts)
+        text = results.table(out)
+        primary = line_of(text, "The primary contrast, ")
+        assert (
+            primary
+            == "- The primary contrast, cached-V less hard-fresh, cannot be told: without complete runs of hard-fresh."
+        )
+        assert "primary" not in rows_of(text)["cached-V"][9] and "(besides it: hard-fresh (not in this study))" in text
+
+
+def test_a_twin_of_three_seeds_is_no_less_a_twin_for_five(study):
+    """The two arms that a study is for have five seeds, the others three."""
+    for seed in (3, 4):
+        make_run(study, "hard-fresh", seed, 12)
+        make_run(study, "cached-V", seed, 4)
+    for seed in range(3):
+        make_run(study, "steep", seed, 8, **{"made of": "hard-fresh"})
+    text = results.table(study)
+    assert rows_of(text)["arm"][6].startswith("less steep") and "every gain look smaller" in text
+    shutil.rmtree(study / "steep" / "seed-2")
+    text = results.table(study)
+    assert rows_of(text)["arm"][6].startswith("less hard-fresh")
+    assert "steep (fewer seeds)). With more seeds, steep may turn out better, and every gain smaller." in text
+
+
+def test_a_difference_is_over_the_seeds_that_both_arms_have(study):
+    make_run(study, "cached-V", 3, 40)  # a seed that its twin does not have
+    found = results.read_study(study)
+    one = results.contrast(found.arms["cached-V"], found.arms["hard-fresh"])
+    assert (
+        one.mean == pytest.approx(one.paired.mean) == pytest.approx((shares("cached-V") - shares("hard-fresh")).mean())
+    )
+    assert one.welch.mean < one.mean
+
+
+def test_arms_on_fewer_labels_are_set_against_their_like(study):
+    for seed in range(3):
+        make_run(study, "hard-tenth", seed, 30 + seed, labelled=0.1, **{"made of": "hard-fresh"})
+        make_run(study, "tenth", seed, 10 + 2 * seed, labelled=0.1, **{"made of": "cached-V"})
+    text = results.table(study)
+    assert "- On 0.1 of the labels: tenth less hard-tenth, +47.50 [" in text
+    assert rows_of(text)["arm"][6].startswith("less hard-fresh") and "hard-tenth (fewer labels)" in text
+
+
 def test_the_bug_check(study):
     low_bound = stats.ttest_rel(shares("shuffled-all"), shares("hard-fresh"), alternative="less")
     high = 100 * low_bound.confidence_interval(0.95).high
@@ -256,6 +309,30 @@ def test_write_leaves_table_figures_plot_and_page(study):
         f"{arm}-seed-{seed}" for arm in WRONG for seed in range(3)
     )
     assert not list(study.glob(".*tmp"))
+
+
+@pytest.mark.parametrize("of", ["val", "part 0 of 10 of train"])
+def test_the_plot_says_what_was_scored(study, monkeypatch, of):
+    for file in study.glob("*/*/val_logits.h5"):
+        with h5py.File(file, "r+") as opened:
+            opened.attrs["of"] = of
+    said = []
+    original = Axes.set_xlabel
+    monkeypatch.setattr(Axes, "set_xlabel", lambda self, text: said.append(text) or original(self, text))
+    results.write(study)
+    assert said[0] == f"top-1 on {of}, %"
+
+
+def test_the_page_shows_a_setting_that_some_arms_lack_as_text(study):
+    make_run(study, "few", 0, 4, views=2)
+    results.write(study)
+    shown = {}
+    for name in ("few-seed-0", "cached-V-seed-0"):
+        events = EventAccumulator(str(study / "hparams" / name)).Reload()
+        content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+        started = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+        shown[name] = (started.hparams["views"].string_value, started.hparams["labelled"].number_value)
+    assert shown == {"few-seed-0": ("2", 1.0), "cached-V-seed-0": ("None", 1.0)}  # these runs are too old for labelled
 
 
 def test_the_hparams_page_compares_arms(study):

@@ -113,23 +113,27 @@ def test_drawing_in_pieces_changes_nothing(monkeypatch):
     assert resampled(hit_a, hit_b, draws=101).error == pytest.approx(at_once.error, rel=1e-9)
 
 
-@pytest.mark.parametrize(("seeds", "of_seeds_alone"), [(3, 0.9), (5, 0.85)])
-def test_coverage_over_seeds_and_images(seeds, of_seeds_alone):
+@pytest.mark.parametrize(
+    ("seeds", "of_seed", "held_from", "of_seeds_alone"),
+    [(3, 0.3, 0.925, 0.9), (5, 0.3, 0.925, 0.85), (3, 1.0, 0.89, 0.97)],
+)
+def test_coverage_over_seeds_and_images(seeds, of_seed, held_from, of_seeds_alone):
     """Made-up studies whose truth is 0: images and seeds differ, and each pair by itself. The interval that draws
-    images too holds the truth in about 95 % of them; the one over seeds alone takes the images as given and does not.
+    images too holds the truth in about 95 % of them, 92 % where three seeds differ much; the one over seeds alone takes
+    the images as given and does not.
     """
     rng = np.random.default_rng(7)
     held = {"resampled": 0, "paired": 0}
     studies = 300
     for _ in range(studies):
-        seeds_S1, images_N = rng.normal(0, 0.3, (seeds, 1)), rng.normal(0, 2.0, 60)
+        seeds_S1, images_N = rng.normal(0, of_seed, (seeds, 1)), rng.normal(0, 2.0, 60)
         values_SN = seeds_S1 + images_N + rng.normal(0, 0.5, (seeds, 60))
         nothing_SN = np.zeros_like(values_SN)
         low, high = resampled(values_SN, nothing_SN, draws=300).interval
         held["resampled"] += low <= 0 <= high
         low, high = paired(values_SN.mean(axis=1), np.zeros(seeds)).interval
         held["paired"] += low <= 0 <= high
-    assert 0.925 <= held["resampled"] / studies <= 0.985
+    assert held_from <= held["resampled"] / studies <= 0.985
     assert held["paired"] / studies < of_seeds_alone
 
 

@@ -1,19 +1,19 @@
 """The sweep: which arms make a line, where each run stands on the axis, and what is refused."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from kd_dist.cache import open_cache
+from kd_dist.checkpoint import write_val_logits
 from kd_dist.errors import UserError
 from kd_dist.study import __main__ as entry
-from kd_dist.study import sweep as module
 from kd_dist.study.results import write
 from kd_dist.study.sweep import sweep
 from tests.entries import call, refused
 from tests.test_cache_format import write_cache
-from tests.test_study_results import N, describe, make_run, rows_of
+from tests.test_study_results import N, describe, make_run
 
 PNG = b"\x89PNG\r\n"
 
@@ -36,51 +36,91 @@ def make_study(out, cache, epochs=3):
     return out
 
 
-def cell(*wrong_S):
+def points(text):
+    """[(line, value, arm, seeds, top-1)] of a sweep's table."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [tuple(cell.strip() for cell in line) for line in lines[2:]]
+
+
+def head(text):
+    return [cell.strip() for cell in text.splitlines()[0].strip("|").split("|")]
+
+
+def shown(*wrong_S):
+    """Seeds and top-1 as the table has them."""
     top1_S = 100 - 100 * np.array(wrong_S) / N
-    return f"{top1_S.mean():.2f} ± {top1_S.std(ddof=1):.2f} ({len(top1_S)})"
+    return f"{len(top1_S)}", f"{top1_S.mean():.2f} ± {top1_S.std(ddof=1):.2f}"
 
 
 def test_arms_that_differ_in_the_setting_alone_make_a_line(study):
-    shown = rows_of(sweep("views", [study]))
-    head = shown.pop("views of an image in the cache, the evaluation view counted")
-    assert head[1:] == ["cached-V: top-1, % (seeds)"]
-    assert shown["2"] == ["2", cell(10, 12)] and shown["5"] == ["5", cell(4, 6)]
-    assert {*shown} == {"2", "5"}
+    text = sweep("views", [study])
+    assert head(text)[1] == "views of an image in the cache, the evaluation view counted"
+    assert head(text)[4] == "top-1 on val, %"
+    assert points(text) == [("cached-V", "2", "few", *shown(10, 12)), ("cached-V", "5", "cached-V", *shown(4, 6))]
     assert (study / "sweep-views.png").read_bytes().startswith(PNG)
+
+
+def test_a_lost_study_file_joins_no_arms_that_differ_in_more(study):
+    """hot has another temperature: it is a line with nobody, and no part of cached-V's."""
+    for name, made_of in (("few", "cached-V"), ("hot", "cached-V"), ("tenth", "hard-fresh")):
+        for seed in range(2):
+            file = study / name / f"seed-{seed}" / "settings.json"
+            document = json.loads(file.read_text())
+            document["settings"]["made of"] = made_of
+            file.write_text(json.dumps(document))
+    whole = points(sweep("views", [study]))
+    (study / "study.json").unlink()
+    assert points(sweep("views", [study])) == whole
 
 
 def test_a_setting_that_a_run_does_not_name_has_its_default(study):
     """Runs of the time before --labelled had all labels."""
-    shown = rows_of(sweep("labelled", [study]))
-    assert shown["0.1"] == ["0.1", cell(30, 20)] and shown["1"] == ["1", cell(12, 16)]
-    assert shown["share of the labels that is used"][1:] == ["hard-fresh: top-1, % (seeds)"]
+    text = sweep("labelled", [study])
+    assert head(text)[1] == "share of the labels that is used"
+    assert points(text) == [
+        ("hard-fresh", "0.1", "tenth", *shown(30, 20)),
+        ("hard-fresh", "1", "hard-fresh", *shown(12, 16)),
+    ]
 
 
-def test_a_cache_stands_where_its_teachers_top1_is(study, tmp_path, monkeypatch):
-    other = tmp_path / "other.h5"
-    for seed in range(2):
-        make_run(study, "other", seed, 20 + seed, cache=str(other))
-    describe(study, variants={"other": f"cached-V,cache={other}"}, settings={})
-    top1 = {other: 0.61234, tmp_path / "five.h5": 0.75}
-    monkeypatch.setattr(module, "open_cache", lambda path, memory: SimpleNamespace(val_top1=top1[path]))
-    shown = rows_of(sweep("cache", [study]))
-    assert shown["61.23"] == ["61.23", cell(20, 21)] and shown["75"] == ["75", cell(4, 6)]
+@pytest.mark.parametrize("of", ["val", "part 0 of 10 of train"])
+def test_a_cache_stands_where_its_own_top1_is(tmp_path, of):
+    """On the images that the runs were scored on: the whole of val, or a part of train in an order of its own."""
+    split, wrong = ("val", 1) if of == "val" else ("train", 2)
+    caches = [write_cache(tmp_path / f"{name}.h5", views=2) for name in "ab"]
+    table = open_cache(caches[0]).split(split)
+    rows_M = np.arange(len(table.paths))[::-1]
+    expected = 100 * float((table.logits_NVK[rows_M, 0].argmax(axis=1) == table.labels_N[rows_M]).mean())
+    for arm, cache in zip(("cached-V", "other"), caches, strict=True):
+        folder = make_run(tmp_path / "study", arm, 0, wrong, cache=str(cache))
+        logits_MK = np.eye(3)[table.labels_N[rows_M]]
+        paths = [table.paths[row] for row in rows_M]
+        write_val_logits(folder.val_logits, logits_MK, table.labels_N[rows_M], paths, "f" * 64, top1=1.0, of=of)
+    describe(tmp_path / "study", variants={"other": f"cached-V,cache={caches[1]}"}, settings={})
+    text = sweep("cache", [tmp_path / "study"])
+    assert head(text)[1] == f"top-1 of the cache's own rows on {of}, %" and head(text)[4] == f"top-1 on {of}, %"
+    # two caches at one value stay two points
+    assert [(value, arm) for _, value, arm, _, _ in points(text)] == [
+        (f"{round(expected, 2):g}", "cached-V"),
+        (f"{round(expected, 2):g}", "other"),
+    ]
 
 
 def test_several_studies_have_lines_of_their_own(study, tmp_path):
     longer = make_study(tmp_path / "longer", tmp_path / "five.h5", epochs=6)
     text = sweep("temperature", [study, longer])
-    (head,) = [row for name, row in rows_of(text).items() if name == "temperature"]
-    assert head[1:] == [f"cached-V, {epochs} epochs: top-1, % (seeds)" for epochs in (3, 6)]
+    assert {line for line, *_ in points(text)} == {f"cached-V, {epochs} epochs" for epochs in (3, 6)}
     assert str(study / "sweep-temperature.png") in text and not (longer / "sweep-temperature.png").exists()
     same = make_study(tmp_path / "same", tmp_path / "five.h5")
-    assert "cached-V, same: top-1" in sweep("temperature", [study, same])
+    assert {line for line, *_ in points(sweep("temperature", [study, same]))} == {"cached-V, study", "cached-V, same"}
+    namesake = make_study(tmp_path / "b" / "study", tmp_path / "five.h5")
+    named = {line for line, *_ in points(sweep("temperature", [study, namesake]))}
+    assert named == {f"cached-V, {study}", f"cached-V, {namesake}"}
 
 
 def test_unfinished_runs_are_left_out(study):
     make_run(study, "few", 2, 0, views=2, status="interrupted")
-    assert rows_of(sweep("views", [study]))["2"] == ["2", cell(10, 12)]
+    assert points(sweep("views", [study]))[0] == ("cached-V", "2", "few", *shown(10, 12))
 
 
 def test_other_val_images_are_refused(study, tmp_path):
@@ -94,10 +134,7 @@ def test_other_val_images_are_refused(study, tmp_path):
     [
         ("epochs", "epochs cannot be swept over; name one of cache, views, alpha, temperature, labelled, "),
         ("loss", "loss cannot be swept over"),
-        (
-            "weight-decay",
-            "has finished runs of two values of weight_decay; make variants, as in --arms cached-V other=",
-        ),
+        ("weight-decay", "differ in weight_decay alone and have finished runs; make variants, as in --arms cached-V "),
     ],
 )
 def test_what_has_no_axis_or_no_values_is_refused(study, setting, sentence):
@@ -113,5 +150,5 @@ def test_the_figures_say_what_a_variant_is_made_of(study):
 
 def test_the_command_prints_the_table(study, capsys):
     call(entry.main, "sweep", "views", study)
-    assert "| 5 | " + cell(4, 6) + " |" in capsys.readouterr().out
+    assert points(capsys.readouterr().out)[0][:3] == ("cached-V", "2", "few")
     assert "name a setting and studies' folders" in refused(entry.main, "sweep", "views")

@@ -17,7 +17,7 @@ from kd_dist.files import locked
 from kd_dist.job import Data
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, joined, launched_rank, run_entry
 from kd_dist.study.arms import ARMS, Arm
-from kd_dist.study.choice import MAY_VARY, chosen_arms, require_views
+from kd_dist.study.choice import MAY_VARY, chosen_arms, require_alike_crops, require_views
 from kd_dist.study.folder import MADE_OF, StudyFolder, note, run_settings
 from kd_dist.study.online import OnlineTeacher, open_teacher
 
@@ -55,7 +55,7 @@ def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: 
     if any(arm.needs_teacher for arm in arms):
         online = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)
     folder = StudyFolder(Path(settings.out))
-    runtime.on_main(lambda: note(folder, settings, arms))
+    runtime.on_main(lambda: note(folder, settings, arms, cache.digest))
     for seed in settings.seeds:
         for arm in arms:
             if any(signals := runtime.gather(stop.signal or 0)):
@@ -81,7 +81,9 @@ def caches_of(
             distill.tell_unnoted(opened[path], runtime)
         distill.require_use(own, opened[path])
         distill.require_fit(own, data, opened[path])
+        distill.require_student(own, data, runtime)
         require_views(arm, opened[path], own.views)
+        require_alike_crops(own, cache)
     return {name: opened[path] for name, path in paths.items()}
 
 

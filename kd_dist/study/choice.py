@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_dist import views
 from kd_dist.cache import Cache
 from kd_dist.config import DistillSettings, StudySettings, parser_for, read_command_line
 from kd_dist.distill import require_known
@@ -147,4 +148,17 @@ def require_views(arm: Arm, cache: Cache, used: int | None) -> None:
         raise UserError(
             f"{cache.path} has mixed views, and arm {arm.name} makes soft labels for pictures of one image; leave it "
             "out by --arms, or name a cache without mixed views."
+        )
+
+
+def require_alike_crops(settings: DistillSettings, cache: Cache) -> None:
+    """Raise UserError where an arm on fresh crops would see others than those of the study's cache: a difference to the
+    arms on cached crops would have two causes.
+    """
+    scale = views.crop_scale_of(cache.header.view_sampler)
+    if settings.uses_fresh_crops and scale is not None and scale != settings.crop_scale:
+        cached, own = (f"{low:g} {high:g}" for low, high in (scale, settings.crop_scale))
+        raise UserError(
+            f"the crops of {cache.path} have area shares of {cached}, fresh crops would have {own}: use --crop-scale "
+            f"{cached}, so that arms do not differ in that."
         )

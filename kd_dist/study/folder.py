@@ -82,8 +82,8 @@ class StudyFolder:
 def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:
     """The settings of one run: the study's, with the arm's own changes. Blends are for fresh crops alone.
 
-    An arm that learns from labels alone passes over a share of them so many times more often: as many pictures are
-    shown.
+    An arm that learns from labels alone passes over a share of them so many times more often: about as many pictures
+    are shown.
     """
     shared = {field.name: getattr(study, field.name) for field in fields(DistillSettings)}
     out = StudyFolder(Path(study.out)).run(arm.name, seed).path
@@ -92,22 +92,23 @@ def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:
         values |= {"mixup": 0.0, "cutmix": 0.0}
     if values["alpha"] == 0:
         share = values["labelled"]
-        values |= {name: round(getattr(study, name) / share) for name in ("epochs", "plain_epochs")}
-        values |= {"warmup_epochs": study.warmup_epochs / share}
+        epochs = round(study.epochs / share)
+        values |= {"epochs": epochs, "plain_epochs": study.plain_epochs * epochs // study.epochs}
+        values |= {"warmup_epochs": study.warmup_epochs * epochs / study.epochs}
     return arm.settings(**values).resolved()
 
 
-def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[Arm]) -> None:
-    """Write study.json, or add these arms and seeds to what earlier commands of the same settings asked for.
+def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[Arm], cache_digest: str) -> None:
+    """Write study.json, or add these arms and seeds to what earlier commands of the same settings and cache asked for.
 
-    Several processes may do so at once. Raises UserError where the folder holds a study of other settings, unless
-    --start-over says to replace it, or cannot be written.
+    Several processes may do so at once. A study of other settings or another cache is removed, with its runs, where
+    --start-over says so. Raises UserError where it does not, and where the folder cannot be written.
     """
     shared = {name: value for name, value in settings.stored().items() if name not in _OWN}
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         with locked(folder.lock):
-            earlier = _earlier(folder, shared, settings.start_over)
+            earlier = _earlier(folder, shared, cache_digest, settings.start_over)
             names = {arm.name for arm in arms} | {*earlier["arms"]}
             variants = with_variants(folder, earlier, arms)
             document = {
@@ -118,6 +119,7 @@ def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[Arm]) -> N
                 "seeds": sorted({*settings.seeds, *earlier["seeds"]}),
                 "primary": list(settings.primary),
                 "cache": settings.cache,
+                "cache digest": cache_digest,
                 "settings": shared,
             }
             checkpoint.write_json(folder.study, document)
@@ -141,14 +143,18 @@ def with_variants(folder: StudyFolder, document: Mapping[str, Any], arms: Sequen
     return earlier | own
 
 
-def _earlier(folder: StudyFolder, shared: dict[str, Any], start_over: bool) -> dict[str, Any]:
-    """The arms and seeds of earlier commands; UserError where their settings were others."""
+def _earlier(folder: StudyFolder, shared: dict[str, Any], cache_digest: str, start_over: bool) -> dict[str, Any]:
+    """The arms and seeds of earlier commands. Where their settings or their cache were others: UserError, or nothing
+    once these runs are gone.
+    """
     nothing = {"arms": [], "seeds": []}
     try:
         document = json.loads(folder.study.read_text(encoding="utf-8"))
         if (document["format"], document["version"]) != (_FORMAT, _VERSION):
             raise ValueError("another format or version")
-        differing = checkpoint.differences(StudySettings.completed(document["settings"]), shared, _OWN)
+        document["cache digest"] = document.get("cache digest", cache_digest)  # an older version did not note it
+        earlier = StudySettings.completed(document["settings"]) | {"cache digest": document["cache digest"]}
+        differing = checkpoint.differences(earlier, shared | {"cache digest": cache_digest}, _OWN)
     except FileNotFoundError:
         return nothing
     except (ValueError, KeyError, TypeError) as error:
@@ -156,6 +162,10 @@ def _earlier(folder: StudyFolder, shared: dict[str, Any], start_over: bool) -> d
     if differing and not start_over:
         raise UserError(
             f"--out {folder.path} holds a study with other settings ({'; '.join(differing)}): type the old values, "
-            "choose another --out, or add --start-over to replace it."
+            "choose another --out, or add --start-over to remove it and its runs."
         )
+    if differing:
+        for runs in folder.runs().values():
+            for run in runs.values():
+                checkpoint.forget(run)
     return nothing if differing else document

@@ -17,7 +17,7 @@ from kd_dist.files import publish
 from kd_dist.study.statistics import spread
 
 PANELS = {
-    "top1": ("top-1 on val, %", 100),
+    "top1": ("top-1 on {}, %", 100),
     "agreement": ("agreement with the teacher, %", 100),
     "calibration_error": ("calibration error", 1),
 }
@@ -26,7 +26,7 @@ Values = Mapping[str, Mapping[str, Sequence[float]]]
 """Values over seeds, by arm and metric."""
 
 
-def plot(arms: Values, best_twin: str | None, far: str) -> bytes:
+def plot(arms: Values, best_twin: str | None, far: str, scored_on: str) -> bytes:
     """A PNG: a row an arm, a panel a metric; a point with its 95 % interval over seeds, and a dot for each seed.
 
     The arm `far` is told in a number at the edge where the others' scale does not reach it: it would crush them.
@@ -43,7 +43,7 @@ def plot(arms: Values, best_twin: str | None, far: str) -> bytes:
                 _draw(axis, row, scale * np.array(values[metric]))
         if far in arms:
             _draw_far(axis, list(arms).index(far), scale * np.array(arms[far][metric]))
-        axis.set_xlabel(title)
+        axis.set_xlabel(title.format(scored_on))
         axis.grid(axis="x", alpha=0.3)
         if best_twin is not None and arms[best_twin][metric]:
             axis.axvline(scale * np.mean(arms[best_twin][metric]), color="tab:red", linestyle="--", linewidth=1)
@@ -75,21 +75,25 @@ def _draw_far(axis: Any, row: int, values_S: np.ndarray) -> None:
     axis.text(place, row, arrow.format(f"{mean:.3g}"), transform=axis.get_yaxis_transform(), ha=side, va="center")
 
 
-def plot_lines(lines: Mapping[str, Mapping[float, Sequence[float]]], axis_title: str, top1_title: str) -> bytes:
-    """A PNG: top-1 in % over a setting's values, a line through the means over seeds and a dot for each seed."""
+def plot_lines(lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]], axis_title: str, top1_title: str) -> bytes:
+    """A PNG: top-1 in % over a setting's values, a line through the means over seeds and a dot for each seed.
+
+    A line is its points by rising value: (value, top-1 of each seed).
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    values = sorted({value for line in lines.values() for value in line})
+    values = sorted({value for points in lines.values() for value, _ in points})
     if values[0] > 0 and values[-1] / values[0] >= LOG_AXIS_FROM:
         axis.set_xscale("log")
-    for name, top1 in lines.items():
-        (drawn,) = axis.plot([*top1], [100 * np.mean(seeds_S) for seeds_S in top1.values()], "o-", label=name)
-        for value, seeds_S in top1.items():
-            axis.plot(np.full(len(seeds_S), value), 100 * np.array(seeds_S), ".", color=drawn.get_color(), alpha=0.4)
+    for name, points in lines.items():
+        means = [100 * np.mean(top1_S) for _, top1_S in points]
+        (drawn,) = axis.plot([value for value, _ in points], means, "o-", label=name)
+        for value, top1_S in points:
+            axis.plot(np.full(len(top1_S), value), 100 * np.array(top1_S), ".", color=drawn.get_color(), alpha=0.4)
     axis.set_xticks(values, [f"{value:g}" for value in values])
     axis.minorticks_off()
     axis.set_xlabel(axis_title)
@@ -110,10 +114,10 @@ def write_page(folder: Path, entries: Mapping[str, tuple[Mapping[str, Any], Mapp
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    shared = _shared_settings([settings for settings, _ in entries.values()])
+    settings = _shared_settings([settings for settings, _ in entries.values()])
     metrics = sorted({name for _, found in entries.values() for name in found})
-    for name, (settings, found) in entries.items():
-        _write_entry(temporary / name, {key: settings[key] for key in shared}, found, metrics)
+    for (name, (_, found)), shown in zip(entries.items(), settings, strict=True):
+        _write_entry(temporary / name, shown, found, metrics)
     shutil.rmtree(folder, ignore_errors=True)
     publish(temporary, folder)
 
@@ -130,9 +134,15 @@ def _write_entry(folder: Path, settings: Mapping[str, Any], found: Mapping[str, 
             writer.add_scalar(name, value)
 
 
-def _shared_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the settings that the page can show: plain values of one type in every entry."""
-    names = settings[0] if settings else ()
-    plain = (bool, int, float, str)
-    types = {name: {type(one.get(name)) for one in settings} for name in names}
-    return [name for name in names if len(types[name]) == 1 and types[name] <= set(plain)]
+def _shared_settings(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each entry's settings that the page can show: plain values of one type in every entry. One that is None in some
+    entries alone is shown as text.
+    """
+    plain, absent = {bool, int, float, str}, type(None)
+    shown: list[dict[str, Any]] = [{} for _ in entries]
+    for name in entries[0] if entries else ():
+        types = {type(entry.get(name)) for entry in entries}
+        if len(types - {absent}) == 1 and types <= {*plain, absent}:
+            for entry, own in zip(entries, shown, strict=True):
+                own[name] = str(entry.get(name)) if absent in types else entry[name]
+    return shown

@@ -18,6 +18,7 @@ import numpy as np
 
 from kd_dist.cache import card_of
 from kd_dist.checkpoint import RunFolder, ValLogits, read_state, read_val_logits
+from kd_dist.config import DistillSettings
 from kd_dist.errors import UserError
 from kd_dist.files import disk_full, write_atomically
 from kd_dist.report import Run, markdown
@@ -31,6 +32,7 @@ from kd_dist.study.statistics import Difference, Spread, holm, mcnemar, over_ima
 HARD_TWINS = ("hard-fresh", "hard-cached")
 DISTILLED, FAIR_TWIN, BUG_CHECK = "cached-V", "hard-fresh", "shuffled-all"
 BUG_CHECK_LIMIT = 0.01  # of top-1
+ENOUGH_SEEDS = 3
 METRICS = ("top1", "agreement", "calibration_error")
 _ABSENT = "-"
 
@@ -67,6 +69,11 @@ class SeedRun:
     def calibration_error(self) -> float:
         return _calibration_error(self.val)
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings, with the defaults of those that it is too old to have."""
+        return DistillSettings.completed(self.run.settings)
+
     @property
     def agreement(self) -> float | None:
         """Share of val images in the teacher's class after the last epoch, where the run had a cache to tell it by."""
@@ -98,6 +105,11 @@ class Arm:
     def complete(self) -> bool:
         return bool(self.runs) and len(self.finished) == len(self.runs)
 
+    @cached_property
+    def labelled(self) -> float:
+        """The share of the labels that its finished runs used."""
+        return min((run.settings["labelled"] for run in self.finished.values()), default=1.0)
+
     def values(self, metric: str) -> list[float]:
         """A metric of the finished runs that have it, by rising seed."""
         values = (getattr(run, metric) for run in self.finished.values())
@@ -111,7 +123,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Top-1 of an arm less that of its twin; each interval is None where it cannot be told."""
+    """Top-1 of an arm less that of its twin, the mean over the seeds that both have (over all where they share none);
+    each interval is None where it cannot be told.
+    """
 
     arm: str
     twin: str
@@ -124,7 +138,10 @@ class Contrast:
     def figures(self) -> dict[str, Any]:
         """All numbers, as plain JSON values."""
         kinds = ((name, getattr(self, name)) for name in ("paired", "welch", "resampled"))
-        shown = {name: kind and {**asdict(kind), "interval": kind.interval, "p": kind.p} for name, kind in kinds}
+        shown = {name: kind and {**asdict(kind), "interval": kind.interval} for name, kind in kinds}
+        for name in ("paired", "welch"):  # the third has degrees of freedom that few seeds cannot tell well enough
+            if shown[name]:
+                shown[name]["p"] = getattr(self, name).p
         return {"arm": self.arm, "twin": self.twin, "shared_seeds": self.shared_seeds, "mean": self.mean, **shown}
 
 
@@ -138,7 +155,7 @@ def contrast(arm: Arm, twin: Arm) -> Contrast:
         arm=arm.name,
         twin=twin.name,
         shared_seeds=len(shared),
-        mean=float(np.mean(arm.values("top1")) - np.mean(twin.values("top1"))),
+        mean=float(np.mean(a_S - b_S) if shared else np.mean(arm.values("top1")) - np.mean(twin.values("top1"))),
         paired=paired(a_S, b_S),
         welch=welch(np.array(arm.values("top1")), np.array(twin.values("top1"))),
         resampled=resampled(*(np.stack([run.hit_N for run in side]) for side in runs)) if several else None,
@@ -168,20 +185,31 @@ class Study:
         return [*HARD_TWINS, *(name for name, arm in self.arms.items() if name != arm.kin and arm.kin in HARD_TWINS)]
 
     @cached_property
+    def scored_on(self) -> str:
+        """The images that its runs were scored on: "val", or under --tune a part of train."""
+        found = {run.val.of for arm in self.arms.values() for run in arm.finished.values()}
+        return " and ".join(sorted(found)) or "val"
+
+    @cached_property
     def best_twin(self) -> str | None:
-        """The complete twin on hard labels of the highest mean top-1, which is hardest to beat, of those with the most
-        seeds: one lucky seed is no twin for several.
+        """The twin of those that have all labels."""
+        return self.best_twin_at(1.0)
+
+    def best_twin_at(self, labelled: float) -> str | None:
+        """The complete twin on hard labels of the highest mean top-1, which is hardest to beat, of those that use this
+        share of the labels. One lucky seed is no twin for several: one of fewer than three seeds is passed over if
+        another has more.
         """
         twins = {name: self.arms[name] for name in self.hard_twins if name in self.complete}
-        most = max((len(twin.finished) for twin in twins.values()), default=0)
-        of_most = [name for name, twin in twins.items() if len(twin.finished) == most]
-        return max(of_most, key=lambda name: twins[name].spread("top1").mean, default=None)
+        twins = {name: twin for name, twin in twins.items() if twin.labelled == labelled}
+        enough = min(ENOUGH_SEEDS, max((len(twin.finished) for twin in twins.values()), default=0))
+        among = [name for name, twin in twins.items() if len(twin.finished) >= enough]
+        return max(among, key=lambda name: twins[name].spread("top1").mean, default=None)
 
     @cached_property
     def primary(self) -> tuple[str, str] | None:
         """(arm, twin) of the contrast named beforehand; None while one of them is not complete."""
-        arm, twin = self.document.get("primary") or (DISTILLED, None)
-        twin = twin if twin in self.arms else self.best_twin
+        arm, twin = self.document.get("primary") or (DISTILLED, FAIR_TWIN)
         return (arm, twin) if {arm, twin} <= self.complete.keys() and arm != twin else None
 
     @cached_property
@@ -297,7 +325,7 @@ def _contrast_cells(study: Study, arm: Arm) -> tuple[str, ...]:
     else:
         p = f"{study.corrected[arm.name]:.2g}" if arm.name in study.corrected else _ABSENT
     if found.paired is None:
-        intervals[0] = f"{100 * found.mean:+.2f} (no interval)"
+        intervals[0] = f"{100 * found.mean:+.2f} (no interval{'' if found.shared_seeds else ', no seed shared'})"
     return (*intervals, p)
 
 
@@ -308,6 +336,7 @@ def _sentences(study: Study) -> list[str]:
         *_about_images(study),
         *_about_twin(study),
         *_about_primary(study),
+        *_about_fewer_labels(study),
         *_about_incomplete(study),
         *_about_bug_check(study),
         *_about_caches(study),
@@ -324,18 +353,24 @@ def _about_twin(study: Study) -> list[str]:
         return [f"Neither {' nor '.join(study.hard_twins)} is complete, so no difference is told."]
     others = [name for name in study.hard_twins if name != study.best_twin]
     rest = ", ".join(f"{name}{_passed_over(study, name)}" for name in others)
-    return [
-        f"{study.best_twin} is the best hard twin, by mean top-1 (besides it: {rest}). Taking the best as the twin "
-        "makes every gain look smaller rather than larger."
-    ]
+    best = study.arms[study.best_twin].spread("top1").mean
+    higher = [name for name in others if name in study.complete and study.arms[name].spread("top1").mean > best]
+    why = "Taking the best as the twin makes every gain look smaller rather than larger."
+    if higher:
+        why = f"With more seeds, {', '.join(higher)} may turn out better, and every gain smaller."
+    return [f"{study.best_twin} is the best hard twin, by mean top-1 (besides it: {rest}). {why}"]
 
 
 def _passed_over(study: Study, name: str) -> str:
     """Why a hard twin was not looked at, in brackets; empty where it was."""
+    if name not in study.arms:
+        return " (not in this study)"
     if name not in study.complete:
         return " (not complete)"
-    fewer = len(study.arms[name].finished) < len(study.arms[study.best_twin].finished)
-    return " (fewer seeds)" if fewer else ""
+    twin, best = study.arms[name], study.arms[study.best_twin]
+    if twin.labelled != best.labelled:
+        return " (fewer labels)"
+    return " (fewer seeds)" if len(twin.finished) < min(ENOUGH_SEEDS, len(best.finished)) else ""
 
 
 def _about_caches(study: Study) -> list[str]:
@@ -346,15 +381,31 @@ def _about_caches(study: Study) -> list[str]:
 def _about_primary(study: Study) -> list[str]:
     one = study.primary_contrast
     if one is None:
-        return ["The primary contrast cannot be told yet: one of its arms is not complete."]
+        arm, twin = study.document.get("primary") or (DISTILLED, FAIR_TWIN)
+        missing = " and ".join(name for name in (arm, twin) if name not in study.complete)
+        return [f"The primary contrast, {arm} less {twin}, cannot be told: without complete runs of {missing}."]
     named = "named beforehand" if study.document.get("primary") else "this program's default"
-    kinds = (("paired", one.paired), ("Welch", one.welch), ("images resampled too", one.resampled))
+    kinds = (("paired", one.paired), ("Welch", one.welch))
     intervals = ", ".join(f"{name} {_points(kind)} p {_p(kind)}" for name, kind in kinds)
+    intervals += f", images resampled too {_points(one.resampled)}"
     return [
         f"**Primary contrast** ({named}; not corrected): {one.arm} less {one.twin}, {one.shared_seeds} shared seeds, "
         f"{100 * one.mean:+.2f} points: {intervals}. The other arms' p are of the paired differences, corrected for "
         "their number by Holm."
     ]
+
+
+def _about_fewer_labels(study: Study) -> list[str]:
+    """Each arm on a share of the labels against the best hard twin on the same share."""
+    said = []
+    for arm in study.complete.values():
+        twin = study.best_twin_at(arm.labelled)
+        if arm.labelled == 1 or arm.name in study.hard_twins or twin is None:
+            continue
+        one = contrast(arm, study.arms[twin])
+        shown = _points(one.paired) if one.paired else f"{100 * one.mean:+.2f} (no interval)"
+        said.append(f"On {arm.labelled:g} of the labels: {arm.name} less {twin}, {shown} points (paired).")
+    return said
 
 
 def _about_incomplete(study: Study) -> list[str]:
@@ -416,7 +467,7 @@ def write(out: Path) -> None:
     with writing(out):
         publish(folder.table, _text(study).encode())
         publish(folder.figures, (json.dumps(_figures(study), indent=2) + "\n").encode())
-        publish(folder.plot, plot(_plotted(study), study.best_twin, far=BUG_CHECK))
+        publish(folder.plot, plot(_plotted(study), study.best_twin, BUG_CHECK, study.scored_on))
         write_page(folder.page, _entries(study))
 
 
@@ -455,7 +506,7 @@ def _entries(study: Study) -> dict[str, tuple[dict[str, Any], dict[str, float]]]
     """Of every finished run: what it was asked to do and its final metrics, by a name for TensorBoard."""
     return {
         f"{arm.name}-seed-{seed}": (
-            {"arm": arm.name, **run.run.settings, "seed": seed},
+            {"arm": arm.name, **run.settings, "seed": seed},
             {name: getattr(run, name) for name in METRICS if getattr(run, name) is not None},
         )
         for arm in study.arms.values()
@@ -479,8 +530,8 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def _about_images(study: Study) -> list[str]:
-    of = {run.val.of for arm in study.arms.values() for run in arm.finished.values()} - {"val"}
-    return [f"Scored on {part} (--tune): none of these figures is val's." for part in sorted(of)]
+    on = study.scored_on
+    return [] if on == "val" else [f"Scored on {on} (--tune): none of these figures is val's."]
 
 
 # ---- any two runs
