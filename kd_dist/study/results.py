@@ -403,8 +403,8 @@ def _about_fewer_labels(study: Study) -> list[str]:
         if arm.labelled == 1 or arm.name in study.hard_twins or twin is None:
             continue
         one = contrast(arm, study.arms[twin])
-        shown = _points(one.paired) if one.paired else f"{100 * one.mean:+.2f} (no interval)"
-        said.append(f"On {arm.labelled:g} of the labels: {arm.name} less {twin}, {shown} points (paired).")
+        shown = f"{_points(one.paired)} points (paired)" if one.paired else f"{100 * one.mean:+.2f} points (no interval)"
+        said.append(f"On {arm.labelled:g} of the labels: {arm.name} less {twin}, {shown}.")
     return said
 
 
