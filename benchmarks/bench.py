@@ -94,7 +94,10 @@ def arguments(typed: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads on a CPU [all cores of this process]")
     parser.add_argument("--out", default="runs/bench", metavar="DIR", help="results and scratch files [runs/bench]")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: whether it runs, not how fast")
-    return parser.parse_args(typed)
+    found = parser.parse_args(typed)
+    if found.threads is not None and found.threads < 1:
+        refuse(f"--threads {found.threads} must be at least 1")
+    return found
 
 
 def refuse(message: str) -> NoReturn:

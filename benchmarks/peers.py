@@ -1,4 +1,4 @@
-"""Other systems, in an environment of their own beside ours (.venv-bench, made by setup_ffcv.sh): what is there of
+"""Other systems, in an environment of their own beside ours (.venv-bench, made by setup_peers.sh): what is there of
 them, and the processes they are measured in.
 """
 

@@ -7,7 +7,7 @@
         checkpoints/       step-00000141.pt ..., the last two
         model.pt           the final weights
         model-epoch-20.pt  those after 20 epochs, where they were asked for (teachers)
-        val_logits.h5      the student's own logits on val (students)
+        val_logits.h5      the network's own logits on what it is scored on: val, or under --tune a part of train
         logits.h5          the cache of soft labels, with logits.h5.sha256 (teachers)
         costs.json         seconds of work that no epoch's row counts, such as writing the cache (teachers)
         trace.json         a profile of some steps, where one was asked for
@@ -30,8 +30,8 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd_dist.errors import UserError
-from kd_dist.files import disk_full, write_atomically
+from kd_dist.files import read_json, write_atomically, write_json, writing
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +163,7 @@ def claim(
     check()
     _make_and_lock(folder)
     there = check()  # once more: until the lock was ours, another process may have begun a run here
-    with _writing(folder.path):
+    with writing(folder.path):
         for path in folder.left_overs() + (folder.products() if start_over else []):
             _remove(path)
     write_json(folder.settings, {"format": _RUN, "version": _VERSION, "kind": kind, "settings": wanted})
@@ -173,7 +173,7 @@ def claim(
 def forget(folder: RunFolder) -> None:
     """Remove a run, and its folder if nothing else is in it. Raises UserError while another process uses it."""
     _make_and_lock(folder)
-    with _writing(folder.path):
+    with writing(folder.path):
         for path in (*folder.left_overs(), *folder.products(), folder.settings, folder.lock):
             _remove(path)
     for path in (folder.checkpoints, folder.path):
@@ -342,7 +342,7 @@ def append_metrics(folder: RunFolder, row: Mapping[str, Any]) -> None:
     stands there once, whichever of the two was the last to reach the disk.
     """
     line = json.dumps(dict(row)) + "\n"
-    with _writing(folder.metrics), open(folder.metrics, "a", encoding="utf-8") as file:
+    with writing(folder.metrics), open(folder.metrics, "a", encoding="utf-8") as file:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
@@ -352,7 +352,7 @@ def truncate_metrics(folder: RunFolder, step: int) -> None:
     """Keep the rows up to `step`, the step of the checkpoint that a run goes on from (0: none)."""
     if folder.metrics.exists():
         kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
-        with _writing(folder.metrics):
+        with writing(folder.metrics):
             write_atomically(folder.metrics, lambda file: file.write(kept.encode()))
 
 
@@ -374,7 +374,7 @@ def note_cost(folder: RunFolder, name: str, seconds: float) -> None:
 
 def read_costs(folder: RunFolder) -> dict[str, float]:
     """Seconds by kind of work, as `note_cost` noted them; empty where nothing was noted."""
-    return read_json(folder.costs, mend="delete it: only the costs are lost.")
+    return read_json(folder.costs, mend="delete it: only the costs are lost.") or {}
 
 
 def write_trace(folder: RunFolder, export: Callable[[str], object]) -> None:
@@ -396,7 +396,7 @@ def save_checkpoint(folder: RunFolder, step: int, payload: Mapping[str, Any]) ->
     path = folder.checkpoint(step)
     older = [saved for saved in folder.saved_steps() if saved < step]
     last = f"from {folder.checkpoint(older[-1])}" if older else "from the start, for there is no checkpoint yet"
-    with _writing(path, goes_on=last):
+    with writing(path, goes_on=last):
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         _write_torch(path, {"format": _CHECKPOINT, "version": _VERSION, "step": step, "payload": dict(payload)})
     # A later step than this one is a damaged file that was passed over on resuming: it does not count as one to keep.
@@ -435,7 +435,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def save_model(path: Path, payload: Mapping[str, Any]) -> None:
     """Publish a run's weights and what is worth knowing of them; `payload` as in save_checkpoint."""
-    with _writing(path):
+    with writing(path):
         _write_torch(path, {"format": _MODEL, "version": _VERSION, "payload": dict(payload)})
 
 
@@ -508,7 +508,7 @@ def _read_torch(path: Path, format_name: str) -> dict[str, Any]:
     return document
 
 
-# ---- the student's logits on val
+# ---- a network's logits on what it is scored on
 
 
 def write_val_logits(
@@ -527,7 +527,7 @@ def write_val_logits(
         file.create_dataset("logits", data=np.asarray(logits_NK, np.float32), fletcher32=True)
         file.create_dataset("label", data=np.asarray(labels_N, np.int64), fletcher32=True)
         file.create_dataset("path", data=np.array([name.encode() for name in paths]))
-    with _writing(path):
+    with writing(path):
         write_atomically(path, lambda target: target.write(buffer.getbuffer()))
 
 
@@ -559,43 +559,6 @@ def read_val_logits(path: Path) -> ValLogits:
             paths = tuple(name.decode() for name in file["path"][()])
             return ValLogits(file["logits"][()], file["label"][()], paths, attrs["fingerprint"], attrs)
     except FileNotFoundError:
-        raise UserError(f"there is no {path}; run the student to its end first.") from None
+        raise UserError(f"there is no {path}; run it to its end first.") from None
     except (OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError) as error:
         raise UserError(f"{path} is cut short, damaged or no file of ours.") from error
-
-
-# ---- writing
-
-
-def read_json(path: Path, mend: str) -> dict[str, Any]:
-    """A small document, empty where there is none. Raises UserError where it cannot be read; `mend` is its ending."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {mend}") from error
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Publish a small document. Raises UserError where it cannot be written."""
-    data = (json.dumps(document, indent=2) + "\n").encode()
-    with _writing(path):
-        write_atomically(path, lambda file: file.write(data))
-
-
-@contextmanager
-def _writing(path: Path, goes_on: str = "where it stopped") -> Iterator[None]:
-    """Turn what the system says on a failed write into a UserError that names the path and how to go on."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if disk_full(error):
-            message = f"no space left to write {path}; free some and type the same command again: it goes on {goes_on}."
-        elif isinstance(error, OSError):
-            message = (
-                f"{path} cannot be written ({error.strerror or error}); mend that and type the same command again."
-            )
-        else:
-            raise
-        raise UserError(message) from error

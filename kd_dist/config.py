@@ -21,7 +21,6 @@ STD = (0.229, 0.224, 0.225)
 
 
 PIXELS = ("auto", "memory", "device", "off")
-SOURCE = ("data", "release", "archive", "sha256", "pixels", "pixels_dir")
 
 DATA, NETWORK, TRAINING, CROPS, RUN = "data", "network and loss", "training", "crops and blends", "this run"
 
@@ -162,9 +161,10 @@ class Settings:
         if self.tune and self.fold is None:
             raise UserError("--tune scores on a part of train that is left out; add --folds 10 --fold 0.")
 
-    def source(self) -> dict[str, str | None]:
-        """The settings that say where the data comes from."""
-        return {name: getattr(self, name) for name in SOURCE}
+    @property
+    def blended_epochs(self) -> int:
+        """Epochs in which pictures are blended, where any are: the first ones."""
+        return self.epochs - self.plain_epochs
 
     def resolved(self) -> Self:
         """The same settings with what follows from others filled in."""
@@ -336,7 +336,8 @@ class StudySettings(DistillSettings):
     def __post_init__(self):
         super().__post_init__()
         _require(self.alpha > 0, "alpha", self.alpha, "must be above 0: the arms without soft labels are there already")
-        _require(len(self.primary) == 2, "primary", " ".join(self.primary), "must be two arms")
+        two_arms = len(self.primary) == len({*self.primary}) == 2
+        _require(two_arms, "primary", " ".join(self.primary), "must be two different arms")
         for seed in self.seeds:
             check_seed(seed)
 
@@ -360,7 +361,7 @@ def _require(holds: bool, name: str, value: Any, rule: str) -> None:
 def bytes_of(name: str, text: str) -> int:
     """A size such as 512M or 4G, in bytes: powers of 1024. Raises UserError for what is none."""
     units = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-    number, unit = (text[:-1], text[-1]) if text[-1:].upper() in units else (text, "")
+    number, unit = (text[:-1], text[-1]) if text and text[-1].upper() in units else (text, "")
     _require(number.isdigit() and number.isascii(), name, text, "is not a size; write one such as 512M, 4G or 0")
     return int(number) << units[unit.upper()]
 
@@ -523,10 +524,12 @@ def _shown_default(kind: type[Settings], setting: dataclasses.Field) -> str:
     """The default in brackets; where presets differ from it, theirs by name."""
     presets = {name: preset.of(kind) for name, preset in PRESETS.items()}
     own = {name: values[setting.name] for name, values in presets.items() if setting.name in values}
-    if setting.default in (None, ()) or isinstance(setting.default, bool):
-        return ""
-    shown = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else str(setting.default)
-    return f" [{', '.join([shown, *(f'{name}: {value}' for name, value in own.items())])}]"
+    shown = [f"{name}: {value}" for name, value in own.items()]
+    if setting.default not in (None, ()) and not isinstance(setting.default, bool):
+        shown.insert(
+            0, " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else str(setting.default)
+        )
+    return f" [{', '.join(shown)}]" if shown else ""
 
 
 def resolve(kind: type[Settings], typed: dict[str, Any], has_gpu: bool) -> Settings:

@@ -60,14 +60,14 @@ def require_known(settings: DistillSettings) -> None:
 def open_inputs(settings: DistillSettings, runtime: Runtime) -> tuple[Cache | None, Data]:
     """The cache that is read, if any, and the data that it was made of. Raises UserError where one cannot be used."""
     cache = open_for(settings)
-    data = job.open_data(DataSource(**settings.source()), runtime)
+    data = job.open_data(DataSource.of(settings), runtime)
     if cache is not None:
-        require_fit(settings, data, cache)
+        require_cache_fits(settings, data, cache)
         tell_unnoted(cache, runtime)
     return cache, data
 
 
-def require_fit(settings: DistillSettings, data: Data, cache: Cache) -> None:
+def require_cache_fits(settings: DistillSettings, data: Data, cache: Cache) -> None:
     """Raise UserError unless a cache is of this data, and of parts of it that it may be of."""
     data.require_fit(cache)
     require_unseen(settings, data, cache)
@@ -108,7 +108,7 @@ def require_student(settings: DistillSettings, data: Data, runtime: Runtime) -> 
     """The student with its first weights. Raises UserError where batch, pictures, ranks and network do not fit."""
     torch.manual_seed(settings.seed)
     model = STUDENTS[settings.student](len(data.samples.classes))
-    job.require_fit(settings, data, model, runtime)
+    job.require_trainable(settings, data, model, runtime)
     return model
 
 
@@ -256,8 +256,7 @@ def crops_of(settings: DistillSettings, data: Data, cache: Cache | None):
     rows = cache.split("train")
     used = slice(settings.views)
     mixed = rows.mixed and rows.mixed.first(settings.views)
-    blended_epochs = settings.epochs - settings.plain_epochs
-    crops = CachedCrops(rows.box_NV4[:, used], rows.flip_NV[:, used], settings.seed, mixed, blended_epochs)
+    crops = CachedCrops(rows.box_NV4[:, used], rows.flip_NV[:, used], settings.seed, mixed, settings.blended_epochs)
     if not settings.alpha:
         return crops, None
     logits_NVK = rows.logits_NVK[:, used]

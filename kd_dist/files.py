@@ -1,14 +1,17 @@
-"""Files that are either whole or absent: atomic publishing, digests, and what a full disk looks like."""
+"""Files that are either whole or absent: atomic publishing, small documents, digests; what a full disk looks like."""
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from kd_dist.errors import UserError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -79,3 +82,37 @@ def disk_full(error: BaseException) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def read_json(path: Path, mend: str) -> dict[str, Any] | None:
+    """A small document, None where there is none. Raises UserError where it cannot be read; `mend` is its ending."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {mend}") from error
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Publish a small document. Raises UserError where it cannot be written."""
+    data = (json.dumps(document, indent=2) + "\n").encode()
+    with writing(path):
+        write_atomically(path, lambda file: file.write(data))
+
+
+@contextlib.contextmanager
+def writing(path: Path, goes_on: str = "where it stopped") -> Iterator[None]:
+    """Turn what the system says on a failed write into a UserError that names the path and how to go on."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if disk_full(error):
+            message = f"no space left to write {path}; free some and type the same command again: it goes on {goes_on}."
+        elif isinstance(error, OSError):
+            message = (
+                f"{path} cannot be written ({error.strerror or error}); mend that and type the same command again."
+            )
+        else:
+            raise
+        raise UserError(message) from error

@@ -139,6 +139,11 @@ class DataSource:
     pixels: str = "auto"
     pixels_dir: str | None = None
 
+    @classmethod
+    def of(cls, settings: Settings) -> "DataSource":
+        """The fields are settings of the same names."""
+        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
+
 
 def open_data(source: DataSource, runtime: Runtime) -> Data:
     """Find the data (fetching it where that is allowed), list it, and decode it, each once a node; then place the
@@ -150,13 +155,14 @@ def open_data(source: DataSource, runtime: Runtime) -> Data:
     root = Path(runtime.once_a_node("find data", lambda: str(_find(source, runtime))))
     store = Path(source.pixels_dir) if source.pixels_dir else default_folder(root)
 
-    def prepare() -> None:
-        samples = scan(root, manifest_folder=store, workers=threads)
-        for split in ("train", "val"):
-            make(samples.split(split), store, threads, progress_lines(runtime, f"{what} {split} images"))
-
     from_files = source.pixels == "off"
     make, what = (measure_files, "measuring") if from_files else (build_pixels, "decoding")
+
+    def prepare() -> None:
+        samples = scan(root, manifest_folder=store, workers=threads)
+        for split in SPLITS:
+            make(samples.split(split), store, threads, progress_lines(runtime, f"{what} {split} images"))
+
     runtime.once_a_node("decode data", prepare)
     samples = scan(root, manifest_folder=store)
     pixels = {split: (open_files if from_files else open_pixels)(samples.split(split), store) for split in SPLITS}
@@ -367,7 +373,7 @@ def _train_data(
         cutmix=settings.cutmix,
         logits_NVK=logits_NVK,
         members_M=members_of(settings, data),
-        blended_epochs=settings.epochs - settings.plain_epochs,
+        blended_epochs=settings.blended_epochs,
     )
 
 
@@ -387,7 +393,7 @@ def _introduction(settings: Settings, trainer: Trainer) -> str:
     )
 
 
-def require_fit(settings: Settings, data: Data, model: nn.Module, runtime: Runtime) -> None:
+def require_trainable(settings: Settings, data: Data, model: nn.Module, runtime: Runtime) -> None:
     """Raise UserError where the batch does not suit the data and the ranks, or the picture size the network."""
     members_M = members_of(settings, data)
     images, ranks = len(data.samples.train if members_M is None else members_M), runtime.world_size
@@ -407,9 +413,10 @@ def require_fit(settings: Settings, data: Data, model: nn.Module, runtime: Runti
         with torch.inference_mode():
             copy.deepcopy(model).eval()(torch.zeros(1, 3, settings.image_size, settings.image_size))
     except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        other = "smaller" if "allocate memory" in reason else "larger"
         raise UserError(
-            f"--image-size {settings.image_size} does not suit this network ({str(error).splitlines()[0]}); choose a "
-            "larger one."
+            f"--image-size {settings.image_size} does not suit this network ({reason}); choose a {other} one."
         ) from error
 
 

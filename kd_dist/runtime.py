@@ -72,10 +72,6 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        """Wait until all ranks are here."""
-        self.sum(torch.zeros(1))
-
     def take_from_main(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite tensors by rank 0's, in place."""
         if self.world_size > 1:

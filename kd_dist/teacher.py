@@ -13,7 +13,7 @@ from torch import nn
 
 from kd_dist import job, label, objectives, views
 from kd_dist.cache import open_cache
-from kd_dist.cache.format import parts_of
+from kd_dist.cache.format import parts_folder_of
 from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
 from kd_dist.config import TeacherSettings
 from kd_dist.errors import UserError
@@ -34,10 +34,10 @@ def main() -> None:
         raise UserError(f"--teacher {settings.teacher} is not known; choose from {', '.join(TEACHERS)}.")
     target = Path(settings.cache) if settings.cache else RunFolder(Path(settings.out)).cache
     with joined(settings.device) as runtime:
-        data = job.open_data(DataSource(**settings.source()), runtime)
+        data = job.open_data(DataSource.of(settings), runtime)
         torch.manual_seed(settings.seed)
         model = TEACHERS[settings.teacher](len(data.samples.classes))
-        job.require_fit(settings, data, model, runtime)
+        job.require_trainable(settings, data, model, runtime)
         if settings.views:
             runtime.on_main(lambda: require_own_cache(settings, target, data))
         folder = job.claim(settings, data, runtime)
@@ -146,7 +146,9 @@ def clocked(
     """Note in the run's costs what writing the cache takes, interrupted attempts included, so that one can tell after
     how many students it pays. Gives `progress` as a function that notes it now and then: a kill costs that little.
     """
-    begun = runtime.on_main(lambda: read_costs(folder).get(CACHE_SECONDS, 0.0) if parts_of(target).exists() else 0.0)
+    begun = runtime.on_main(
+        lambda: read_costs(folder).get(CACHE_SECONDS, 0.0) if parts_folder_of(target).exists() else 0.0
+    )
     started = noted_at = time.monotonic()
 
     def note() -> None:

@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from kd_dist import files
 from kd_dist.errors import UserError
-from kd_dist.files import write_atomically
+from kd_dist.files import write_json, writing
 
 JOBS = "jobs"
 CODE = "code"
@@ -116,9 +117,10 @@ class Job:
 
 
 def new_folder(runs: Path, name: str) -> JobFolder:
-    """Make the next numbered folder under runs/jobs; two submissions at once get two numbers."""
+    """Make the next numbered folder under runs/jobs; two submissions at once get two numbers. Raises UserError."""
     jobs = runs / JOBS
-    jobs.mkdir(parents=True, exist_ok=True)
+    with writing(jobs):
+        jobs.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(path.name[:4]) for path in jobs.glob("[0-9][0-9][0-9][0-9]-*")), default=0)
     while True:
         folder = JobFolder(jobs / f"{number:04d}-{name}")
@@ -135,18 +137,9 @@ def job_folders(runs: Path) -> Iterator[JobFolder]:
         yield from (JobFolder(path.parent) for path in sorted((runs / JOBS).glob(pattern)))
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Publish a small document."""
-    data = (json.dumps(document, indent=2) + "\n").encode()
-    write_atomically(path, lambda file: file.write(data))
-
-
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What `write_json` wrote, None where there is nothing."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    """What `write_json` wrote, None where there is nothing. Raises UserError where it is damaged."""
+    return files.read_json(path, mend="remove it if its job is over.")
 
 
 def now() -> str:

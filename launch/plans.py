@@ -21,7 +21,7 @@ from launch.task import MODULES
 KINDS: dict[str, type[Settings]] = {"teacher": TeacherSettings, "distill": DistillSettings, "study": StudySettings}
 PIPELINE = ("teacher", "distill")
 PATHS = ("data", "out", "cache", "archive", "pixels_dir", "teacher_model")
-HEARTBEAT_SECONDS = 120
+SILENT_SECONDS = 120
 GPU_WORKERS = 8
 
 
@@ -255,7 +255,7 @@ def refuse_used(plan: Plan, runs: Path) -> None:
     state = read_state(RunFolder(plan.run)) or {}
     if state.get("status") == "running" and _is_someone_elses(state, [folder for folder, _ in folders]):
         silent = (datetime.now(UTC) - datetime.fromisoformat(state["time"])).total_seconds()
-        if silent < HEARTBEAT_SECONDS:
+        if silent < SILENT_SECONDS:
             raise UserError(
                 f"{plan.run} is in use: process {state['pid']} on {state['host']} wrote to it {silent:.0f} s ago; stop "
                 "it, or choose another folder."

@@ -245,10 +245,7 @@ def _start(
             folder.path.mkdir(exist_ok=True)
             replace(record, id=job_id).write(folder)
         return ids
-    return [
-        _start_local(submission, number, folder, records[number], before, options)
-        for number, folder in enumerate(folders)
-    ]
+    return [_start_local(submission, number, folder, records[number], before) for number, folder in enumerate(folders)]
 
 
 def _or_remove(submission: Submission, start: Callable[[], list[str]]) -> list[str]:
@@ -265,7 +262,6 @@ def _start_local(
     folder: JobFolder,
     record: Job,
     before: tuple[JobFolder, str] | None,
-    options: argparse.Namespace,
 ) -> str:
     """Start one job here. It waits for the pipeline's earlier job, or for the sweep's cell that frees its place."""
     task = submission.tasks[number]

@@ -221,7 +221,7 @@ class Supervisor:
         changes: Mapping[str, str | None] = {
             **dict(self.task.environment),
             **self.place.variables(),
-            "PYTHONUNBUFFERED": "1",
+            **ALWAYS,
         }
         kept = {name: value for name, value in os.environ.items() if name not in changes}
         return {**kept, **{name: value for name, value in changes.items() if value is not None}}

@@ -73,6 +73,7 @@ TYPED = {
     "unknown flag": (["--tempature", "4"], "--tempature 4; `python -m kd_dist.distill --help` lists the flags"),
     "not a number": (["--epochs", "many"], "invalid int value: 'many'"),
     "fresh crops with soft labels": (["--crops", "fresh"], "needs --crops cached"),
+    "an empty size": (["--cache-memory="], "--cache-memory  is not a size; write one such as 512M, 4G or 0"),
     "mixup on cached crops": (["--mixup", "0.5"], "--mixup 0.5 needs --crops fresh"),
     "crop scale upside down": (["--crop-scale", "0.9", "0.2"], "--crop-scale 0.9 0.2 must be two shares"),
 }

@@ -28,6 +28,11 @@ def test_goal_is_met_on_its_side_and_at_its_bound(goal, value, met):
     assert Row("x", value, goal=goal).met is met
 
 
+def test_fewer_threads_than_one_are_refused():
+    with pytest.raises(UserError, match="--threads -1 must be at least 1"):
+        arguments(["--threads", "-1"])
+
+
 def test_no_verdict_without_goal_or_value():
     assert Row("x", 1.0).met is None
     assert Row("x", None, goal=AT_LEAST).met is None

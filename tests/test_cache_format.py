@@ -28,7 +28,6 @@ from kd_dist.cache import (
     open_cache,
     render_info,
 )
-from kd_dist.cache.card import calibration_error
 from kd_dist.dataset import fingerprint_of
 from kd_dist.errors import UserError
 
@@ -941,6 +940,13 @@ def test_calibration_error_by_hand():
     expected = (abs((0.95 + 0.96 + 1.0) - 2) + abs((0.30 + 0.32) - 1)) / 5
     assert calibration_error(confidence_R, hit_R) == pytest.approx(expected)
     assert calibration_error(np.array([1.0]), np.array([True])) == 0
+
+
+def calibration_error(confidence_R: np.ndarray, hit_R: np.ndarray) -> float:
+    """Of rows that give this much to class 0 and the rest to four others alike."""
+    probabilities_RK = np.stack([confidence_R, *np.repeat((1 - confidence_R)[None] / 4, 4, axis=0)], axis=1)
+    logits_R1K = np.log(np.maximum(probabilities_RK, 1e-30))[:, None]
+    return card_of(logits_R1K, np.where(hit_R, 0, 1)).calibration_error
 
 
 def test_calibration_bins_end_on_their_upper_edge():

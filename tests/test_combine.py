@@ -104,6 +104,7 @@ def test_mean_of_probabilities_is_theirs_at_its_temperature(caches, tmp_path, te
         assert np.array_equal(stored, (temperature * np.log(expected)).astype(np.float16))
         np.testing.assert_allclose(softmax(stored.astype(np.float64) / temperature), expected, rtol=0.005)
     assert f"--temperature {temperature:g} alone" in render_info(mean)
+    assert render_info(open_cache(mean.path, memory=0)) == render_info(mean)  # of a file too large to load
     mean.check_loss("kl", temperature)
     mean.check_loss("ce", temperature)
     with pytest.raises(UserError, match=f"at temperature {temperature:g}, not 3: use --temperature {temperature:g},"):

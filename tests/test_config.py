@@ -72,6 +72,12 @@ def test_help_shows_the_defaults_of_every_preset(kind):
         assert f"{name}: {preset.of(kind)['epochs']}" in page
 
 
+def test_help_shows_what_a_preset_sets_where_others_have_no_default():
+    assert "when it is not there yet [imagewoof2-160] [demo: demo]" in " ".join(
+        parser(TeacherSettings).format_help().split()
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_flags_stand_on_the_jobs_they_belong_to(kind):
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}

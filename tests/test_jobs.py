@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kd_dist import teacher as teacher_entry
 from kd_dist.cache import __main__ as cache_entry
 from kd_dist.cache import open_cache
-from kd_dist.cache.format import parts_of
+from kd_dist.cache.format import parts_folder_of
 from kd_dist.checkpoint import (
     CACHE_SECONDS,
     RunFolder,
@@ -93,7 +93,7 @@ def test_teacher_job_notes_what_it_cost(teacher_run):
 def test_interrupted_writing_adds_up_and_a_new_cache_starts_anew(tmp_path, one_process, monkeypatch):
     folder, now, noted = RunFolder(tmp_path), 0.0, []
     monkeypatch.setattr("kd_dist.teacher.time.monotonic", lambda: now)
-    parts_of(folder.cache).mkdir()
+    parts_folder_of(folder.cache).mkdir()
     for seconds in (30.0, 12.0):
         with pytest.raises(KeyboardInterrupt), clocked(folder, folder.cache, one_process, print) as progress:
             now += seconds
@@ -102,7 +102,7 @@ def test_interrupted_writing_adds_up_and_a_new_cache_starts_anew(tmp_path, one_p
             now += 1
             raise KeyboardInterrupt
     assert noted == [30, 31 + 12] and read_costs(folder) == {CACHE_SECONDS: 31 + 13}
-    parts_of(folder.cache).rmdir()
+    parts_folder_of(folder.cache).rmdir()
     with clocked(folder, folder.cache, one_process, print):
         now += 5
     assert read_costs(folder) == {CACHE_SECONDS: 5}

@@ -191,7 +191,7 @@ def test_a_batch_larger_than_the_labelled_images_is_refused(made, one_process):
     data = job.Data(scan(made / "data"), {})
     settings = config.resolve(DistillSettings, {"labelled": 0.1, "alpha": 0.0, "batch_size": 9}, has_gpu=False)
     with pytest.raises(UserError, match="--batch-size 9 is larger than the 8 training images"):
-        job.require_fit(settings, data, small(4), one_process)
+        job.require_trainable(settings, data, small(4), one_process)
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.5, "nan"])

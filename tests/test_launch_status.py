@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kd_dist.checkpoint import RunFolder, append_metrics, write_state
+from kd_dist.errors import UserError
 from launch import queue, status
 from launch.folders import Job, JobFolder, write_json
 from launch.queue import State
@@ -59,6 +60,13 @@ def test_a_running_job_shows_node_epoch_top1_and_last_line(tmp_path, known):
         "job           id  state    node    epoch   top-1   last log line",
         "0001-teacher  12  running  n[1-2]  2.5/10  43.2 %  epoch 2 done",
     ]
+
+
+def test_a_damaged_note_ends_in_one_sentence(tmp_path, known):
+    folder = put_job(tmp_path, "0001-teacher", "12")
+    folder.ended.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"ended.json cannot be read .*; remove it if its job is over\."):
+        table(tmp_path)
 
 
 def test_the_rank_that_failed_first_is_shown_and_those_that_lost_it_are_not(tmp_path, known):

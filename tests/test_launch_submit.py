@@ -11,6 +11,7 @@ import pytest
 
 from kd_dist.checkpoint import RunFolder, claim, write_state
 from kd_dist.config import DistillSettings, StudySettings, TeacherSettings, resolve
+from kd_dist.errors import UserError
 from kd_dist.study.arms import ARMS
 from kd_dist.study.folder import StudyFolder, run_settings
 from launch import submit
@@ -265,6 +266,13 @@ def test_the_snapshot_is_untouched_by_later_edits(tmp_path):
     second = snapshot(runs, root)
     assert first != second and (first / "kd_dist/a.py").read_text(encoding="utf-8") == "first"
     assert (second / "kd_dist/new.py").exists() and not (first / "kd_dist/new.py").exists()
+
+
+@pytest.mark.parametrize("make", [snapshot, lambda runs: new_folder(runs, "teacher")])
+def test_runs_that_cannot_be_written_are_refused(tmp_path, make):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"runs/jobs.* cannot be written \(Not a directory\)"):
+        make(tmp_path / "file" / "runs")
 
 
 def test_two_submissions_get_two_folders_and_a_job_reads_back(tmp_path):

@@ -17,6 +17,7 @@ import os, signal, sys, time
 do = sys.argv[1]
 print("stand-in", *sys.argv[1:], *(os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")))
 print("colour", os.environ.get("COLOUR"))
+print("patience", os.environ.get("KD_DIST_MEETING_SECONDS"), "unbuffered", os.environ.get("PYTHONUNBUFFERED"))
 def leave(number, frame):
     print("saved")
     os._exit(128 + number)
@@ -88,6 +89,7 @@ def test_a_rank_that_finishes_gets_torchs_variables_and_its_own_changes(tmp_path
     assert rank.end() == 0
     assert "stand-in finish $HOME_OF_NOBODY --start-over 0 1 127.0.0.1" in rank.log()
     assert "colour red" in rank.log()
+    assert "patience 300 unbuffered 1" in rank.log()  # of a rank whose peers may be slow to import torch
     assert rank.job.main_log.read_text(encoding="utf-8") == rank.log()
     assert read_json(rank.job.ended)["status"] == "finished"
 

@@ -351,6 +351,25 @@ def test_a_study_of_an_older_version_is_gone_on_with(made, whole, tmp_path, caps
     assert "--lr was 0.2, now 0.02" in refused(entry.main, *command)
 
 
+def test_the_memory_for_caches_is_shared_out_before_the_first_is_opened(
+    made, other_cache, tmp_path, monkeypatch, capsys
+):
+    """Each file has a third: what fits in it is loaded whole, the cache of the study like the others."""
+    sizes = {path: path.stat().st_size for path in (made / "teacher" / "logits.h5", other_cache)}
+    opened = {}
+    for module in (distill, entry):
+        original = module.open_cache
+        keep = lambda path, memory, original=original: opened.setdefault(Path(path), memory) and original(path, memory)  # noqa: E731
+        monkeypatch.setattr(module, "open_cache", keep)
+    command = words(made, tmp_path / "study", "--epochs", "1", "--cache-memory", "1M", "--arms", "cached-V")
+    monkeypatch.chdir(made)
+    command[command.index("--cache") + 1] = "teacher/logits.h5"
+    call(entry.main, *command, f"other=cached-V,cache={other_cache}")
+    assert set(opened.values()) == {2**19} and len(opened) == len(sizes)
+    document = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert document["cache"] == str(made / "teacher" / "logits.h5")
+
+
 def test_start_over_with_other_settings_removes_the_earlier_runs(made, tmp_path):
     out = tmp_path / "study"
     call(entry.main, *words(made, out, "--arms", "hard-fresh", "cached-1"))
@@ -574,7 +593,8 @@ def test_a_variant_that_makes_no_sense_is_refused(made, tmp_path, word, sentence
         (["--arms", "same=cached-V,temperature=4", "--temperature", "4"], "the study's cached-V has these values"),
         (["--arms", "hot=cached-V,lr=1", "hot=cached-V,lr=2"], "arm hot is made twice, in two ways"),
         (["--arms", "hot=cached-V,lr=1", "--primary", "hot", "hard-fresh"], "--primary hot is no arm of the ladder"),
-        (["--primary", "cached-V"], "--primary cached-V must be two arms"),
+        (["--primary", "cached-V"], "--primary cached-V must be two different arms"),
+        (["--primary", "cached-V", "cached-V"], "--primary cached-V cached-V must be two different arms"),
         (["--primary", "cached-V", "soft"], "--primary soft is no arm of the ladder; name two of hard-fresh, "),
         (["--alpha", "0"], "--alpha 0.0 must be above 0: the arms without soft labels are there already"),
         (["--seeds", "0", "-1"], "--seed -1 must be at least 0"),
@@ -594,6 +614,18 @@ def test_a_variant_that_makes_no_sense_is_refused(made, tmp_path, word, sentence
 def test_wrong_input_is_refused_in_one_sentence(made, tmp_path, typed, sentence):
     typed = [word.replace("DATA", str(made)) for word in typed]
     assert sentence in refused(entry.main, *words(made, tmp_path / "study", *typed))
+
+
+@pytest.mark.parametrize("word", ["table", "sweep", "compare"])
+def test_results_of_a_folder_without_a_study_are_refused(tmp_path, word):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    rest = {"table": [], "sweep": [], "compare": [tmp_path / "empty"]}[word]
+    first = {"table": [], "sweep": ["views"], "compare": []}[word]
+    for name in ("nowhere", "empty", "file"):
+        assert str(tmp_path / name) in refused(entry.main, word, *first, tmp_path / name, *rest)
+    assert not list((tmp_path / "empty").iterdir())
+    assert "python -m kd_dist.study" in refused(entry.main, word, "--help")
 
 
 def test_another_teacher_than_the_caches_is_refused(made, tmp_path):

@@ -48,15 +48,22 @@ class LabelCard:
         )
 
 
-def card_of(logits_NVK: SoftLabels, labels_N: np.ndarray, views: Sequence[int] | None = None) -> LabelCard:
-    """The figures of a split's raw logits in these views (all), a chunk of samples at a time, so that a cache on file
-    needs no memory.
+def card_of(
+    logits_NVK: SoftLabels, labels_N: np.ndarray, views: Sequence[int] | None = None, temperature: float = 1.0
+) -> LabelCard:
+    """The figures of a split's logits over T in these views (all), a chunk of samples at a time, so that a cache on
+    file needs no memory.
+
+    The calibration error is Guo et al. 2017, equation 3: rows are binned by their largest probability into 15 bins of
+    equal width ((m - 1) / 15, m / 15]; it is the mean over rows of the distance between their bin's accuracy and mean
+    confidence.
     """
     views = range(logits_NVK.shape[1]) if views is None else views
     sums: dict[str, np.ndarray] = {}
     for start in range(0, len(labels_N), CHUNK_SAMPLES):
         piece = slice(start, min(start + CHUNK_SAMPLES, len(labels_N)))
-        for name, value in _sums_of(rows_of(logits_NVK, piece.start, piece.stop, views), labels_N[piece]).items():
+        logits_BVK = rows_of(logits_NVK, piece.start, piece.stop, views).astype(np.float64) / temperature
+        for name, value in _sums_of(logits_BVK, labels_N[piece]).items():
             sums[name] = sums.get(name, 0) + value
     mean = {name: value / sums["rows"] for name, value in sums.items()}
     samples, several = len(labels_N), len(views) > 2
@@ -75,15 +82,6 @@ def card_of(logits_NVK: SoftLabels, labels_N: np.ndarray, views: Sequence[int] |
     )
 
 
-def calibration_error(confidence_R: np.ndarray, hit_R: np.ndarray) -> float:
-    """Expected calibration error over R rows, Guo et al. 2017, equation 3.
-
-    Rows are binned by their largest probability into 15 bins of equal width ((m - 1) / 15, m / 15]; the error is the
-    mean over rows of the distance between their bin's accuracy and mean confidence.
-    """
-    return float(np.abs(_excess(confidence_R, hit_R)).sum() / len(confidence_R))
-
-
 def _excess(confidence_R: np.ndarray, hit_R: np.ndarray) -> np.ndarray:
     """Confidence less hits, summed over the rows of each bin."""
     bin_R = np.clip(np.ceil(confidence_R * BINS).astype(int) - 1, 0, BINS - 1)
@@ -93,7 +91,7 @@ def _excess(confidence_R: np.ndarray, hit_R: np.ndarray) -> np.ndarray:
 def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarray]:
     """What the figures are means of, summed over the drawn rows of some samples."""
     drawn_BVK = logits_BVK[:, 1:] if logits_BVK.shape[1] > 1 else logits_BVK
-    shifted_BVK = drawn_BVK.astype(np.float64) - drawn_BVK.max(axis=2, keepdims=True)
+    shifted_BVK = drawn_BVK - drawn_BVK.max(axis=2, keepdims=True)
     log_p_BVK = shifted_BVK - np.log(np.exp(shifted_BVK).sum(axis=2, keepdims=True))
     p_BVK = np.exp(log_p_BVK)
     entropy_BV = -(p_BVK * log_p_BVK).sum(axis=2)
@@ -120,7 +118,8 @@ def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarr
 
 def render_info(cache: Cache) -> str:
     """One screen about a cache: what it is, what it fits, and what its labels are worth."""
-    cards = [card_of(_logits_at_1(cache, split), split.labels_N, plain_views(split)) for split in cache.splits.values()]
+    at = cache.header.temperature or 1.0  # rows that hold at one temperature alone: figures are of what holds there
+    cards = [card_of(split.logits_NVK, split.labels_N, plain_views(split), at) for split in cache.splits.values()]
     lines = [*_identity(cache), "", *_worth(list(cache.splits), cards)]
     if cards[0].warning:
         lines += ["", *wrap(cards[0].warning, WIDTH)]
@@ -131,12 +130,6 @@ def plain_views(split: LabelledTable) -> list[int]:
     """The views in which no picture is blended; view 0 is one."""
     mixed = set() if split.mixed is None else set(split.mixed.mixed_views())
     return [view for view in range(split.views) if view not in mixed]
-
-
-def _logits_at_1(cache: Cache, split: LabelledTable) -> np.ndarray:
-    """A split's rows; those that hold at one temperature alone, divided by it: the figures are of what holds there."""
-    temperature = cache.header.temperature
-    return split.logits_NVK if temperature is None else split.logits_NVK / np.float16(temperature)
 
 
 def _identity(cache: Cache) -> list[str]:

@@ -262,7 +262,7 @@ def binding_of(table: Table, row_columns: int, pieces: RowPieces) -> str:
     return digest.hexdigest()
 
 
-def parts_of(target: Path) -> Path:
+def parts_folder_of(target: Path) -> Path:
     """The folder in which the blocks of an unfinished cache wait."""
     return target.with_name(target.name + ".parts")
 
@@ -270,11 +270,6 @@ def parts_of(target: Path) -> Path:
 def digest_file_of(target: Path) -> Path:
     """The file beside a cache that holds its SHA-256, as `sha256sum` writes it."""
     return target.with_name(target.name + ".sha256")
-
-
-def top1_of(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
-    """Share of rows, in [0, 1], whose largest logit is the label's; of equal logits the first counts."""
-    return share_of((np.argmax(logits_NK, axis=1),), labels_N)
 
 
 def share_of(classes: Iterable[np.ndarray], labels_N: np.ndarray) -> float:

@@ -41,7 +41,7 @@ from kd_dist.cache.format import (
     check_header,
     check_table,
     digest_file_of,
-    parts_of,
+    parts_folder_of,
     pieces_of,
     refuse_rows,
     shape_of,
@@ -196,7 +196,7 @@ def _source_of(path: Path) -> Source:
 
 
 def _why_missing(path: Path) -> str:
-    parts = parts_of(path)
+    parts = parts_folder_of(path)
     if parts.is_dir():
         return f"the cache {path} is not finished, {parts} holds its blocks: run the command that was writing it again."
     return f"there is no cache {path}: {WRITE_ONE}."
@@ -323,10 +323,6 @@ def _read_split(columns: "_Columns", split: str, header: Header) -> LabelledTabl
         else:
             refuse_rows(split, column.name, rows, partial(_is_no_choice, len(header.classes)))
     return table
-
-
-def _is_not_finite(rows_BK: np.ndarray) -> np.ndarray:
-    return ~np.isfinite(rows_BK).all(axis=1)
 
 
 def _is_not_finite(rows_BK: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from kd_dist.cache.format import (
     check_table,
     digest_file_of,
     first_true,
-    parts_of,
+    parts_folder_of,
 )
 from kd_dist.cache.parts import Block, Parts, blocks, plan_of, row_shapes, writing
 from kd_dist.cache.topk import shorten
@@ -37,7 +37,7 @@ class BlockWriter:
         _check_plan(header, tables)
         self.target, self.header, self.replace = Path(target), header, replace
         self.tables = {split: tables[split] for split in SPLITS}
-        self._parts = Parts(parts_of(self.target), plan_of(header, self.tables), header)
+        self._parts = Parts(parts_folder_of(self.target), plan_of(header, self.tables), header)
         with writing(self.target):
             self._claim()
 

@@ -49,8 +49,10 @@ def main() -> None:
 
 def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
     """All runs that are not finished, one after the other, a seed's arms together; then the results."""
-    cache, data = distill.open_inputs(settings, runtime)
-    caches = caches_of(settings, arms, data, cache, runtime)
+    files = {Path(run_settings(settings, arm, 0).cache).absolute() for arm in arms} | {Path(settings.cache).absolute()}
+    share = settings.cache_memory_bytes // len(files)  # of what is loaded whole
+    cache, data = distill.open_inputs(replace(settings, cache_memory=str(share)), runtime)
+    caches = caches_of(settings, arms, data, cache, share, runtime)
     online = None
     if any(arm.needs_teacher for arm in arms):
         online = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)
@@ -65,22 +67,21 @@ def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: 
 
 
 def caches_of(
-    settings: StudySettings, arms: Sequence[Arm], data: Data, cache: Cache, runtime: Runtime
+    settings: StudySettings, arms: Sequence[Arm], data: Data, cache: Cache, memory: int, runtime: Runtime
 ) -> dict[str, Cache]:
-    """Each arm's cache by the arm's name; a file that several learn from is opened once. Raises UserError, before
-    anything is trained, where an arm cannot use its own.
+    """Each arm's cache by the arm's name; a file that several learn from is opened once, and loaded whole up to
+    `memory` bytes. Raises UserError, before anything is trained, where an arm cannot use its own.
     """
     of_arm = {arm.name: run_settings(settings, arm, settings.seeds[0]) for arm in arms}
     paths = {name: Path(own.cache).absolute() for name, own in of_arm.items()}
     opened = {Path(settings.cache).absolute(): cache}
-    share = settings.cache_memory_bytes // len({*paths.values(), *opened})  # of what is loaded whole
     for arm in arms:
         own, path = of_arm[arm.name], paths[arm.name]
         if path not in opened:
-            opened[path] = open_cache(path, share)
+            opened[path] = open_cache(path, memory)
             distill.tell_unnoted(opened[path], runtime)
         distill.require_use(own, opened[path])
-        distill.require_fit(own, data, opened[path])
+        distill.require_cache_fits(own, data, opened[path])
         distill.require_student(own, data, runtime)
         require_views(arm, opened[path], own.views)
         require_alike_crops(own, cache)
@@ -117,23 +118,26 @@ def run(
 
 def show(folder: StudyFolder) -> None:
     """Write the study's table and plot, and print the table."""
-    from kd_dist.study.results import write  # needs scipy and more, which train nobody
+    from kd_dist.study.results import write, writing  # needs scipy and more, which train nobody
 
-    with locked(folder.lock):  # of several processes, the last to finish a run is the last to look at all of them
+    with writing(folder.path), locked(folder.lock):  # of several processes, the last to finish a run looks at all runs
         write(folder.path)
     print(folder.table.read_text(encoding="utf-8"), flush=True)
 
 
 def _table(words: Sequence[str]) -> None:
-    if len(words) != 1:
+    from kd_dist.study.results import read_study
+
+    if len(words) != 1 or words[0].startswith("-"):
         raise UserError("name one study's folder: python -m kd_dist.study table runs/study.")
+    read_study(Path(words[0]))  # refuses what is no study before anything is written there
     show(StudyFolder(Path(words[0])))
 
 
 def _compare(words: Sequence[str]) -> None:
     from kd_dist.study.results import compare
 
-    if len(words) != 2:
+    if len(words) != 2 or words[0].startswith("-"):
         raise UserError("name two runs' folders: python -m kd_dist.study compare runs/a runs/b.")
     print(compare(*map(Path, words)), flush=True)
 
@@ -141,7 +145,7 @@ def _compare(words: Sequence[str]) -> None:
 def _sweep(words: Sequence[str]) -> None:
     from kd_dist.study.sweep import sweep
 
-    if len(words) < 2:
+    if len(words) < 2 or words[0].startswith("-"):
         raise UserError("name a setting and studies' folders: python -m kd_dist.study sweep views runs/study.")
     print(sweep(words[0], [*map(Path, words[1:])]), flush=True)
 

@@ -81,7 +81,7 @@ def sentences(cost: CacheCost, runs: Mapping[str, Sequence[Student]], distilled:
         said.append(_against_online(cost, cached, runs["online"], distilled))
     if runs.get("hard-fresh"):
         said += [
-            _price_of_top1(cost, cached, runs["hard-fresh"], distilled),
+            _price_of_top1(cost, cached, runs["hard-fresh"]),
             _against_hard(cost, cached, runs["hard-fresh"], distilled),
         ]
     return said
@@ -103,7 +103,7 @@ def _against_online(cost: CacheCost, cached: Sequence[Student], online: Sequence
     return f"{head}; {_pays(cost.writing_s, _less(with_teacher_s, from_cache_s))}"
 
 
-def _price_of_top1(cost: CacheCost, cached: Sequence[Student], hard: Sequence[Student], name: str) -> str:
+def _price_of_top1(cost: CacheCost, cached: Sequence[Student], hard: Sequence[Student]) -> str:
     gain = _final(cached) - _final(hard)
     more_s = _less(_mean_s(cached), _mean_s(hard))
     each = "an unknown time" if more_s is None else f"{duration(abs(more_s))} {'more' if more_s >= 0 else 'less'}"

@@ -10,6 +10,7 @@ runs/study/
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from kd_dist import checkpoint
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import DistillSettings, StudySettings
 from kd_dist.errors import UserError
-from kd_dist.files import locked
+from kd_dist.files import locked, read_json, write_json
 from kd_dist.study.arms import ARMS, Arm
 
 _FORMAT, _VERSION = "kd_dist.study", 1
@@ -76,7 +77,7 @@ class StudyFolder:
 
     def document(self) -> dict[str, Any]:
         """What study.json says; empty where there is none. Raises UserError where it cannot be read."""
-        return checkpoint.read_json(self.study, mend="restore it, or run the study again.")
+        return read_json(self.study, mend="restore it, or run the study again.") or {}
 
 
 def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:
@@ -118,11 +119,11 @@ def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[Arm], cach
                 "variants": variants,
                 "seeds": sorted({*settings.seeds, *earlier["seeds"]}),
                 "primary": list(settings.primary),
-                "cache": settings.cache,
+                "cache": os.path.abspath(settings.cache),
                 "cache digest": cache_digest,
                 "settings": shared,
             }
-            checkpoint.write_json(folder.study, document)
+            write_json(folder.study, document)
     except OSError as error:
         raise UserError(
             f"--out {folder.path} cannot be written ({error.strerror or error}); choose another."

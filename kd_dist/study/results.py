@@ -348,6 +348,11 @@ def _sentences(study: Study) -> list[str]:
     return said + sentences(cost_of(study.cache), runs, DISTILLED)
 
 
+def _about_images(study: Study) -> list[str]:
+    on = study.scored_on
+    return [] if on == "val" else [f"Scored on {on} (--tune): none of these figures is val's."]
+
+
 def _about_twin(study: Study) -> list[str]:
     if study.best_twin is None:
         return [f"Neither {' nor '.join(study.hard_twins)} is complete, so no difference is told."]
@@ -403,7 +408,9 @@ def _about_fewer_labels(study: Study) -> list[str]:
         if arm.labelled == 1 or arm.name in study.hard_twins or twin is None:
             continue
         one = contrast(arm, study.arms[twin])
-        shown = f"{_points(one.paired)} points (paired)" if one.paired else f"{100 * one.mean:+.2f} points (no interval)"
+        shown = (
+            f"{_points(one.paired)} points (paired)" if one.paired else f"{100 * one.mean:+.2f} points (no interval)"
+        )
         said.append(f"On {arm.labelled:g} of the labels: {arm.name} less {twin}, {shown}.")
     return said
 
@@ -465,9 +472,9 @@ def write(out: Path) -> None:
 
     study, folder = read_study(out), StudyFolder(out)
     with writing(out):
-        publish(folder.table, _text(study).encode())
-        publish(folder.figures, (json.dumps(_figures(study), indent=2) + "\n").encode())
-        publish(folder.plot, plot(_plotted(study), study.best_twin, BUG_CHECK, study.scored_on))
+        write_bytes(folder.table, _text(study).encode())
+        write_bytes(folder.figures, (json.dumps(_figures(study), indent=2) + "\n").encode())
+        write_bytes(folder.plot, plot(_plotted(study), study.best_twin, BUG_CHECK, study.scored_on))
         write_page(folder.page, _entries(study))
 
 
@@ -514,7 +521,7 @@ def _entries(study: Study) -> dict[str, tuple[dict[str, Any], dict[str, float]]]
     }
 
 
-def publish(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file in place of an earlier one."""
     write_atomically(path, lambda file: file.write(data))
 
@@ -527,11 +534,6 @@ def writing(out: Path) -> Iterator[None]:
     except OSError as error:
         reason = "no space left" if disk_full(error) else error.strerror or error
         raise UserError(f"the results cannot be written to {out} ({reason}); mend that and run it again.") from error
-
-
-def _about_images(study: Study) -> list[str]:
-    on = study.scored_on
-    return [] if on == "val" else [f"Scored on {on} (--tune): none of these figures is val's."]
 
 
 # ---- any two runs

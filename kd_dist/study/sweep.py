@@ -22,7 +22,7 @@ from kd_dist.job import top1
 from kd_dist.report import markdown
 from kd_dist.study.choice import MAY_VARY
 from kd_dist.study.folder import StudyFolder
-from kd_dist.study.results import Arm, Study, publish, read_study, require_same_val, with_deviation, writing
+from kd_dist.study.results import Arm, Study, read_study, require_same_val, with_deviation, write_bytes, writing
 from kd_dist.study.statistics import spread
 
 AXES = {
@@ -75,7 +75,7 @@ def sweep(setting: str, outs: Sequence[Path]) -> str:
     path = StudyFolder(outs[0]).sweep(setting)
     drawn = {line.name: [(point.value, point.top1_S) for point in line.points] for line in lines}
     with writing(outs[0]):
-        publish(path, plot_lines(drawn, axis, f"top-1 on {scored_on}, %"))
+        write_bytes(path, plot_lines(drawn, axis, f"top-1 on {scored_on}, %"))
     return f"{_table(axis, scored_on, lines)}\n\nPlot: {path}"
 
 
