@@ -78,7 +78,7 @@ class OurPath:
         self.epoch += 1
         started = time.perf_counter()
         for batch in trainer.data.epoch(self.epoch, trainer.runtime, trainer.workers, 0):
-            images += len(trainer._prepare(batch).images_BCHW)
+            images += len(trainer.prepare(batch).images_BCHW)
         synchronise(trainer.runtime.device)
         return (time.perf_counter() - started) / images
 

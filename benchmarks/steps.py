@@ -5,8 +5,7 @@ import time
 import torch
 
 from kd_dist.batches import Batch
-from kd_dist.engine import FirstBadStep, Trainer
-from kd_dist.monitor import Monitor
+from kd_dist.engine import Trainer
 
 
 class Steps:
@@ -21,9 +20,6 @@ class Steps:
         self.trainer, self.count = trainer, count
         self.epoch, self.left = -1, 0
         self.epoch_start_seconds = 0.0
-        trainer.bad = FirstBadStep(trainer.runtime.device)
-        trainer.monitor = Monitor(trainer.folder.path, enabled=False, resume_step=0)
-        trainer.saved_at = trainer.beat_at = time.monotonic()
         trainer.sums.start_clock()
         self.fixed = self._coming().to(trainer.runtime.device) if fixed else None
 
@@ -56,10 +52,10 @@ class Steps:
 
     def _step(self, batch: Batch) -> None:
         trainer = self.trainer
-        trainer._train_step(trainer._prepare(batch))
+        trainer.train_step(trainer.prepare(batch))
         # At an epoch's end the agreement also saves, which is not a step's work.
         if trainer.step % trainer.agree_every == 0 and trainer.step % trainer.steps_per_epoch:
-            trainer._agree()
+            trainer.agree()
 
 
 def synchronise(device: torch.device) -> None:

@@ -102,7 +102,7 @@ class TeacherForward:
         trainer = bench.student_trainer()
         self.device, self.dtype = bench.runtime.device, trainer.compute_dtype
         batch = next(trainer.data.epoch(0, bench.runtime))
-        self.images_BCHW = trainer._prepare(batch).images_BCHW
+        self.images_BCHW = trainer.prepare(batch).images_BCHW
         self.model, self.count = bench.untrained.model, count
 
     @torch.no_grad()

@@ -141,6 +141,9 @@ class Trainer:
         self.agree_every = GPU_STEPS_BETWEEN_AGREEMENTS if runtime.device.type == "cuda" else 1
         self.step = 0
         self.sums = EpochSums()
+        self.bad = FirstBadStep(runtime.device)
+        self.monitor = Monitor(None, enabled=False)  # until `run` opens the run's own
+        self.saved_at = self.beat_at = time.monotonic()
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -173,7 +176,7 @@ class Trainer:
         started = time.monotonic()
         untouched = copy.deepcopy(self.model.state_dict())
         for step in steps:
-            self._thrown_away(self._prepare(batches[step]))
+            self._thrown_away(self.prepare(batches[step]))
         self.model.load_state_dict(untouched)
         if self.runtime.device.type == "cuda":
             torch.cuda.synchronize()
@@ -194,7 +197,6 @@ class Trainer:
     def run(self) -> None:
         """Train to the end. Raises UserError (diverged, cannot save) and Interrupted (asked to stop, all saved)."""
         self._resume()
-        self.bad = FirstBadStep(self.runtime.device)
         self.saved_at = self.beat_at = time.monotonic()
         with (
             Monitor(self.folder.path, enabled=self.runtime.is_main, resume_step=self.step) as self.monitor,
@@ -238,11 +240,11 @@ class Trainer:
             for done in range(first_step + 1, self.steps_per_epoch + 1):
                 with self.sums.waiting():
                     batch = next(batches)
-                self._train_step(batch)
+                self.train_step(batch)
                 if self.trace:
                     self.tracer.step()
                 if self.step % self.agree_every == 0 or done == self.steps_per_epoch:
-                    self._agree()
+                    self.agree()
                     progress.update(done, self.sums.mean("total"), self.sums.images_per_second)
 
     def _prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -250,7 +252,7 @@ class Trainer:
         step before it runs.
         """
         if self.runtime.device.type != "cuda":
-            yield from map(self._prepare, batches)
+            yield from map(self.prepare, batches)
             return
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(main)  # what is resident was put there by the main stream
@@ -258,7 +260,7 @@ class Trainer:
         def begin() -> Batch | None:
             with torch.cuda.stream(side):
                 batch = next(batches, None)
-                return None if batch is None else self._prepare(batch)
+                return None if batch is None else self.prepare(batch)
 
         coming = begin()
         while coming is not None:
@@ -268,11 +270,13 @@ class Trainer:
             yield coming  # the step is enqueued here, and the next batch beside it
             coming = begin()
 
-    def _prepare(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch on the device, its pictures normalised."""
         batch = batch.to(self.runtime.device)
         return replace(batch, images_BCHW=self.normalise(batch.images_BCHW))
 
-    def _train_step(self, batch: Batch) -> None:
+    def train_step(self, batch: Batch) -> None:
+        """Forward, backward and update on a prepared batch."""
         self._seed_step()
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr_at(self.step, self.steps_per_epoch)
@@ -296,7 +300,7 @@ class Trainer:
 
     # ---- what the ranks agree on
 
-    def _agree(self) -> None:
+    def agree(self) -> None:
         """Put the ranks' sums together and act together: end on a bad loss, save when it is time, stop when asked to.
 
         An epoch's last step is saved ahead of its evaluation, which may take longer than a scheduler waits.

@@ -83,12 +83,11 @@ def test_a_step_on_a_gpu_never_waits_for_the_device(tmp_path):  # pragma: no cov
     trainer = make_trainer(
         runtime, tmp_path, Cnn5(K, channels=(4, 4, 8, 8, 8)), random_data(150, 24, 32), objectives.hard(K, 0.0)
     )
-    trainer.bad = engine.FirstBadStep(runtime.device)
     batches: list[Batch] = list(trainer._prepared(trainer.data.epoch(0, runtime)))
-    trainer._train_step(batches[0])
+    trainer.train_step(batches[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches[1:]:
-            trainer._train_step(batch)
+            trainer.train_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -142,14 +142,14 @@ def used_rows(made: Path, share: float) -> set[int]:
 def seen(monkeypatch) -> dict[int, set[int]]:
     """The labels that training was given of each image; filled as runs go on."""
     labels: dict[int, set[int]] = {}
-    original = engine.Trainer._train_step
+    original = engine.Trainer.train_step
 
     def looked_at(self, batch):
         for index, label in zip(batch.index_B.tolist(), batch.labels_B.tolist(), strict=True):
             labels.setdefault(index, set()).add(label)
         return original(self, batch)
 
-    monkeypatch.setattr(engine.Trainer, "_train_step", looked_at)
+    monkeypatch.setattr(engine.Trainer, "train_step", looked_at)
     return labels
 
 

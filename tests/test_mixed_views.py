@@ -304,9 +304,9 @@ def test_plain_epochs_of_a_cache_without_plain_views_are_refused(cache):
 def test_plain_epochs_reach_the_batches(root, monkeypatch, tmp_path):
     """Of a teacher on fresh crops: blends in the first epoch, none in the last."""
     weights: list[torch.Tensor] = []
-    original = engine.Trainer._train_step
+    original = engine.Trainer.train_step
     monkeypatch.setattr(
-        engine.Trainer, "_train_step", lambda self, batch: weights.append(batch.weights_B) or original(self, batch)
+        engine.Trainer, "train_step", lambda self, batch: weights.append(batch.weights_B) or original(self, batch)
     )
     run = ["--data", root, "--out", tmp_path / "run", "--views", 0, *TINY, "--batch-size", 21, "--epochs", 3]
     call(teacher.main, *run, "--mixup", 0.5, "--cutmix", 0.5, "--plain-epochs", 2)
