@@ -367,6 +367,11 @@ def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
         raise UserError(f"{folder.metrics} is damaged ({error}); restore it or delete it.") from error
 
 
+def head_of(row: Mapping[str, Any]) -> str:
+    """What begins the names of an epoch's scores: "val", or "tune" where a part of train was scored instead."""
+    return "tune" if "tune_top1" in row else "val"
+
+
 def note_cost(folder: RunFolder, name: str, seconds: float) -> None:
     """Note what a kind of work, such as CACHE_SECONDS, took in all until now. Rank 0 only."""
     write_json(folder.costs, {**read_costs(folder), name: seconds})

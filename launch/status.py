@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_dist.checkpoint import RunFolder, read_metrics, read_state
+from kd_dist.checkpoint import RunFolder, head_of, read_metrics, read_state
 from kd_dist.errors import UserError, exit_code_of
 from launch import queue
 from launch.folders import JOBS, Job, JobFolder, job_folders, read_json, tail_of
@@ -67,8 +67,8 @@ def _progress(run: RunFolder) -> tuple[str, str]:
 
 
 def _top1(row: dict[str, Any]) -> str:
-    tuned = "tune_top1" in row  # on a part of train, not on val
-    return f"{100 * row['tune_top1' if tuned else 'val_top1']:.1f} %{' (tune)' if tuned else ''}"
+    head = head_of(row)
+    return f"{100 * row[f'{head}_top1']:.1f} %{' (tune)' if head == 'tune' else ''}"
 
 
 def _last_line(folder: JobFolder) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, read_costs, read_metrics
+from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, head_of, read_costs, read_metrics
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def cost_of(cache: Path | None) -> CacheCost:
 
 def student_of(rows: Sequence[Mapping]) -> Student:
     """A run's epochs from the rows of its metrics."""
-    top1 = (row["tune_top1" if "tune_top1" in row else "val_top1"] for row in rows)  # see --tune
+    top1 = (row[f"{head_of(row)}_top1"] for row in rows)
     return Student(tuple(row.get("epoch_s") for row in rows), tuple(top1))
 
 
