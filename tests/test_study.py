@@ -374,11 +374,13 @@ def test_start_over_with_other_settings_removes_the_earlier_runs(made, tmp_path)
     out = tmp_path / "study"
     call(entry.main, *words(made, out, "--arms", "hard-fresh", "cached-1"))
     (out / "cached-1" / "mine.txt").write_text("not a run's")
+    (out / "other" / "seed-7").mkdir(parents=True)
+    (out / "other" / "seed-7" / "model.pt").write_text("not a run's either")
     command = words(made, out, "--lr", "0.01", "--arms", "cached-V")
     assert "or add --start-over to remove it and its runs." in refused(entry.main, *command)
     call(entry.main, *command, "--start-over")
-    assert {*StudyFolder(out).runs()} == {"cached-V"} and not (out / "hard-fresh" / "seed-0").exists()
-    assert (out / "cached-1" / "mine.txt").exists()
+    assert {*StudyFolder(out).runs()} == {"cached-V", "other"} and not (out / "hard-fresh" / "seed-0").exists()
+    assert (out / "cached-1" / "mine.txt").exists() and (out / "other" / "seed-7" / "model.pt").exists()
     assert "hard-fresh" not in StudyFolder(out).table.read_text().split("\n\n")[0]
 
 

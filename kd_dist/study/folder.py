@@ -165,8 +165,9 @@ def _earlier(folder: StudyFolder, shared: dict[str, Any], cache_digest: str, sta
             f"--out {folder.path} holds a study with other settings ({'; '.join(differing)}): type the old values, "
             "choose another --out, or add --start-over to remove it and its runs."
         )
-    if differing:
-        for runs in folder.runs().values():
-            for run in runs.values():
-                checkpoint.forget(run)
-    return nothing if differing else document
+    if not differing:
+        return document
+    for run in (run for runs in folder.runs().values() for run in runs.values()):
+        if run.settings.exists():  # what is no run of ours stays
+            checkpoint.forget(run)
+    return nothing
