@@ -46,8 +46,11 @@ imagewoof-h100: setup
 	  --seeds 0 1 2 3 4 --out $(H100)/study
 	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --teacher-model $(H100)/teacher/model.pt \
 	  --seeds 0 1 2 --out $(H100)/study
+	test -f $(H100)/mixed.h5 || $(JOB) kd_dist.cache write --teacher $(H100)/teacher/model.pt --views 200 --mixed-views 0.5 -o $(H100)/mixed.h5
+	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --seeds 0 1 2 --out $(H100)/study \
+	  --arms mixed=cached-V,cache=$(H100)/mixed.h5
 
-# Ratios measured in turns, ten minutes on two idle cores or minutes on a GPU. On real pictures where KD_DIST_DATA names a
+# Ratios measured in turns, a quarter of an hour on two idle cores or minutes on a GPU. On real pictures where KD_DIST_DATA names a
 # folder of them or KD_DIST_IMAGEWOOF an archive. BENCH="--rows 1 3" for some rows; benchmarks/setup_peers.sh adds FFCV and torchdistill.
 bench: setup
 	$(BIN)/python -m benchmarks.bench $(BENCH)
