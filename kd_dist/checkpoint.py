@@ -281,12 +281,33 @@ def _make_and_lock(folder: RunFolder) -> None:
         raise UserError(
             f"--out {folder.path} cannot be written ({error.strerror or error}); choose another --out."
         ) from error
+    if not _locked_in_time(descriptor):
+        os.close(descriptor)
+        raise UserError(f"--out {folder.path} is in use by another process; wait for it or choose another --out.")
+
+
+def in_use(folder: RunFolder) -> bool:
+    """Whether another process has claimed the folder, and does not leave it soon. Not for one that this process has
+    claimed: to look would free it.
+    """
+    try:
+        descriptor = os.open(folder.lock, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _locked_in_time(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locked_in_time(descriptor: int) -> bool:
+    """Take the lock, waiting a while for an earlier attempt of this job that is on its way out."""
     deadline = time.monotonic() + _LOCK_PATIENCE_S
     while not _locked(descriptor):
         if time.monotonic() > deadline:
-            os.close(descriptor)
-            raise UserError(f"--out {folder.path} is in use by another process; wait for it or choose another --out.")
+            return False
         time.sleep(0.2)
+    return True
 
 
 def _locked(descriptor: int) -> bool:

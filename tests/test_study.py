@@ -16,7 +16,7 @@ import torch
 from scipy.special import softmax
 from torch import nn
 
-from kd_dist import config, distill, engine, objectives, teacher, views
+from kd_dist import checkpoint, config, distill, engine, objectives, teacher, views
 from kd_dist.batches import Batch
 from kd_dist.cache import __main__ as cache_commands
 from kd_dist.cache import open_cache
@@ -396,6 +396,29 @@ def test_another_cache_is_another_study(made, other_cache, tmp_path):
     command[command.index("--cache") + 1] = moved
     call(entry.main, *command)
     assert {*StudyFolder(out).runs()} == {"hard-fresh", "cached-V"}
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(made, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "study"
+    folder = StudyFolder(out).run("hard-fresh", 0)
+    folder.path.mkdir(parents=True)
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder.lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    monkeypatch.setattr(checkpoint, "_LOCK_PATIENCE_S", 0.3)
+    command = words(made, out, "--epochs", "1", "--arms", "hard-fresh")
+    assert "another process is at all runs that are left in" in refused(entry.main, *command)
+    call(entry.main, *command, "cached-V")
+    assert "hard-fresh, seed 0: another process is at it, left to it" in capsys.readouterr().out
+    assert read_state(StudyFolder(out).run("cached-V", 0))["status"] == "finished" and read_state(folder) is None
+    holder.communicate()
+    call(entry.main, *command)
+    assert read_state(folder)["status"] == "finished"
 
 
 def test_fresh_crops_unlike_the_caches_are_refused(made, tmp_path):

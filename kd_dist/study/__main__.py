@@ -23,9 +23,10 @@ from kd_dist.study.online import OnlineTeacher, open_teacher
 
 DESCRIPTION = """Train the same student in several ways (arms), each with several seeds, under one schedule, and compare
 them. Finished runs are not run again and interrupted ones go on, so the same command, typed again, completes a study;
-further arms and seeds may be added to it. --list shows the arms; NAME=ARM,setting=value makes another out of one of
-them. More commands: `table OUT` writes the table and plot of a study anew, `compare A B` tells two finished runs apart,
-`sweep views OUT` plots top-1 over a setting that arms differ in, of several studies if these are named."""
+typed on two machines that share a disk, it shares the work. Further arms and seeds may be added. --list shows the arms;
+NAME=ARM,setting=value makes another out of one of them. More commands: `table OUT` writes the table and plot of a study
+anew, `compare A B` tells two finished runs apart, `sweep views OUT` plots top-1 over a setting that arms differ in, of
+several studies if these are named."""
 EPILOG = f"""Examples: python -m kd_dist.study --cache runs/teacher/logits.h5 --arms hard-fresh cached-V --seeds 0 1 2
 --epochs 30; the arm online needs the teacher: --teacher-model runs/teacher/model.pt; arms of other caches and settings:
 --arms cached-V ensemble=cached-V,cache=runs/both.h5 hot=cached-V,temperature=8. A variant may set
@@ -48,7 +49,10 @@ def main() -> None:
 
 
 def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
-    """All runs that are not finished, one after the other, a seed's arms together; then the results."""
+    """All runs that are not finished, one after the other, a seed's arms together; then the results.
+
+    Runs that another process is at are left to it: the same command on two machines shares the work.
+    """
     files = {Path(run_settings(settings, arm, 0).cache).absolute() for arm in arms} | {Path(settings.cache).absolute()}
     share = settings.cache_memory_bytes // len(files)  # of what is loaded whole
     cache, data = distill.open_inputs(replace(settings, cache_memory=str(share)), runtime)
@@ -58,11 +62,15 @@ def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: 
         online = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)
     folder = StudyFolder(Path(settings.out))
     runtime.on_main(lambda: note(folder, settings, arms, cache.digest))
+    ours = 0
     for seed in settings.seeds:
         for arm in arms:
             if any(signals := runtime.gather(stop.signal or 0)):
                 raise Interrupted(max(signals))
-            run(settings, arm, seed, data, caches[arm.name], online if arm.needs_teacher else None, runtime, stop)
+            teacher = online if arm.needs_teacher else None
+            ours += run(settings, arm, seed, data, caches[arm.name], teacher, runtime, stop)
+    if not ours:
+        raise UserError(f"another process is at all runs that are left in {folder.path}; wait for it.")
     runtime.on_main(lambda: show(folder))
 
 
@@ -97,8 +105,8 @@ def run(
     online: OnlineTeacher | None,
     runtime: Runtime,
     stop: StopRequest,
-) -> None:
-    """One student of an arm, unless it is finished."""
+) -> bool:
+    """One student of an arm, unless it is finished. False where another process is at it."""
     settings = run_settings(study_settings, arm, seed)
     folder = RunFolder(Path(settings.out))
     identity = {
@@ -111,9 +119,13 @@ def run(
         lambda: checkpoint.is_finished(folder, settings.kind, stored, settings.may_change, settings.completed)
     ):
         job.say(runtime, f"{arm.name}, seed {seed}: finished already")
-        return
+        return True
+    if runtime.on_main(lambda: checkpoint.in_use(folder)):
+        job.say(runtime, f"{arm.name}, seed {seed}: another process is at it, left to it")
+        return False
     job.say(runtime, f"{arm.name}, seed {seed}: {arm.isolates}")
     distill.run(settings, data, cache, runtime, rows=arm.rows, loss=online or arm.loss, stop=stop, **identity)
+    return True
 
 
 def show(folder: StudyFolder) -> None:
