@@ -1,0 +1,70 @@
+"""What the programs share: pictures without content in a simulated GPU's memory, and a trainer for them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nullgpu
+import numpy as np
+import torch
+from test_exactness import fresh_blended_data, make_trainer, random_data
+
+from kd_dist import engine, objectives
+from kd_dist.batches import FreshCrops, TrainData
+from kd_dist.losses import SOFT_LOSSES
+from kd_dist.models import STUDENTS, TEACHERS
+from kd_dist.pixels import Pixels
+from kd_dist.resident import ResidentPixels
+from kd_dist.runtime import Runtime
+
+K = 10
+MODELS = {**TEACHERS, **STUDENTS}
+HARD_LOSS = objectives.hard(K, 0.1)
+DEVICE = torch.device("cuda", 0)
+ALONE = Runtime(0, 1, 0, 1, DEVICE, None)
+
+
+def never_diverge() -> None:
+    """Let training take every loss for finite; its launches stay as they are."""
+    engine.FirstBadStep.seen = lambda self: False
+
+
+def resident_data(sizes_N2: np.ndarray, batch: int, size: int, mix: float = 0.0) -> TrainData:
+    """Pictures of these heights and widths in the device's memory, shown by fresh crops; all share the same bytes."""
+    n = len(sizes_N2)
+    pixels = Pixels(torch.zeros(int(sizes_N2.prod(1).max()) * 6, dtype=torch.uint8), sizes_N2, np.zeros(n, np.int64))
+    crops = FreshCrops(sizes_N2, (0.35, 1.0), 0)
+    resident = ResidentPixels(pixels, DEVICE)
+    return TrainData(resident, np.zeros(n, np.int64), crops, size, batch, 0, mixup=mix, cutmix=mix)
+
+
+def imagewoof_like(n: int, batch: int, size: int, mix: float = 0.0) -> TrainData:
+    """N pictures with a shorter side of 160 pixels, half of them upright."""
+    return resident_data(np.tile(np.array([[160, 213], [213, 160]], np.int64), (n // 2, 1)), batch, size, mix)
+
+
+def noise(n: int, batch: int, size: int, blended: bool = False) -> TrainData:
+    """The tests' noise pictures on the device: cached views and rows for a soft loss, or blends for a hard one."""
+    data = (fresh_blended_data if blended else random_data)(n, batch, size)
+    return replace(data, pixels=ResidentPixels(data.pixels, DEVICE))
+
+
+def soft_loss(name: str):
+    """The project's loss with this soft term, at its usual weight and temperature."""
+    return objectives.distilled(K, 0.0, SOFT_LOSSES[name], 0.9, 4.0)
+
+
+@contextmanager
+def trainer_of(model: str, data: TrainData, loss=HARD_LOSS, **how) -> Iterator[engine.Trainer]:
+    """A trainer of a model by its name, in a folder that is gone afterwards."""
+    never_diverge()
+    with TemporaryDirectory() as folder:
+        yield make_trainer(ALONE, Path(folder), MODELS[model](K), data, loss, **how)
+
+
+def launches() -> int:
+    """Kernels, copies, memsets and cuBLAS calls since nullgpu.reset()."""
+    kernels, calls = nullgpu.counts()
+    return sum(kernels.values()) + sum(calls.values())

@@ -1,0 +1,20 @@
+"""Launches and waits of a step with its input: step.py MODEL LOSS(hard or a soft one's name)."""
+
+import json
+import sys
+
+import nullgpu
+from setting import ALONE, HARD_LOSS, launches, noise, soft_loss, trainer_of
+
+BATCH, SIZE, STEPS = 16, 64, 8  # launches depend on neither size; the student `origin` needs 64 pixels
+
+model, loss = sys.argv[1:]
+data = noise(BATCH * STEPS, BATCH, SIZE, blended=loss == "hard")
+with trainer_of(model, data, HARD_LOSS if loss == "hard" else soft_loss(loss)) as trainer:
+    batches = trainer._prepared(data.epoch(0, ALONE))
+    for _ in range(STEPS - 2):
+        trainer.train_step(next(batches))
+    nullgpu.reset()
+    with nullgpu.no_sync():
+        trainer.train_step(next(batches))
+    print(json.dumps({"launches": launches()}))
