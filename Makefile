@@ -1,4 +1,4 @@
-# make setup | demo | imagewoof-cpu | imagewoof-h100 | bench | test | test-cluster | lint; each does the set-up it needs.
+# make setup | demo | imagewoof-cpu | gpu | bench | test | test-cluster | lint; each does the set-up it needs.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ DEMO := runs/demo
 RANKS := 2
 JOB = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m
 
-.PHONY: setup demo imagewoof-cpu imagewoof-h100 bench test test-cluster lint format clean-demo
+.PHONY: setup demo imagewoof-cpu gpu bench test test-cluster lint format clean-demo
 
 setup: .venv/installed
 
@@ -36,19 +36,10 @@ imagewoof-cpu: setup
 	$(JOB) kd_dist.study --preset cpu-64px --precision $(WOOF_PRECISION) --cache $(WOOF)/teacher/logits.h5 \
 	  --teacher-model $(WOOF)/teacher/model.pt --arms $(WOOF_ARMS) --seeds 0 1 2 --out $(WOOF)/study
 
-# The whole study on GPUs, a rank each: five seeds of the two arms that it is for, three of the others. Not measured yet.
-# In pieces: `timeout 590 make imagewoof-h100`, again and again; each goes on where the last one stopped.
-H100 := runs/imagewoof-h100
-imagewoof-h100: RANKS := $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)),1)
-imagewoof-h100: setup
-	$(JOB) kd_dist.teacher --preset h100 --out $(H100)/teacher
-	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --arms cached-V hard-fresh \
-	  --seeds 0 1 2 3 4 --out $(H100)/study
-	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --teacher-model $(H100)/teacher/model.pt \
-	  --seeds 0 1 2 --out $(H100)/study
-	test -f $(H100)/mixed.h5 || $(JOB) kd_dist.cache write --teacher $(H100)/teacher/model.pt --views 200 --mixed-views 0.5 -o $(H100)/mixed.h5
-	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --seeds 0 1 2 --out $(H100)/study \
-	  --arms mixed=cached-V,cache=$(H100)/mixed.h5
+# All that only a GPU can show: tests, benchmark rows, the whole Imagewoof study. One call takes at most nine minutes and saves
+# what it has; type it again until it says that the page in docs/results/ is written. GPU="--minutes 0" runs to the end at once.
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 # Ratios measured in turns, a quarter of an hour on two idle cores or minutes on a GPU. On real pictures where KD_DIST_DATA names a
 # folder of them or KD_DIST_IMAGEWOOF an archive. BENCH="--rows 1 3" for some rows; benchmarks/setup_peers.sh adds FFCV and torchdistill.

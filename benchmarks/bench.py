@@ -115,6 +115,7 @@ def machine(threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "gpu": gpu,
+        "gpus": torch.cuda.device_count(),
         "system": platform.platform(),
         "software": software(),
         "peers": {package: peers.version_of(package) for package in ("ffcv", "torchdistill")},
