@@ -1,9 +1,11 @@
-"""The one exception that means "the user can mend this", and how a command says it."""
+"""The errors that a user can mend, the exit codes of all commands, and what a rank that fails tells the others."""
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 EXIT_USER_ERROR = 2
+EXIT_PEER_LOST = 3
 
 
 class UserError(Exception):
@@ -12,6 +14,27 @@ class UserError(Exception):
     Entries print it on one line from one rank and exit with code 2; anything else is a defect of ours and keeps its
     traceback.
     """
+
+
+class MachineError(UserError):
+    """Something is wrong with one machine, before the ranks have met: one rank of each machine concerned says so."""
+
+
+class UnreachableError(MachineError):
+    """Rank 0 cannot be reached from this machine."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job ends: one sentence, the exit code, and the traceback where it is a defect of ours.
+
+    `lost_rank` is the rank that died or is silent, None where a rank that lives reported the failure itself.
+    """
+
+    sentence: str
+    code: int
+    lost_rank: int | None = None
+    traceback: str | None = None
 
 
 def exit_code_of(name: str, work: Callable[[], object]) -> int:

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import checkpoint, config, views
+from kd_dist import checkpoint, config, endings, views
 from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
 from kd_dist.cache import Cache, SoftLabels
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import Settings
+from kd_dist.cores import available_cores
 from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
 from kd_dist.engine import HEARTBEAT_SECONDS, AfterEpoch, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
@@ -151,7 +152,7 @@ def open_data(source: DataSource, runtime: Runtime) -> Data:
 
     Raises UserError on every rank for data that is not there, damaged, or cannot be fetched or decoded.
     """
-    threads = max(1, (os.cpu_count() or 1) // 2)
+    threads = max(1, available_cores() // 2)
     root = Path(runtime.once_a_node("find data", lambda: str(_find(source, runtime))))
     store = Path(source.pixels_dir) if source.pixels_dir else default_folder(root)
 
@@ -237,26 +238,33 @@ def running(folder: RunFolder, runtime: Runtime, stop: StopRequest | None = None
     """
     _note(folder, runtime, "running", "")
     try:
-        with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
+        with (
+            endings.noting(lambda reason: _write_state(folder, "failed", reason)),
+            contextlib.nullcontext(stop) if stop else StopRequest() as stop,
+        ):
             yield stop
     except (Interrupted, KeyboardInterrupt) as error:
-        lost = runtime.announced()  # the launcher stops the ranks that are left when one has failed
-        _note(folder, runtime, "failed" if lost else "interrupted", lost or str(error))
+        lost = runtime.failure  # the launcher stops the ranks that are left when one has failed
+        _note(folder, runtime, "failed" if lost else "interrupted", lost.sentence if lost else str(error))
         raise
     except BaseException as error:
-        reason = runtime.announced() or str(error) or type(error).__name__
-        runtime.announce(reason)
-        _note(folder, runtime, "failed", reason)
+        failure = endings.failure_of(error)
+        endings.tell(failure)
+        _note(folder, runtime, "failed", failure.sentence)
         raise
     _note(folder, runtime, "finished", "")
 
 
 def _note(folder: RunFolder, runtime: Runtime, status: str, message: str) -> None:
     if runtime.is_main:
-        with contextlib.suppress(UserError):  # a full disk must not hide the reason
-            last = checkpoint.read_state(folder) or {}
-            reached = {name: last[name] for name in ("step", "epoch", "epochs") if name in last}
-            checkpoint.write_state(folder, status, **reached, message=message)
+        _write_state(folder, status, message)
+
+
+def _write_state(folder: RunFolder, status: str, message: str) -> None:
+    with contextlib.suppress(UserError):  # a full disk must not hide the reason
+        last = checkpoint.read_state(folder) or {}
+        reached = {name: last[name] for name in ("step", "epoch", "epochs") if name in last}
+        checkpoint.write_state(folder, status, **reached, message=message)
 
 
 def heartbeat(folder: RunFolder, runtime: Runtime, then: Callable[[int, int], None]) -> Callable[[int, int], None]:
@@ -282,7 +290,7 @@ def spare_cores(runtime: Runtime) -> int:
     """Cores that a rank may use besides its own: none on a CPU, up to 8 on a GPU."""
     if runtime.device.type == "cpu":
         return 0
-    return min(GPU_WORKERS, max(1, (os.cpu_count() or 1) // runtime.local_world_size - 1))
+    return min(GPU_WORKERS, max(1, available_cores() // runtime.local_world_size - 1))
 
 
 def software() -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_dist.checkpoint import RunFolder, head_of, read_metrics, read_state
-from kd_dist.errors import UserError, exit_code_of
+from kd_dist.errors import EXIT_PEER_LOST, UserError, exit_code_of
 from launch import queue
 from launch.folders import JOBS, Job, JobFolder, job_folders, read_json, tail_of
 from launch.queue import State
@@ -27,7 +27,6 @@ LINE_WIDTH = 60
 ERROR_LINES = 12
 _BLOCKING = ("failed", "interrupted", "cancelled", "dropped", "gone", "not submitted")
 _BROKEN = ("BOOT_FAIL", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
-PEER_IS_GONE = "another rank died or stopped answering"  # what kd_dist says on the ranks that did not fail first
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def first_failure(folder: JobFolder) -> dict[str, Any] | None:
 def _lost_its_peer(note: dict[str, Any]) -> bool:
     """Whether a rank ended because another had: by its own words, or by the signal that ends the rest."""
     said = note["message"] or note["tail"]
-    return PEER_IS_GONE in said or note["code"] in (-signal.SIGTERM, 128 + signal.SIGTERM) or not said.strip()
+    return note["code"] in (EXIT_PEER_LOST, -signal.SIGTERM, 128 + signal.SIGTERM) or not said.strip()
 
 
 def error_of(standing: Standing) -> str | None:

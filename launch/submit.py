@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kd_dist.config import DistillSettings, StudySettings
+from kd_dist.cores import available_cores
 from kd_dist.errors import UserError, exit_code_of
 from launch import executors
 from launch.code import snapshot
@@ -197,7 +198,7 @@ def _task(plan: Plan, folder: JobFolder, options: argparse.Namespace, resources:
     if options.cluster == "local":
         # submitit's local executor narrows what is visible, but each rank picks its own GPU itself.
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // resources.world_size)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // resources.world_size)))
         environment.update(site.network())
     return Task(
         kind=plan.kind,

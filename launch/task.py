@@ -30,7 +30,7 @@ WARNING = signal.SIGUSR2
 LOCAL_REQUEUE = 144  # what submitit's local executor takes for "start me again"
 PORTS = range(20_000, 32_000)  # below the ports that systems hand out to outgoing connections
 # Output at once; and the ranks have met already, so that one slow to import torch is no reason to end.
-ALWAYS = {"PYTHONUNBUFFERED": "1", "KD_DIST_MEETING_SECONDS": "300"}
+ALWAYS = {"PYTHONUNBUFFERED": "1", "KD_DIST_RENDEZVOUS_SECONDS": "300"}
 POLL_SECONDS = 0.5
 PEER_SECONDS = 15.0
 CLOCK_SECONDS = 60.0  # Slurm's warning may come this much earlier than was asked for

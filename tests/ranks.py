@@ -34,8 +34,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     ]
     for process in ranks:
         process.start()
+    outcomes = {}
     try:
-        outcomes = dict(_collect(results, ranks) for _ in ranks)
+        while len(outcomes) < world_size:
+            rank, outcome = _collect(results, ranks, outcomes)
+            outcomes[rank] = outcome
     finally:
         for process in ranks:
             process.join(timeout=10)
@@ -45,13 +48,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     return [pickle.loads(outcomes[rank][0]) for rank in range(world_size)]
 
 
-def _collect(results, ranks):
+def _collect(results, ranks, outcomes):
     waited = 0.0
     while results.empty():
         ranks[0].join(timeout=0.05)
         waited += 0.05
         gone = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
-        assert not gone, f"ranks {gone} died"
+        said = "\n".join(text for _, text in outcomes.values() if text)  # the others end when one has failed
+        assert not gone or not results.empty(), f"ranks {gone} died\n{said}"
         assert waited < PATIENCE_SECONDS or any(process.is_alive() for process in ranks), "the ranks gave nothing"
     return results.get()
 

@@ -333,7 +333,7 @@ def test_no_gpu_and_more_ranks_than_gpus(made, tmp_path, monkeypatch):
     assert "no GPU is visible" in refused(distill.main, *distilling(made, tmp_path, "--alpha", 0, "--device", "cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    from kd_dist.runtime import choose_device
+    from kd_dist.rendezvous import choose_device
 
     with pytest.raises(UserError, match="4 ranks on this machine but 2 GPUs; use --nproc_per_node=2"):
         choose_device("auto", 0, 4)

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from kd_dist import runtime
-from kd_dist.errors import UserError
+from kd_dist import rendezvous, runtime
+from kd_dist.errors import UnreachableError, UserError
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def environment(monkeypatch):
         "TORCHELASTIC_RUN_ID",
     ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("KD_DIST_MEETING_SECONDS", "0.5")
+    monkeypatch.setenv("KD_DIST_RENDEZVOUS_SECONDS", "0.5")
     return lambda **values: [monkeypatch.setenv(name, value) for name, value in values.items()]
 
 
@@ -58,25 +58,25 @@ def closed_port() -> str:
 def test_a_rank_0_that_cannot_be_reached_is_named(environment, address, local_world_size, sentence):
     port = closed_port()
     environment(RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE=local_world_size, MASTER_ADDR=address, MASTER_PORT=port)
-    with pytest.raises(runtime.UnreachableError, match=sentence), runtime.joined("cpu"):
+    with pytest.raises(UnreachableError, match=sentence), runtime.joined("cpu"):
         pass
 
 
 def test_rank_0s_port_may_open_a_little_later(environment, monkeypatch):
-    environment(KD_DIST_MEETING_SECONDS="30", MASTER_ADDR="127.0.0.1", MASTER_PORT=closed_port())
+    environment(KD_DIST_RENDEZVOUS_SECONDS="30", MASTER_ADDR="127.0.0.1", MASTER_PORT=closed_port())
     server = socket.socket()
-    monkeypatch.setattr(runtime.time, "sleep", lambda _seconds: server.getsockname()[1] or open_it())
+    monkeypatch.setattr(rendezvous.time, "sleep", lambda _seconds: server.getsockname()[1] or open_it())
 
     def open_it() -> None:
-        server.bind(("127.0.0.1", int(runtime.os.environ["MASTER_PORT"])))
+        server.bind(("127.0.0.1", int(rendezvous.os.environ["MASTER_PORT"])))
         server.listen()
 
     with server:
-        runtime._check_meeting_point(1, several_machines=False)
+        rendezvous.check_master_address(1, several_machines=False)
 
 
 @pytest.mark.parametrize(("visible", "index"), [(1, 0), (4, 3)])
 def test_one_visible_gpu_for_each_rank_works_as_well_as_all_of_them(monkeypatch, visible, index):
-    monkeypatch.setattr(runtime.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(runtime.torch.cuda, "device_count", lambda: visible)
-    assert runtime.choose_device("auto", 3, 4) == runtime.torch.device("cuda", index)
+    monkeypatch.setattr(rendezvous.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(rendezvous.torch.cuda, "device_count", lambda: visible)
+    assert rendezvous.choose_device("auto", 3, 4) == rendezvous.torch.device("cuda", index)

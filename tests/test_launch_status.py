@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kd_dist.checkpoint import RunFolder, append_metrics, write_state
-from kd_dist.errors import UserError
+from kd_dist.errors import EXIT_PEER_LOST, UserError
 from launch import queue, status
 from launch.folders import Job, JobFolder, write_json
 from launch.queue import State
@@ -72,7 +72,7 @@ def test_a_damaged_note_ends_in_one_sentence(tmp_path, known):
 def test_the_rank_that_failed_first_is_shown_and_those_that_lost_it_are_not(tmp_path, known):
     folder = put_job(tmp_path, "0001-teacher", "12")
     known["12"] = State("FAILED", "n1")
-    fail(folder, 0, 1, 5.0, "kd_dist: another rank died or stopped answering, see its output")
+    fail(folder, 0, EXIT_PEER_LOST, 5.0, "kd_dist: rank 3 on n3 died without a message")
     fail(folder, 1, 143, 4.0, "epoch 3")
     fail(folder, 3, 1, 7.0, "Traceback\nZeroDivisionError: division by zero")
     write_json(folder.ended, {"status": "failed", "message": "", "time": ""})

@@ -17,7 +17,7 @@ import os, signal, sys, time
 do = sys.argv[1]
 print("stand-in", *sys.argv[1:], *(os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")))
 print("colour", os.environ.get("COLOUR"))
-print("patience", os.environ.get("KD_DIST_MEETING_SECONDS"), "unbuffered", os.environ.get("PYTHONUNBUFFERED"))
+print("patience", os.environ.get("KD_DIST_RENDEZVOUS_SECONDS"), "unbuffered", os.environ.get("PYTHONUNBUFFERED"))
 def leave(number, frame):
     print("saved")
     os._exit(128 + number)
