@@ -11,7 +11,7 @@ from benchmarks.setting import Bench
 from benchmarks.steps import Steps
 from kd_dist import job, objectives
 from kd_dist.config import TeacherSettings
-from kd_dist.engine import Trainer
+from kd_dist.training import Trainer
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 FLOP a second of the SXM models, from NVIDIA's data sheets, by a part of the device's name."""

@@ -61,7 +61,7 @@ def best_workers(arm_with: Callable[[int], Arm], bench: Bench) -> int:
 
 
 class OurPath:
-    """An arm: an epoch of batches as the engine gets and prepares them; gives the seconds an image took."""
+    """An arm: an epoch of batches as the trainer gets and prepares them; gives the seconds an image took."""
 
     def __init__(self, bench: Bench, size: int, workers: int):
         settings = bench.settings(
@@ -77,7 +77,7 @@ class OurPath:
         trainer, images = self.trainer, 0
         self.epoch += 1
         started = time.perf_counter()
-        for batch in trainer.data.epoch(self.epoch, trainer.runtime, trainer.workers, 0):
+        for batch in trainer.data.epoch(self.epoch, trainer.runtime, trainer.execution.workers, 0):
             images += len(trainer.prepare(batch).images_BCHW)
         synchronise(trainer.runtime.device)
         return (time.perf_counter() - started) / images

@@ -20,11 +20,11 @@ from kd_dist import config, distill, job, label
 from kd_dist.cache import BlockWriter, Cache
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import DistillSettings, TeacherSettings
-from kd_dist.engine import LossTerms, Trainer
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data, DataSource
 from kd_dist.models import STUDENTS, TEACHERS
 from kd_dist.runtime import Runtime, StopRequest
+from kd_dist.training import LossTerms, Trainer
 
 CACHED_VIEWS = 8
 SMALL = {"image_size": 32, "batch_size": 16}

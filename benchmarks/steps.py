@@ -1,11 +1,11 @@
-"""The engine's own training steps, a few at a time, so that two jobs can take turns in one process."""
+"""The trainer's own steps, a few at a time, so that two jobs can take turns in one process."""
 
 import time
 
 import torch
 
 from kd_dist.batches import Batch
-from kd_dist.engine import Trainer
+from kd_dist.training import Trainer
 
 
 class Steps:
@@ -39,7 +39,7 @@ class Steps:
         trainer = self.trainer
         self.epoch, self.left = self.epoch + 1, trainer.steps_per_epoch
         started = time.perf_counter()
-        self._batches = trainer.data.epoch(self.epoch, trainer.runtime, trainer.workers, 0)
+        self._batches = trainer.data.epoch(self.epoch, trainer.runtime, trainer.execution.workers, 0)
         self._next = next(self._batches)
         self.epoch_start_seconds = time.perf_counter() - started
 
@@ -53,9 +53,9 @@ class Steps:
     def _step(self, batch: Batch) -> None:
         trainer = self.trainer
         trainer.train_step(trainer.prepare(batch))
-        # At an epoch's end the agreement also saves, which is not a step's work.
-        if trainer.step % trainer.agree_every == 0 and trainer.step % trainer.steps_per_epoch:
-            trainer.agree()
+        # At an epoch's end the synchronisation also saves, which is not a step's work.
+        if trainer.step % trainer.sync_every == 0 and trainer.step % trainer.steps_per_epoch:
+            trainer.sync()
 
 
 def synchronise(device: torch.device) -> None:

@@ -96,7 +96,7 @@ def online(bench: Bench) -> OnlineTeacher:
 
 
 class TeacherForward:
-    """An arm: the teacher's forward pass on one batch in memory, in the engine's precision."""
+    """An arm: the teacher's forward pass on one batch in memory, in the trainer's precision."""
 
     def __init__(self, bench: Bench, count: int):
         trainer = bench.student_trainer()

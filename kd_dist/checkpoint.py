@@ -357,15 +357,17 @@ def read_state(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def append_metrics(folder: RunFolder, row: Mapping[str, Any]) -> None:
-    """Add one epoch's row, which has "step".
-
-    Append before saving the checkpoint of that step: a resume cuts what comes after its checkpoint, so each epoch
-    stands there once, whichever of the two was the last to reach the disk.
-    """
+    """Add one epoch's row, which has "step". It survives the process; `sync_metrics` makes it survive a power cut."""
     line = json.dumps(dict(row)) + "\n"
     with writing(folder.metrics), open(folder.metrics, "a", encoding="utf-8") as file:
         file.write(line)
-        file.flush()
+
+
+def sync_metrics(folder: RunFolder) -> None:
+    """Flush the rows to disk. Do so before publishing a later checkpoint: a resume from it does not compute them again,
+    whereas it cuts the rows that come after it. So each epoch has one row, whatever reached the disk last.
+    """
+    with writing(folder.metrics), suppress(FileNotFoundError), open(folder.metrics, "rb") as file:
         os.fsync(file.fileno())
 
 

@@ -45,7 +45,6 @@ class Settings:
             "checkpoint_minutes",
             "pixels",
             "pixels_dir",
-            "compile",
             "profile",
             "archive",
             "sha256",
@@ -108,8 +107,7 @@ class Settings:
     pixels_dir: str | None = flag(
         DATA, None, "where decoded pictures are kept, a node-local disk say [inside the data folder]", "DIR"
     )
-    checkpoint_minutes: float = flag(RUN, 10.0, "a checkpoint at least this often, besides one an epoch", "M")
-    compile: bool = flag(RUN, False, "torch.compile the network: a minute or so at the start, faster steps on a GPU")
+    checkpoint_minutes: float = flag(RUN, 2.0, "minutes between checkpoints; a stopped run saves at once", "M")
     profile: bool = flag(RUN, False, "write a trace of some steps to OUT/trace.json, for https://ui.perfetto.dev")
     start_over: bool = flag(RUN, False, "forget this run folder's earlier run instead of resuming it")
     folds: int | None = flag(DATA, None, "cut train into K even parts, of which --fold is left out", "K")

@@ -16,12 +16,12 @@ from kd_dist.batches import CachedCrops
 from kd_dist.cache import Cache, SoftLabels, TopK, open_cache, require_temperature
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import DistillSettings
-from kd_dist.engine import LossTerms
 from kd_dist.errors import UserError
 from kd_dist.job import Data, DataSource
 from kd_dist.losses import NEED_LABELS, SOFT_LOSSES
 from kd_dist.models import STUDENTS
 from kd_dist.runtime import Runtime, StopRequest, joined, run_entry
+from kd_dist.training import LossTerms
 from kd_dist.views import require_renderer
 
 DESCRIPTION = """Train a student from a cache of soft labels and the hard labels: total = alpha * soft + (1 - alpha) *
@@ -33,7 +33,7 @@ Rows = Callable[[np.ndarray, np.ndarray, DistillSettings], np.ndarray]
 """(cached logits_NVK, labels_N, settings) -> the soft labels [N, V, K] to learn from in their place."""
 
 Loss = Callable[[DistillSettings, int], LossTerms]
-"""(settings, classes) -> what the engine minimises."""
+"""(settings, classes) -> what training minimises."""
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +23,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     A reader sees the old file or the new one, never half of either; a crash leaves the old one. On any error the
     temporary file is removed and the error goes on.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")  # nodes may share the folder
+    # Nodes may share the folder, and threads the process.
+    writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -35,6 +35,21 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def untimed_kernels() -> Iterator[None]:
+    """Within, cuDNN chooses kernels by its rules and not by timing, and only deterministic ones: logits that are kept
+    must not depend on what else the machine did. Plans that training timed are not taken over, as cuDNN's cache tells
+    the deterministic ones apart.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
 def ahead(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
     """function(item) of every item, in order; with threads, that many are worked on before they are asked for."""
     if threads == 0:
@@ -73,7 +88,10 @@ class Forward:
 
     def logits(self, shown: views.Shown) -> np.ndarray:
         """Logits float32 [B, K] of these pictures, FORWARD_BATCH of them at a time, in their order."""
-        batches = (shown.at(slice(low, low + FORWARD_BATCH)) for low in range(0, len(shown), FORWARD_BATCH))
+        return self._logits_of(shown.at(places) for places in forward_batches(len(shown)))
+
+    def _logits_of(self, batches: Iterable[views.Shown]) -> np.ndarray:
+        """Logits float32 [B, K] of all pictures of these batches. The host waits for the device once, at the end."""
         pieces = [self._batch(images_BCHW) for images_BCHW in ahead(self._draw, batches, self.threads)]
         return torch.cat(pieces).float().cpu().numpy()
 
@@ -87,15 +105,21 @@ class Forward:
         inputs_BCHW = self.normalise(images_BCHW)
         was_training = self.model.training
         self.model.eval()
-        with autocast(self.device, self.compute_dtype):
+        with untimed_kernels(), autocast(self.device, self.compute_dtype):
             logits_BK = self.model(inputs_BCHW)
         self.model.train(was_training)
         return logits_BK
 
     def all_logits(self, shown: views.Shown, classes: int, runtime: Runtime) -> np.ndarray:
         """Logits float32 [B, K] of these pictures, each computed on one rank, the result on every rank."""
+        mine = forward_batches(len(shown))[runtime.rank :: runtime.world_size]
         logits_BK = torch.zeros(len(shown), classes)
-        for batch in runtime.shard(-(-len(shown) // FORWARD_BATCH)):
-            places = slice(batch * FORWARD_BATCH, (batch + 1) * FORWARD_BATCH)
-            logits_BK[places] = torch.from_numpy(self.logits(shown.at(places)))
+        if mine:
+            places_B = np.concatenate([np.arange(len(shown))[places] for places in mine])
+            logits_BK[places_B] = torch.from_numpy(self._logits_of(shown.at(places) for places in mine))
         return runtime.sum(logits_BK).numpy()
+
+
+def forward_batches(count: int) -> list[slice]:
+    """The places of each forward batch among `count` pictures."""
+    return [slice(low, low + FORWARD_BATCH) for low in range(0, count, FORWARD_BATCH)]

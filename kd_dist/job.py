@@ -1,4 +1,4 @@
-"""What both jobs do alike around the engine: read the command line, find and decode the data, claim the run folder,
+"""What both jobs do alike around training: read the command line, find and decode the data, claim the run folder,
 train, keep the result.
 """
 
@@ -25,7 +25,6 @@ from kd_dist.checkpoint import RunFolder
 from kd_dist.config import Settings
 from kd_dist.cores import available_cores
 from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
-from kd_dist.engine import HEARTBEAT_SECONDS, AfterEpoch, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
 from kd_dist.folds import Fold, fold_of, labelled_rows
 from kd_dist.inference import Forward, compute_dtype
@@ -34,6 +33,10 @@ from kd_dist.models import count_weights
 from kd_dist.pixels import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
 from kd_dist.resident import ResidentPixels, free_bytes
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank
+from kd_dist.training import HEARTBEAT_SECONDS, Execution, LossTerms, Optimisation, Trainer
+
+AfterEpoch = Callable[[int, nn.Module, dict[str, float]], None]
+"""Called on rank 0 at the end of an epoch: how many are done, the evaluated model, its metrics."""
 
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
@@ -305,18 +308,19 @@ def fresh_crops(settings: Settings, data: Data) -> FreshCrops:
 
 @dataclass(frozen=True)
 class Training:
-    """A run of the engine with all that the settings say put into it, and the validation it calls."""
+    """A trainer with all that the settings say put into it, and the validation it calls."""
 
     settings: Settings
     trainer: Trainer
     validation: "Validation"
+    stop: StopRequest
 
     def run(self) -> tuple[nn.Module, np.ndarray]:
         """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
         [M, K] of the images it is scored on, val unless the settings say otherwise.
         """
         say(self.trainer.runtime, _introduction(self.settings, self.trainer))
-        self.trainer.run()
+        self.trainer.run(self.stop)
         model = self.trainer.evaluated_model
         return model, self.validation.logits(model)
 
@@ -341,24 +345,24 @@ def training(
     """
     train_data = _train_data(settings, data, views_of_epoch, logits_NVK)
     validation = Validation(settings, data, runtime, cache)
+
+    def evaluate(epoch: int, model: nn.Module) -> dict[str, float]:
+        metrics = validation.metrics(model)
+        if after_epoch:
+            runtime.on_main(lambda: after_epoch(epoch, model, metrics))
+        return metrics
+
     trainer = Trainer(
         model,
         train_data,
         loss_terms,
-        validation.metrics,
-        schedule_of(settings),
+        evaluate,
+        optimisation_of(settings),
+        execution_of(settings, runtime),
         runtime,
         folder,
-        stop=stop,
-        mean=config.MEAN,
-        std=config.STD,
-        workers=workers_for(settings, runtime),
-        precision=settings.precision,
-        compile_model=settings.compile,
-        trace=settings.profile,
-        after_epoch=after_epoch,
     )
-    return Training(settings, trainer, validation)
+    return Training(settings, trainer, validation, stop)
 
 
 def _train_data(
@@ -385,9 +389,21 @@ def _train_data(
     )
 
 
-def schedule_of(settings: Settings) -> Schedule:
-    """The schedule's fields are settings of the same names."""
-    return Schedule(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Schedule)})
+def optimisation_of(settings: Settings) -> Optimisation:
+    """The fields are settings of the same names."""
+    return Optimisation(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Optimisation)})
+
+
+def execution_of(settings: Settings, runtime: Runtime) -> Execution:
+    """How the work is done, as the settings say and this machine allows."""
+    return Execution(
+        config.MEAN,
+        config.STD,
+        workers=workers_for(settings, runtime),
+        precision=settings.precision,
+        checkpoint_minutes=settings.checkpoint_minutes,
+        profile=settings.profile,
+    )
 
 
 def _introduction(settings: Settings, trainer: Trainer) -> str:

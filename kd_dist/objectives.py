@@ -1,11 +1,11 @@
-"""What the engine minimises: functions (model, batch) -> named losses of every sample, composed from `losses`."""
+"""What training minimises: functions (model, batch) -> named losses of every sample, composed from `losses`."""
 
 import torch
 from torch import Tensor, nn
 
 from kd_dist.batches import Batch
-from kd_dist.engine import LossTerms
 from kd_dist.losses import NEED_LABELS, SoftLoss, cross_entropy, hard_targets
+from kd_dist.training import LossTerms
 
 
 def hard(classes: int, smoothing: float) -> LossTerms:

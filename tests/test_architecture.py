@@ -19,7 +19,7 @@ LEAVES = {
     *("cache", "checkpoint", "monitor", "runtime", "batches", "inference"),
     *("cores", "watch", "endings", "rendezvous"),
 }
-"""They take plain arguments: no settings, no engine, no job. Everything else puts them together."""
+"""They take plain arguments: no settings, no training, no job. Everything else puts them together."""
 
 ENTRIES = {"teacher", "distill"}
 
@@ -90,8 +90,8 @@ def test_settings_need_no_other_module_than_the_error():
     assert own("config") == {"errors"}
 
 
-def test_the_engine_knows_no_settings_and_no_job():
-    assert not needed("engine") & {"config", "job", "label", "report", *ENTRIES}
+def test_training_knows_no_settings_and_no_job():
+    assert not needed("training") & {"config", "job", "label", "report", *ENTRIES}
 
 
 def test_nobody_imports_an_entry_but_the_study_that_is_made_of_students():

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,13 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from kd_dist import checkpoint, engine, label, objectives, views
+from kd_dist import checkpoint, label, objectives, views
 from kd_dist.batches import CachedCrops, FreshCrops, TrainData
 from kd_dist.cache import BlockWriter, TeacherRow, open_cache
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import MEAN, STD
 from kd_dist.dataset import scan
-from kd_dist.engine import Schedule, Trainer
 from kd_dist.errors import UserError
 from kd_dist.generated import generate
 from kd_dist.inference import Forward
@@ -25,6 +25,8 @@ from kd_dist.losses import kl
 from kd_dist.models import Cnn5
 from kd_dist.pixels import Pixels, build_pixels, open_pixels
 from kd_dist.runtime import Interrupted, StopRequest, joined
+from kd_dist.training import Execution, Optimisation, Trainer
+from kd_dist.training import trainer as trainer_module
 from tests.ranks import run_ranks
 
 K = 10
@@ -49,11 +51,10 @@ def fresh_blended_data(n: int, batch_size: int, image_size: int) -> TrainData:
     return TrainData(data.pixels, data.labels_N, crops, image_size, batch_size, seed=0, mixup=0.3, cutmix=0.3)
 
 
-def make_trainer(runtime, folder, model, data, loss, epochs=1, stop=None, **how) -> Trainer:
-    plan = Schedule(epochs=epochs, lr=0.05, weight_decay=5e-4, warmup_epochs=0.5, ema=0.9, seed=0)
-    evaluate = lambda model: {"val_top1": 0.0}  # noqa: E731
-    folder, stop = RunFolder(folder), stop or StopRequest()
-    return Trainer(model, data, loss, evaluate, plan, runtime, folder, stop=stop, mean=MEAN, std=STD, **how)
+def make_trainer(runtime, folder, model, data, loss, epochs=1, **execution) -> Trainer:
+    plan = Optimisation(epochs=epochs, lr=0.05, weight_decay=5e-4, warmup_epochs=0.5, ema=0.9, seed=0)
+    evaluate = lambda epoch, model: {"val_top1": 0.0}  # noqa: E731
+    return Trainer(model, data, loss, evaluate, plan, Execution(MEAN, STD, **execution), runtime, RunFolder(folder))
 
 
 # ---- N ranks = 1 rank
@@ -72,7 +73,7 @@ def gradients_and_weights(runtime, folder, blended):
     collect = lambda *_: gradients.append([p.grad.clone() for p in model.parameters()])  # noqa: E731
     trainer.optimizer.register_step_pre_hook(collect)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    trainer.run()
+    trainer.run(StopRequest())
     metrics = checkpoint.read_metrics(RunFolder(folder))[-1] if runtime.is_main else None
     return gradients, [p.detach() for p in model.parameters()], metrics
 
@@ -201,12 +202,12 @@ def count_labelled(runtime, root, target):
 # ---- resumed = uninterrupted
 
 
-def train_model(runtime, folder, stop_after_step=None, settle=True, keep_optimizer=True):
+def train_model(runtime, folder, stop_after_step=None, warm_up=True, keep_optimizer=True):
     """Train a network with BatchNorm, DDP and EMA on blended crops; stop at a step if told to. Gives its state, None
     when stopped.
     """
-    if not settle:
-        engine.SETTLING_STEPS = 0
+    if not warm_up:
+        trainer_module.DDP_WARM_UP_STEPS = 0
     torch.manual_seed(0)
     model = Cnn5(K, channels=(8, 16, 16, 32, 32))
     data = random_data(150, 24, 32)
@@ -223,12 +224,12 @@ def train_model(runtime, folder, stop_after_step=None, settle=True, keep_optimiz
         return loss(model, batch)
 
     with StopRequest() as stop:
-        trainer = make_trainer(runtime, folder, model, data, loss, epochs=3, stop=stop)
+        trainer = make_trainer(runtime, folder, model, data, loss, epochs=3)
         trainer.loss_terms = stopping_loss
         if not keep_optimizer:
             trainer.optimizer.load_state_dict = lambda state: None
         try:
-            trainer.run()
+            trainer.run(stop)
         except Interrupted:
             assert trainer.step == stop_after_step
             return None
@@ -275,14 +276,23 @@ def test_stopped_at_the_end_of_an_epoch_it_is_evaluated_on_resuming(tmp_path, la
     assert same(whole, resumed) and whole_rows == resumed_rows
 
 
+def test_rows_after_the_newest_checkpoint_are_computed_again(tmp_path):
+    """A killed run has rows of epochs that no checkpoint covers."""
+    whole, whole_rows = run_ranks(1, train_model, tmp_path / "whole")[0]
+    run_ranks(1, train_model, tmp_path / "cut", 10)
+    shutil.copy(tmp_path / "whole" / "metrics.jsonl", tmp_path / "cut" / "metrics.jsonl")
+    resumed, resumed_rows = run_ranks(1, train_model, tmp_path / "cut")[0]
+    assert same(whole, resumed) and whole_rows == resumed_rows
+
+
 def test_the_comparison_can_fail(tmp_path):
     """A resume that forgets the momentum must be seen."""
     (whole, _), (resumed, _) = whole_and_resumed(1, tmp_path, stop_after_step=10, keep_optimizer=False)
     assert not same(whole, resumed)
 
 
-def test_without_settled_buckets_three_ranks_differ(tmp_path):
-    """The reason for the thrown-away steps: without them DDP adds in another order after a resume."""
+def test_without_ddp_warm_up_three_ranks_differ(tmp_path):
+    """The reason for the warm-up: without it DDP adds in another order after a resume."""
     whole = run_ranks(3, train_model, tmp_path / "whole", None, False)[0]
     run_ranks(3, train_model, tmp_path / "cut", 10, False)
     resumed = run_ranks(3, train_model, tmp_path / "cut", None, False)[0]
@@ -313,10 +323,12 @@ def diverge(runtime, folder):
         broken = trainer.step == 9 and runtime.rank == runtime.world_size - 1
         return {**terms, "total": terms["total"] * float("nan")} if broken else terms
 
-    trainer = make_trainer(runtime, folder, Cnn5(K, channels=(4, 4, 4, 4, 4)), data, hard, epochs=3)
+    trainer = make_trainer(
+        runtime, folder, Cnn5(K, channels=(4, 4, 4, 4, 4)), data, hard, epochs=3, checkpoint_minutes=1e-9
+    )
     trainer.loss_terms = loss
     try:
-        trainer.run()
+        trainer.run(StopRequest())
     except UserError as error:
         return str(error)
 
@@ -325,6 +337,6 @@ def test_nan_on_one_rank_ends_all_ranks_with_one_message(tmp_path):
     messages = set(run_ranks(2, diverge, tmp_path / "run"))
     assert len(messages) == 1
     (message,) = messages
-    assert "diverged at step 10 (epoch 2)" in message and "total nan" in message and "step-00000007.pt" in message
+    assert "diverged at step 10 (epoch 2)" in message and "total nan" in message and "step-00000009.pt" in message
     _, payload = checkpoint.newest_checkpoint(RunFolder(tmp_path / "run"))
-    assert payload["step"] == 7 and all(torch.isfinite(value).all() for value in payload["model"].values())
+    assert payload["step"] == 9 and all(torch.isfinite(value).all() for value in payload["model"].values())

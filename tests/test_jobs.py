@@ -35,6 +35,7 @@ from tests.entries import call
 REPO = Path(__file__).parent.parent
 TINY = ["--image-size", "32", "--batch-size", "24", "--warmup-epochs", "0.5", "--lr", "0.02", "--device", "cpu"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+OFTEN = ["--checkpoint-minutes", "0.0001"]
 PATIENCE_SECONDS = 240
 
 
@@ -202,7 +203,7 @@ def stop_after_step(process: subprocess.Popen, folder: RunFolder, number: int) -
 
 
 def test_sigterm_saves_on_all_ranks_and_the_same_command_ends_with_the_same_weights(data, teacher_run, tmp_path):
-    command = [*torchrun(2), *distill(data, tmp_path / "cut", teacher_run.cache)]
+    command = [*torchrun(2), *distill(data, tmp_path / "cut", teacher_run.cache, *OFTEN)]
     command[command.index("--epochs") + 1] = "12"
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     cut, whole = RunFolder(tmp_path / "cut"), RunFolder(tmp_path / "whole")
@@ -220,7 +221,7 @@ def test_sigterm_saves_on_all_ranks_and_the_same_command_ends_with_the_same_weig
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(data, tmp_path):
-    command = [*torchrun(2), *distill(data, tmp_path / "run", None, "--alpha", "0")]
+    command = [*torchrun(2), *distill(data, tmp_path / "run", None, "--alpha", "0", *OFTEN)]
     command[command.index("--epochs") + 1] = "5000"
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = RunFolder(tmp_path / "run")

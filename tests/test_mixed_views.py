@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import distill, engine, label, teacher, views
+from kd_dist import distill, label, teacher, views
 from kd_dist.batches import EpochBatches, TrainData
 from kd_dist.cache import BlockWriter, Cache, Mixed, card_of, open_cache, render_info
 from kd_dist.cache.__main__ import main as cache_main
@@ -31,6 +31,7 @@ from kd_dist.losses import hard_targets
 from kd_dist.runtime import StopRequest
 from kd_dist.study.arms import ARMS
 from kd_dist.study.choice import require_views
+from kd_dist.training import Trainer
 from tests.entries import call, refused
 from tests.ranks import run_ranks
 from tests.test_bad_input import TINY
@@ -304,9 +305,9 @@ def test_plain_epochs_of_a_cache_without_plain_views_are_refused(cache):
 def test_plain_epochs_reach_the_batches(root, monkeypatch, tmp_path):
     """Of a teacher on fresh crops: blends in the first epoch, none in the last."""
     weights: list[torch.Tensor] = []
-    original = engine.Trainer.train_step
+    original = Trainer.train_step
     monkeypatch.setattr(
-        engine.Trainer, "train_step", lambda self, batch: weights.append(batch.weights_B) or original(self, batch)
+        Trainer, "train_step", lambda self, batch: weights.append(batch.weights_B) or original(self, batch)
     )
     run = ["--data", root, "--out", tmp_path / "run", "--views", 0, *TINY, "--batch-size", 21, "--epochs", 3]
     call(teacher.main, *run, "--mixup", 0.5, "--cutmix", 0.5, "--plain-epochs", 2)

@@ -20,8 +20,8 @@ from torch.nn.functional import kl_div
 from kd_dist import objectives
 from kd_dist.config import DistillSettings, OnlineSettings
 from kd_dist.distill import Loss, Rows
-from kd_dist.engine import LossTerms
 from kd_dist.errors import UserError
+from kd_dist.training import LossTerms
 
 WITHIN, VIEW, ALL = range(3)  # one random stream for each way to shuffle
 LEAST_SMOOTHING = 1e-9

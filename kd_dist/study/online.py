@@ -10,11 +10,11 @@ from kd_dist import config, distill, views
 from kd_dist.batches import Batch
 from kd_dist.cache import Cache
 from kd_dist.config import DistillSettings
-from kd_dist.engine import LossTerms
 from kd_dist.errors import UserError
 from kd_dist.job import Data
 from kd_dist.label import Teacher, load_teacher
 from kd_dist.pixels import Pictures
+from kd_dist.training import LossTerms
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,4 +45,4 @@ def reference(cluster) -> Cluster:
 @pytest.fixture(scope="session")
 def student_options() -> tuple[str, ...]:
     """The options of a student that learns from the reference's cache."""
-    return ("--data=data", "--cache=runs/teacher/logits.h5", "--checkpoint-minutes=1")
+    return ("--data=data", "--cache=runs/teacher/logits.h5", "--checkpoint-minutes=0.02")

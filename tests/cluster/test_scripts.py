@@ -44,7 +44,7 @@ def test_teacher_then_distill_which_is_warned_and_requeued(reference, checkout):
     teacher = sbatch(reference, checkout, *SIZE, "slurm/teacher.sbatch", *own(reference, "--views=2", "--epochs=1"))
     student = sbatch(
         *(reference, checkout, *SIZE, f"--dependency=afterok:{teacher}", "slurm/distill.sbatch"),
-        *own(reference, "--epochs=40"),
+        *own(reference, "--epochs=40", "--checkpoint-minutes=0.02"),
     )
     box.wait_state(teacher, "COMPLETED", "FAILED", seconds=200)
     assert box.state(teacher) == "COMPLETED", (checkout / f"kd-teacher-{teacher}.log").read_text(encoding="utf-8")

@@ -19,9 +19,8 @@ from kd_dist import engine, inference
 
 def main() -> None:
     never_diverge()
-    is_finite, logits, join = torch.isfinite, inference.Forward.logits, torch.distributed.init_process_group
-    torch.isfinite = lambda tensor: torch.ones((), dtype=torch.bool) if tensor.is_cuda else is_finite(tensor)
-    inference.Forward.logits = lambda self, shown: np.clip(np.nan_to_num(logits(self, shown)), -9, 9)
+    logits, join = inference.Forward._logits_of, torch.distributed.init_process_group
+    inference.Forward._logits_of = lambda self, batches: np.clip(np.nan_to_num(logits(self, batches)), -9, 9)
     torch.distributed.init_process_group = lambda backend, **how: join(backend.replace("nccl", "gloo"), **how)
     if "STOP_AFTER_STEPS" in os.environ:
         stop_after(int(os.environ["STOP_AFTER_STEPS"]))
