@@ -41,13 +41,13 @@ imagewoof-cpu: setup
 H100 := runs/imagewoof-h100
 imagewoof-h100: RANKS := $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)),1)
 imagewoof-h100: setup
-	$(JOB) kd_dist.teacher --preset h100 --out $(H100)/teacher
-	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --arms cached-V hard-fresh \
+	$(JOB) kd_dist.teacher --preset gpu-128px --out $(H100)/teacher
+	$(JOB) kd_dist.study --preset gpu-128px --cache $(H100)/teacher/logits.h5 --arms cached-V hard-fresh \
 	  --seeds 0 1 2 3 4 --out $(H100)/study
-	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --teacher-model $(H100)/teacher/model.pt \
+	$(JOB) kd_dist.study --preset gpu-128px --cache $(H100)/teacher/logits.h5 --teacher-model $(H100)/teacher/model.pt \
 	  --seeds 0 1 2 --out $(H100)/study
 	test -f $(H100)/mixed.h5 || $(JOB) kd_dist.cache write --teacher $(H100)/teacher/model.pt --views 200 --mixed-views 0.5 -o $(H100)/mixed.h5
-	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --seeds 0 1 2 --out $(H100)/study \
+	$(JOB) kd_dist.study --preset gpu-128px --cache $(H100)/teacher/logits.h5 --seeds 0 1 2 --out $(H100)/study \
 	  --arms mixed=cached-V,cache=$(H100)/mixed.h5
 
 # Ratios measured in turns, a quarter of an hour on two idle cores or minutes on a GPU. On real pictures where KD_DIST_DATA names a

@@ -20,6 +20,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
+RULE_HOLDS_TO = 8192  # images a step
 PIXELS = ("auto", "memory", "device", "off")
 
 DATA, NETWORK, TRAINING, CROPS, RUN = "data", "network and loss", "training", "crops and blends", "this run"
@@ -59,7 +60,7 @@ class Settings:
     learns_from_labels_alone: ClassVar[bool] = True
 
     preset: str | None = flag(
-        RUN, None, "a named set of defaults, see below [h100 on a GPU, cpu-64px on a CPU]", "NAME"
+        RUN, None, "a named set of defaults, see below [gpu-128px on a GPU, cpu-64px on a CPU]", "NAME"
     )
     data: str | None = flag(
         DATA, None, "folder with train/ and val/, or one to fetch the release into [$KD_DIST_DATA or data]", "DIR"
@@ -71,8 +72,15 @@ class Settings:
     cache: str | None = flag(DATA, None, "the file of soft labels", "FILE")
     image_size: int = flag(NETWORK, 128, "side of the square pictures the network sees, in pixels", "PX")
     epochs: int = flag(TRAINING, 100, "passes over the training images", "N")
-    batch_size: int = flag(TRAINING, 256, "images a step, over all ranks together", "N")
-    lr: float = flag(TRAINING, 0.2, "peak learning rate of SGD with Nesterov momentum 0.9")
+    batch_size: int = flag(
+        TRAINING, 256, "images a step, over all ranks together; gpu-128px has its number for each GPU", "N"
+    )
+    lr: float = flag(
+        TRAINING,
+        0.2,
+        "peak learning rate of SGD with Nesterov momentum 0.9; where it is not typed, gpu-128px scales it "
+        "linearly with the batch size, the other presets do not",
+    )
     weight_decay: float = flag(TRAINING, 5e-4, "on convolution and linear weights, not on norms and biases")
     warmup_epochs: float = flag(TRAINING, 5.0, "epochs of linear warm-up before the cosine decay")
     label_smoothing: float = flag(NETWORK, 0.0, "share of the hard target spread over all classes")
@@ -394,11 +402,15 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named set of defaults: what it is for, and what it changes in either job."""
+    """A named set of defaults: what it is for, and what it changes in either job.
+
+    `per_gpu`: its batch size is that of each GPU, and its learning rate is the one for that many images; see `scaled`.
+    """
 
     about: str
     teacher: dict[str, Any]
     distill: dict[str, Any]
+    per_gpu: bool = False
 
     def of(self, kind: type[Settings]) -> dict[str, Any]:
         """What it changes in jobs of this kind; a study is made of students."""
@@ -407,14 +419,16 @@ class Preset:
 
 # Each preset is headed by what it is for; measured scores stand in the README beside their commands.
 PRESETS: dict[str, Preset] = {
-    # One H100, or any GPUs: a starting point, its time and scores are not measured yet.
-    "h100": Preset(
-        about="for GPUs: 128 px, long schedules, not measured yet",
+    # A starting point for GPUs of any kind; its time and its scores are not measured yet. The learning rate is that of
+    # Goyal et al. 2017, 0.1 for 256 images.
+    "gpu-128px": Preset(
+        about="for GPUs: 128 px, long schedules, batch size and learning rate for each GPU, not measured yet",
+        per_gpu=True,
         teacher={
             "image_size": 128,
             "epochs": 250,
             "lr": 0.2,
-            "batch_size": 256,
+            "batch_size": 512,
             "views": 200,
             "ema": 0.999,
             "mixup": 0.25,
@@ -426,7 +440,7 @@ PRESETS: dict[str, Preset] = {
             "image_size": 128,
             "epochs": 300,
             "lr": 0.2,
-            "batch_size": 256,
+            "batch_size": 512,
             "ema": 0.999,
             "temperature": 2.0,
         },
@@ -532,16 +546,53 @@ def _shown_default(kind: type[Settings], setting: dataclasses.Field) -> str:
     return f" [{', '.join(shown)}]" if shown else ""
 
 
-def resolve(kind: type[Settings], typed: dict[str, Any], has_gpu: bool) -> Settings:
+def resolve(
+    kind: type[Settings], typed: dict[str, Any], has_gpu: bool, ranks: int = 1, stored: Mapping[str, Any] | None = None
+) -> Settings:
     """Settings from what was typed, over the preset's values, over the defaults. Raises UserError for an unknown
     preset.
+
+    `ranks` train one network together; a preset for each GPU is multiplied by them where they are on GPUs. `stored`
+    are the settings of the run that is resumed, if any: its batch size stays, whatever the number of ranks.
     """
-    name = typed.get("preset") or ("h100" if has_gpu and typed.get("device") != "cpu" else "cpu-64px")
+    on_gpu = has_gpu and typed.get("device") != "cpu"
+    name = typed.get("preset") or ("gpu-128px" if on_gpu else "cpu-64px")
     _one_of("preset", name, tuple(PRESETS))
-    values = {**PRESETS[name].of(kind), **typed, "preset": name}
+    kept = None if typed.get("start_over") else (stored or {}).get("batch_size")
+    values = {**PRESETS[name].of(kind), **scaled(PRESETS[name], kind, typed, ranks if on_gpu else 1, kept), **typed}
+    values["preset"] = name
     values |= _shortened(kind, values, typed)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return kind(**values).resolved()
+
+
+def scaled(
+    preset: Preset, kind: type[Settings], typed: Mapping[str, Any], gpus: int, kept: int | None = None
+) -> dict[str, Any]:
+    """Batch size and learning rate of a preset for each GPU, over all GPUs together.
+
+    The linear scaling rule of Goyal et al. 2017 ("Accurate, Large Minibatch SGD", with a warm-up of five epochs): k
+    times the images a step, k times the learning rate. They showed it on ImageNet up to RULE_HOLDS_TO images.
+    """
+    if not preset.per_gpu:
+        return {}
+    own = preset.of(kind)
+    batch_size = typed.get("batch_size", kept or own["batch_size"] * gpus)
+    return {"batch_size": batch_size, "lr": own["lr"] * batch_size / own["batch_size"]}
+
+
+def origin_of_lr(settings: Settings) -> str:
+    """Where a learning rate comes from that was not typed for this batch size, in words; else nothing."""
+    preset = PRESETS.get(settings.preset)
+    if preset is None:
+        return ""
+    own = preset.of(type(settings))
+    lr, images = own["lr"], own["batch_size"]
+    if preset.per_gpu and settings.lr == lr * settings.batch_size / images:
+        return f"{lr:g} for {images} images, scaled linearly with the batch"
+    if not preset.per_gpu and settings.lr == lr and settings.batch_size != images:
+        return f"the preset's for {images} images, not scaled with the batch"
+    return ""
 
 
 def _shortened(kind: type[Settings], values: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:

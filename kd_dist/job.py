@@ -32,19 +32,38 @@ from kd_dist.losses import UNKNOWN
 from kd_dist.models import count_weights
 from kd_dist.pixels import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
 from kd_dist.resident import ResidentPixels, free_bytes
-from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank
+from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, launched_world_size
 
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
+FEWEST_IMAGES_A_GPU = 128  # in a step; with fewer a GPU waits for its kernels to be launched
 RESIDENT_SHARE = 0.4  # of a GPU's free memory that pictures may take unasked; the network needs the rest
 
 
-def read_settings(kind: type[Settings], prog: str, description: str, epilog: str) -> Settings:
-    """The settings this process was started with. --help prints once, however many ranks."""
+def stored_in(out: Path) -> Mapping[str, object] | None:
+    """The settings of the run in a folder, None where none is there."""
+    folder = RunFolder(out)
+    return checkpoint.read_settings(folder)[1] if folder.settings.exists() else None
+
+
+def read_settings(
+    kind: type[Settings],
+    prog: str,
+    description: str,
+    epilog: str,
+    stored_in: Callable[[Path], Mapping[str, object] | None] = stored_in,
+) -> Settings:
+    """The settings this process was started with. --help prints once, however many ranks.
+
+    `stored_in` looks up the settings of the run that a folder holds, so that a resume at another number of ranks keeps
+    the batch size. All ranks look before they meet; rank 0 writes a new run's settings after that.
+    """
     parser = config.parser_for(kind, prog, description, epilog)
     if {"-h", "--help"} & set(sys.argv[1:]) and launched_rank() != 0:
         sys.exit(0)
-    return config.resolve(kind, config.read_command_line(parser), torch.cuda.is_available())
+    typed = config.read_command_line(parser)
+    stored = stored_in(Path(typed.get("out", kind.out)))
+    return config.resolve(kind, typed, torch.cuda.is_available(), launched_world_size(), stored)
 
 
 @dataclass(frozen=True)
@@ -307,7 +326,10 @@ class Training:
         """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
         [M, K] of the images it is scored on, val unless the settings say otherwise.
         """
-        say(self.trainer.runtime, _introduction(self.settings, self.trainer))
+        runtime = self.trainer.runtime
+        say(runtime, _introduction(self.settings, self.trainer))
+        for warning in batch_warnings(self.settings.batch_size, runtime.world_size, runtime.device.type):
+            say(runtime, f"warning: {warning}")
         self.trainer.run()
         model = self.trainer.evaluated_model
         return model, self.validation.logits(model)
@@ -386,11 +408,32 @@ def _introduction(settings: Settings, trainer: Trainer) -> str:
     data, runtime = trainer.data, trainer.runtime
     unknown = int((data.labels_N == UNKNOWN).sum())
     labels = f" ({len(data.labels_N) - unknown:,} labels used)" if unknown else ""
+    origin = config.origin_of_lr(settings)
     return (
         f"{settings.kind}: {count_weights(trainer.model):,} weights, {len(data):,} images{labels} at "
-        f"{data.image_size} px, {settings.epochs} epochs of {data.steps_per_epoch} steps, "
+        f"{data.image_size} px, {settings.epochs} epochs of {data.steps_per_epoch} steps, batch "
+        f"{settings.batch_size} ({settings.batch_size / runtime.world_size:g} images a rank), learning rate "
+        f"{settings.lr:g}{f' ({origin})' if origin else ''}, "
         f"{runtime.world_size} ranks on {runtime.device.type} in {trainer.compute_dtype} (preset {settings.preset})"
     )
+
+
+def batch_warnings(batch_size: int, ranks: int, device: str) -> list[str]:
+    """What speaks against a batch of so many images over all ranks: too few on each GPU, or more than the rule for the
+    learning rate was shown for.
+    """
+    warnings = []
+    if device == "cuda" and batch_size / ranks < FEWEST_IMAGES_A_GPU:
+        warnings.append(
+            f"{batch_size / ranks:g} images a rank keep no GPU busy, {FEWEST_IMAGES_A_GPU} or more do; use fewer GPUs "
+            "or a larger --batch-size"
+        )
+    if batch_size > config.RULE_HOLDS_TO:
+        warnings.append(
+            f"linear scaling of the learning rate was shown up to {config.RULE_HOLDS_TO} images a step, this is "
+            f"{batch_size}; try other values of --lr"
+        )
+    return warnings
 
 
 def require_trainable(settings: Settings, data: Data, model: nn.Module, runtime: Runtime) -> None:

@@ -145,6 +145,11 @@ def launched_rank() -> int:
     return _environment("RANK") or 0
 
 
+def launched_world_size() -> int:
+    """How many ranks the launcher started, 1 where there is none; needs no process group."""
+    return _environment("WORLD_SIZE") or 1
+
+
 @contextlib.contextmanager
 def joined(device: str = "auto", timeout_seconds: float = 1800.0) -> Iterator[Runtime]:
     """Join the process group that the environment describes, and leave it at the end.
@@ -152,7 +157,7 @@ def joined(device: str = "auto", timeout_seconds: float = 1800.0) -> Iterator[Ru
     Raises UserError for a device that is not there, more ranks than GPUs, or a rendezvous that cannot be reached.
     """
     _refuse_strays()
-    rank, world_size = launched_rank(), _environment("WORLD_SIZE") or 1
+    rank, world_size = launched_rank(), launched_world_size()
     local_rank = _environment("LOCAL_RANK") or 0
     local_world_size = _environment("LOCAL_WORLD_SIZE") or 1
     chosen = choose_device(device, local_rank, local_world_size)

@@ -55,11 +55,21 @@ def _plan(name: str, kind: str, typed: dict[str, Any], resources: Resources, sit
     if resources.gpus and cpus and "workers" not in typed:
         typed["workers"] = min(GPU_WORKERS, max(1, cpus - 1))  # the job would count the whole machine's cores
     typed = {key: _absolute(value) if key in PATHS else value for key, value in typed.items()}
-    settings = config.resolve(KINDS[kind], typed, resources.gpus > 0)
+    settings = config.resolve(KINDS[kind], typed, resources.gpus > 0, resources.world_size, _stored(kind, typed["out"]))
     typed["preset"] = settings.preset
     if settings.cache:
         typed["cache"] = _absolute(settings.cache)
     return Plan(name, kind, replace(settings, cache=typed.get("cache")), flags(typed))
+
+
+def _stored(kind: str, out: str) -> dict[str, Any] | None:
+    """The settings of the run, or of the study's runs, that the folder holds: a resume keeps their batch size."""
+    if kind == "study":
+        from kd_dist.study.folder import stored_in
+
+        return stored_in(Path(out))
+    folder = RunFolder(Path(out))
+    return read_settings(folder)[1] if folder.settings.exists() else None
 
 
 def _absolute(path: str) -> str:

@@ -68,7 +68,7 @@ TYPED = {
     "no batch": (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
     "unknown student": (["--student", "vgg"], "choose from cnn5, cnn5_wide, origin"),
     "unknown loss": (["--loss", "hinge"], "choose from kl, ce, mse, std, dkd"),
-    "unknown preset": (["--preset", "tpu"], "choose from h100, cpu-64px, demo"),
+    "unknown preset": (["--preset", "tpu"], "choose from gpu-128px, cpu-64px, demo"),
     "unknown crops": (["--crops", "stale"], "choose from cached, fresh"),
     "unknown flag": (["--tempature", "4"], "--tempature 4; `python -m kd_dist.distill --help` lists the flags"),
     "not a number": (["--epochs", "many"], "invalid int value: 'many'"),

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import kd_dist
-from kd_dist import config
+from kd_dist import checkpoint, config, job
+from kd_dist.checkpoint import RunFolder
 from kd_dist.config import (
     PRESETS,
     DistillSettings,
@@ -46,9 +47,9 @@ def parser(kind: type[config.Settings]):
     return parser_for(kind, f"kd_dist.{kind.kind}", "What it does.", "An example.")
 
 
-def read(kind: type[config.Settings], *words: str, has_gpu: bool = False) -> config.Settings:
+def read(kind: type[config.Settings], *words: str, has_gpu: bool = False, ranks: int = 1) -> config.Settings:
     """The settings of a command line."""
-    return resolve(kind, read_command_line(parser(kind), words), has_gpu)
+    return resolve(kind, read_command_line(parser(kind), words), has_gpu, ranks)
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -130,7 +131,7 @@ def test_typed_default_still_beats_the_preset(preset):
     ("words", "has_gpu", "name"),
     [
         ((), False, "cpu-64px"),
-        ((), True, "h100"),
+        ((), True, "gpu-128px"),
         (("--device", "cpu"), True, "cpu-64px"),
         (("--preset", "demo"), True, "demo"),
     ],
@@ -142,9 +143,13 @@ def test_preset_follows_the_machine_unless_named(words, has_gpu, name):
 
 
 def test_a_short_run_has_fewer_plain_epochs_unless_they_are_typed():
-    assert read(TeacherSettings, "--preset", "h100").plain_epochs == PRESETS["h100"].teacher["plain_epochs"] == 25
-    assert [read(TeacherSettings, "--preset", "h100", "--epochs", n).plain_epochs for n in ("40", "5")] == [4, 0]
-    assert read(TeacherSettings, "--preset", "h100", "--epochs", "40", "--plain-epochs", "40").plain_epochs == 40
+    assert (
+        read(TeacherSettings, "--preset", "gpu-128px").plain_epochs
+        == PRESETS["gpu-128px"].teacher["plain_epochs"]
+        == 25
+    )
+    assert [read(TeacherSettings, "--preset", "gpu-128px", "--epochs", n).plain_epochs for n in ("40", "5")] == [4, 0]
+    assert read(TeacherSettings, "--preset", "gpu-128px", "--epochs", "40", "--plain-epochs", "40").plain_epochs == 40
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,6 +159,82 @@ def test_presets_are_valid(kind, name):
     values = PRESETS[name].of(kind)
     assert {key: getattr(settings, key) for key in values} == values
     assert PRESETS[name].about
+
+
+# ----------------------------------------------------------------------------------------------- batch and rate per GPU
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("words", "ranks", "batch_size", "lr"),
+    [
+        ("", 1, 512, 0.2),
+        ("", 8, 4096, 1.6),
+        ("--batch-size 1024", 8, 1024, 0.4),  # as typed over all GPUs; the rate follows it
+        ("--batch-size 1024 --lr 0.3", 8, 1024, 0.3),
+        ("--lr 0.3", 8, 4096, 0.3),
+        ("--device cpu --preset gpu-128px", 8, 512, 0.2),  # on CPUs the number of ranks changes no result
+    ],
+)
+def test_the_gpu_preset_is_for_each_gpu(kind, words, ranks, batch_size, lr):
+    settings = read(kind, *words.split(), has_gpu=True, ranks=ranks)
+    assert (settings.preset, settings.batch_size, settings.lr) == ("gpu-128px", batch_size, pytest.approx(lr))
+
+
+def test_a_gpu_has_512_images_or_more():
+    presets = [preset for preset in PRESETS.values() if preset.per_gpu]
+    assert presets and all(preset.of(kind)["batch_size"] >= 512 for preset in presets for kind in KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["cpu-64px", "demo"])
+@pytest.mark.parametrize("words", ["", "--batch-size 96"])
+def test_presets_for_cpus_are_the_same_at_any_number_of_ranks(kind, name, words):
+    one, eight = (read(kind, "--preset", name, *words.split(), has_gpu=True, ranks=ranks) for ranks in (1, 8))
+    assert one == eight and one.lr == PRESETS[name].of(kind)["lr"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--preset gpu-128px --batch-size 1024", "0.2 for 512 images, scaled linearly with the batch"),
+        ("--preset gpu-128px --batch-size 1024 --lr 0.2", ""),
+        ("--preset cpu-64px", ""),
+        ("--preset cpu-64px --batch-size 128", "the preset's for 64 images, not scaled with the batch"),
+        ("--preset cpu-64px --batch-size 128 --lr 0.1", ""),
+    ],
+)
+def test_a_rate_that_was_not_typed_is_explained(words, says):
+    assert config.origin_of_lr(read(DistillSettings, *words.split(), has_gpu=True)) == says
+
+
+def test_a_resume_on_fewer_gpus_keeps_the_batch(monkeypatch, tmp_path):
+    """Else it would be refused: --batch-size was 4096, now 1024."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+    def started(ranks: int, *words: str) -> TeacherSettings:
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        monkeypatch.setattr(sys, "argv", ["teacher", "--out", str(tmp_path / "run"), *words])
+        return job.read_settings(TeacherSettings, "kd_dist.teacher", "", "")
+
+    def claimed(settings: TeacherSettings) -> bool:
+        folder = RunFolder(tmp_path / "run")
+        return checkpoint.claim(folder, "teacher", settings.stored(), settings.may_change, settings.start_over)
+
+    first = started(8)
+    assert not claimed(first) and (first.batch_size, first.lr) == (4096, 1.6)
+    again = started(2)
+    assert again == first and claimed(again)
+    assert started(2, "--batch-size", "1024").batch_size == 1024
+    assert started(2, "--start-over").batch_size == 1024
+
+
+def test_batch_warnings():
+    assert job.batch_warnings(256, 2, "cuda") == job.batch_warnings(8, 8, "cpu") == []
+    (few,) = job.batch_warnings(256, 8, "cuda")
+    assert "32 images a rank" in few and "--batch-size" in few
+    (many,) = job.batch_warnings(16384, 32, "cuda")
+    assert "8192" in many and "--lr" in many
 
 
 # ----------------------------------------------------------------------------------------------- what follows from what

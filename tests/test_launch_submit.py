@@ -97,8 +97,8 @@ def test_the_sbatch_text_of_a_pipeline_with_every_site_setting(here, capsys):
         f"--out {here}/runs/teacher" in text
         and f"--cache {here}/runs/teacher/logits.h5 --out {here}/runs/student" in text
     )
-    assert text.count("--pixels-dir $TMPDIR/kd_dist-pixels --preset h100 --workers 7\n") == 2
-    assert "#   preset = h100" in text
+    assert text.count("--pixels-dir $TMPDIR/kd_dist-pixels --preset gpu-128px --workers 7\n") == 2
+    assert "#   preset = gpu-128px" in text
     assert not (here / "runs").exists()
 
 

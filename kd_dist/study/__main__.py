@@ -18,7 +18,7 @@ from kd_dist.job import Data
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, joined, launched_rank, run_entry
 from kd_dist.study.arms import ARMS, Arm
 from kd_dist.study.choice import MAY_VARY, chosen_arms, require_alike_crops, require_views
-from kd_dist.study.folder import MADE_OF, StudyFolder, note, run_settings
+from kd_dist.study.folder import MADE_OF, StudyFolder, note, run_settings, stored_in
 from kd_dist.study.online import OnlineTeacher, open_teacher
 
 DESCRIPTION = """Train the same student in several ways (arms), each with several seeds, under one schedule, and compare
@@ -40,7 +40,7 @@ def main() -> None:
         if launched_rank() == 0:
             command(words[1:])
         return
-    settings = job.read_settings(StudySettings, "kd_dist.study", DESCRIPTION, EPILOG)
+    settings = job.read_settings(StudySettings, "kd_dist.study", DESCRIPTION, EPILOG, stored_in)
     arms = chosen_arms(settings)
     settings = replace(settings, seeds=tuple(dict.fromkeys(settings.seeds)))
     distill.require_known(settings)

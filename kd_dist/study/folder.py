@@ -80,6 +80,11 @@ class StudyFolder:
         return read_json(self.study, mend="restore it, or run the study again.") or {}
 
 
+def stored_in(out: Path) -> dict[str, Any] | None:
+    """The settings that all runs of the study in a folder share, None where none is there."""
+    return StudyFolder(out).document().get("settings")
+
+
 def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:
     """The settings of one run: the study's, with the arm's own changes. Blends are for fresh crops alone.
 
