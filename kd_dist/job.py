@@ -4,7 +4,6 @@ train, keep the result.
 
 import contextlib
 import copy
-import dataclasses
 import os
 import platform
 import sys
@@ -18,11 +17,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import checkpoint, config, views
+from kd_dist import checkpoint, views
 from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
 from kd_dist.cache import Cache, SoftLabels
 from kd_dist.checkpoint import RunFolder
-from kd_dist.config import Settings
+from kd_dist.config import (
+    MEAN,
+    RULE_HOLDS_TO,
+    STD,
+    AugmentationConfig,
+    DataConfig,
+    JobConfig,
+    LabelUse,
+    SplitConfig,
+    origin_of_lr,
+    parser_for,
+    read_command_line,
+    resolve,
+)
 from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
 from kd_dist.engine import HEARTBEAT_SECONDS, AfterEpoch, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
@@ -36,34 +48,24 @@ from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, la
 
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
+ALL_LABELS = LabelUse()
 FEWEST_IMAGES_A_GPU = 128  # in a step; with fewer a GPU waits for its kernels to be launched
 RESIDENT_SHARE = 0.4  # of a GPU's free memory that pictures may take unasked; the network needs the rest
 
 
-def stored_in(out: Path) -> Mapping[str, object] | None:
-    """The settings of the run in a folder, None where none is there."""
-    folder = RunFolder(out)
-    return checkpoint.read_settings(folder)[1] if folder.settings.exists() else None
+def read_config(kind: type[JobConfig], prog: str, description: str, epilog: str) -> JobConfig:
+    """The config that this process was started with. --help prints once, however many ranks.
 
-
-def read_settings(
-    kind: type[Settings],
-    prog: str,
-    description: str,
-    epilog: str,
-    stored_in: Callable[[Path], Mapping[str, object] | None] = stored_in,
-) -> Settings:
-    """The settings this process was started with. --help prints once, however many ranks.
-
-    `stored_in` looks up the settings of the run that a folder holds, so that a resume at another number of ranks keeps
-    the batch size. All ranks look before they meet; rank 0 writes a new run's settings after that.
+    A resume at another number of ranks keeps the batch size that the run's folder holds. All ranks look there before
+    the rendezvous; rank 0 writes the file of a new run after it.
     """
-    parser = config.parser_for(kind, prog, description, epilog)
+    parser = parser_for(kind, prog, description, epilog)
     if {"-h", "--help"} & set(sys.argv[1:]) and launched_rank() != 0:
         sys.exit(0)
-    typed = config.read_command_line(parser)
-    stored = stored_in(Path(typed.get("out", kind.out)))
-    return config.resolve(kind, typed, torch.cuda.is_available(), launched_world_size(), stored)
+    typed = read_command_line(parser)
+    folder = RunFolder(Path(typed.get("out", kind.out)))
+    stored = checkpoint.read_settings(folder)[1] if folder.settings.exists() else None
+    return resolve(kind, typed, torch.cuda.is_available(), launched_world_size(), stored)
 
 
 @dataclass(frozen=True)
@@ -84,27 +86,27 @@ class Data:
         return self.samples.split(name), self.pixels[name]
 
 
-def fold_for(settings: Settings, data: Data) -> Fold | None:
-    """The part of train that the settings leave out, None where they leave none out. Raises UserError."""
-    if settings.fold is None:
+def fold_for(split: SplitConfig, data: Data) -> Fold | None:
+    """The fold of train that is left out, None where none is. Raises UserError."""
+    if split.fold is None:
         return None
     train = data.samples.train
-    return fold_of(train.labels_N, train.sha256_N32, settings.fold, settings.folds)
+    return fold_of(train.labels_N, train.sha256_N32, split.fold, split.folds)
 
 
-def members_of(settings: Settings, data: Data) -> np.ndarray | None:
+def members_of(split: SplitConfig, labels: LabelUse, data: Data) -> np.ndarray | None:
     """The rows of train that are trained on, int64 and sorted; None for all. Raises UserError as fold_for does."""
-    if settings.labelled < 1 and settings.learns_from_labels_alone:
-        return labelled_of(settings, data)
-    fold = fold_for(settings, data)
+    if labels.fraction < 1 and labels.alone:
+        return labelled_of(split, labels, data)
+    fold = fold_for(split, data)
     return None if fold is None else fold.train_M
 
 
-def labelled_of(settings: Settings, data: Data) -> np.ndarray:
-    """The rows of train whose labels are used, int64 and sorted: --labelled of what --fold leaves."""
-    train, fold = data.samples.train, fold_for(settings, data)
+def labelled_of(split: SplitConfig, labels: LabelUse, data: Data) -> np.ndarray:
+    """The rows of train whose labels are used, int64 and sorted: --label-fraction of what --fold leaves."""
+    train, fold = data.samples.train, fold_for(split, data)
     rows_M = np.arange(len(train)) if fold is None else fold.train_M
-    return rows_M[labelled_rows(train.labels_N[rows_M], train.sha256_N32[rows_M], settings.labelled)]
+    return rows_M[labelled_rows(train.labels_N[rows_M], train.sha256_N32[rows_M], labels.fraction)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +122,11 @@ class Scored:
     samples: SampleList
 
 
-def scored_on(settings: Settings, data: Data) -> Scored:
+def scored_on(split: SplitConfig, data: Data) -> Scored:
     """val, or under --tune the part of train that is left out."""
-    if not settings.tune:
+    if not split.tune:
         return Scored("val", "val", np.arange(len(data.samples.val)), data.samples.val)
-    fold = fold_for(settings, data)
+    fold = fold_for(split, data)
     return Scored("tune", "train", fold.held_out_M, data.samples.train.at(fold.held_out_M, fold.name))
 
 
@@ -147,24 +149,7 @@ def progress_lines(runtime: Runtime, what: str) -> Callable[[int, int], None]:
     return progress
 
 
-@dataclass(frozen=True)
-class DataSource:
-    """Where the data is, or is to be fetched from, as the flags of the same names say."""
-
-    data: str | None = None
-    release: str | None = None
-    archive: str | None = None
-    sha256: str | None = None
-    pixels: str = "auto"
-    pixels_dir: str | None = None
-
-    @classmethod
-    def of(cls, settings: Settings) -> "DataSource":
-        """The fields are settings of the same names."""
-        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
-
-
-def open_data(source: DataSource, runtime: Runtime) -> Data:
+def open_data(source: DataConfig, runtime: Runtime) -> Data:
     """Find the data (fetching it where that is allowed), list it, and decode it, each once a node; then place the
     pictures.
 
@@ -208,7 +193,7 @@ def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str
     return {name: ResidentPixels(split, runtime.device) for name, split in pixels.items()}
 
 
-def _find(source: DataSource, runtime: Runtime) -> Path:
+def _find(source: DataConfig, runtime: Runtime) -> Path:
     typed = source.data or os.environ.get("KD_DIST_DATA")
     progress = _progress_by_name(runtime)
     return locate(
@@ -226,26 +211,25 @@ def _progress_by_name(runtime: Runtime):
     return progress
 
 
-def claim(settings: Settings, data: Data, runtime: Runtime, **identity: str) -> RunFolder:
+def claim(config: JobConfig, data: Data, runtime: Runtime, **identity: str) -> RunFolder:
     """Take the run folder for this run; raises UserError on every rank where it holds something else.
 
-    The data's fingerprints and `identity` are kept with the settings, so that a run is not gone on with on other data.
+    The data's fingerprints and `identity` are kept with the config, so that a run is not gone on with on other data.
     Claim when all else has been checked: a typo must not bind the folder, nor a refusal mark a finished run as failed.
     """
-    folder = RunFolder(Path(settings.out))
-    stored = stored_settings(settings, data, **identity)
+    folder = RunFolder(Path(config.out))
+    stored = stored_settings(config, data, **identity)
+    start_over = config.run.start_over
     runtime.on_main(
-        lambda: checkpoint.claim(
-            folder, settings.kind, stored, settings.may_change, settings.start_over, settings.completed
-        )
+        lambda: checkpoint.claim(folder, config.kind, stored, config.may_change, start_over, config.completed)
     )
     return folder
 
 
-def stored_settings(settings: Settings, data: Data, **identity: str) -> dict[str, object]:
-    """What a run folder keeps of the settings, and what else its run is bound to."""
+def stored_settings(config: JobConfig, data: Data, **identity: str) -> dict[str, object]:
+    """What a run folder keeps of the config, and what else its run is bound to."""
     fingerprints = {f"{split} data": data.samples.split(split).fingerprint for split in ("train", "val")}
-    return {**settings.stored(), **fingerprints, **identity}
+    return {**config.stored(), **fingerprints, **identity}
 
 
 @contextlib.contextmanager
@@ -292,9 +276,9 @@ def heartbeat(folder: RunFolder, runtime: Runtime, then: Callable[[int, int], No
     return progress
 
 
-def workers_for(settings: Settings, runtime: Runtime) -> int:
-    """Loader processes of a rank: as typed, else none on a CPU, which has no core to spare, and up to 8 on a GPU."""
-    return spare_cores(runtime) if settings.workers is None else settings.workers
+def workers_for(workers: int | None, runtime: Runtime) -> int:
+    """Loader processes of a rank: `workers`, else none on a CPU, which has no core to spare, and up to 8 on a GPU."""
+    return spare_cores(runtime) if workers is None else workers
 
 
 def spare_cores(runtime: Runtime) -> int:
@@ -309,26 +293,26 @@ def software() -> str:
     return f"kd_dist, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def fresh_crops(settings: Settings, data: Data) -> FreshCrops:
+def fresh_crops(augmentation: AugmentationConfig, seed: int, data: Data) -> FreshCrops:
     """A new crop of every training image in every epoch."""
-    return FreshCrops(data.pixels["train"].sizes_N2, settings.crop_scale, settings.seed)
+    return FreshCrops(data.pixels["train"].sizes_N2, augmentation.crop_scale, seed)
 
 
 @dataclass(frozen=True)
 class Training:
-    """A run of the engine with all that the settings say put into it, and the validation it calls."""
+    """A run of the engine as its config says, and the validation it calls."""
 
-    settings: Settings
+    config: JobConfig
     trainer: Trainer
     validation: "Validation"
 
     def run(self) -> tuple[nn.Module, np.ndarray]:
         """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
-        [M, K] of the images it is scored on, val unless the settings say otherwise.
+        [M, K] of the images it is scored on, val unless the config says otherwise.
         """
         runtime = self.trainer.runtime
-        say(runtime, _introduction(self.settings, self.trainer))
-        for warning in batch_warnings(self.settings.batch_size, runtime.world_size, runtime.device.type):
+        say(runtime, _introduction(self.config, self.trainer))
+        for warning in batch_warnings(self.config.optimisation.batch_size, runtime.world_size, runtime.device.type):
             say(runtime, f"warning: {warning}")
         self.trainer.run()
         model = self.trainer.evaluated_model
@@ -336,7 +320,7 @@ class Training:
 
 
 def training(
-    settings: Settings,
+    config: JobConfig,
     data: Data,
     runtime: Runtime,
     folder: RunFolder,
@@ -345,76 +329,85 @@ def training(
     views_of_epoch: FreshCrops | CachedCrops,
     *,
     logits_NVK: SoftLabels | None = None,
+    labels: LabelUse = ALL_LABELS,
     stop: StopRequest,
     cache: Cache | None = None,
     after_epoch: AfterEpoch | None = None,
 ) -> Training:
-    """What trains this model on this data under these settings, ready to run.
+    """What trains this model on this data as `config` says, ready to run.
 
     `cache` adds agreement with the teacher to the metrics.
     """
-    train_data = _train_data(settings, data, views_of_epoch, logits_NVK)
-    validation = Validation(settings, data, runtime, cache)
+    train_data = _train_data(config, labels, data, views_of_epoch, logits_NVK)
+    image_size, precision = config.augmentation.image_size, config.run.precision
+    validation = Validation(scored_on(config.split, data), data, runtime, image_size, precision, cache)
     trainer = Trainer(
         model,
         train_data,
         loss_terms,
         validation.metrics,
-        schedule_of(settings),
+        schedule_of(config),
         runtime,
         folder,
         stop=stop,
-        mean=config.MEAN,
-        std=config.STD,
-        workers=workers_for(settings, runtime),
-        precision=settings.precision,
-        compile_model=settings.compile,
-        trace=settings.profile,
+        mean=MEAN,
+        std=STD,
+        workers=workers_for(config.run.workers, runtime),
+        precision=config.run.precision,
+        compile_model=config.run.compile,
+        trace=config.run.profile,
         after_epoch=after_epoch,
     )
-    return Training(settings, trainer, validation)
+    return Training(config, trainer, validation)
 
 
 def _train_data(
-    settings: Settings, data: Data, views_of_epoch: FreshCrops | CachedCrops, logits_NVK: SoftLabels | None
+    config: JobConfig,
+    labels: LabelUse,
+    data: Data,
+    views_of_epoch: FreshCrops | CachedCrops,
+    logits_NVK: SoftLabels | None,
 ) -> TrainData:
     samples, pixels = data.split("train")
     labels_N = samples.labels_N
-    if settings.labelled < 1:
+    if labels.fraction < 1:
         labels_N = np.full_like(samples.labels_N, UNKNOWN)
-        used_M = labelled_of(settings, data)
+        used_M = labelled_of(config.split, labels, data)
         labels_N[used_M] = samples.labels_N[used_M]
     return TrainData(
         pixels=pixels,
         labels_N=labels_N,
         views_of_epoch=views_of_epoch,
-        image_size=settings.image_size,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        mixup=settings.mixup,
-        cutmix=settings.cutmix,
+        image_size=config.augmentation.image_size,
+        batch_size=config.optimisation.batch_size,
+        seed=config.seed,
+        mixup=config.augmentation.mixup,
+        cutmix=config.augmentation.cutmix,
         logits_NVK=logits_NVK,
-        members_M=members_of(settings, data),
-        blended_epochs=settings.blended_epochs,
+        members_M=members_of(config.split, labels, data),
+        blended_epochs=config.mixed_epochs,
     )
 
 
-def schedule_of(settings: Settings) -> Schedule:
-    """The schedule's fields are settings of the same names."""
-    return Schedule(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Schedule)})
+def schedule_of(config: JobConfig) -> Schedule:
+    """How long and how fast the engine trains."""
+    own = config.optimisation
+    return Schedule(
+        own.epochs, own.lr, own.weight_decay, own.warmup_epochs, own.ema, config.seed, config.run.checkpoint_minutes
+    )
 
 
-def _introduction(settings: Settings, trainer: Trainer) -> str:
+def _introduction(config: JobConfig, trainer: Trainer) -> str:
     data, runtime = trainer.data, trainer.runtime
     unknown = int((data.labels_N == UNKNOWN).sum())
     labels = f" ({len(data.labels_N) - unknown:,} labels used)" if unknown else ""
-    origin = config.origin_of_lr(settings)
+    own, origin = config.optimisation, origin_of_lr(config)
     return (
-        f"{settings.kind}: {count_weights(trainer.model):,} weights, {len(data):,} images{labels} at "
-        f"{data.image_size} px, {settings.epochs} epochs of {data.steps_per_epoch} steps, batch "
-        f"{settings.batch_size} ({settings.batch_size / runtime.world_size:g} images a rank), learning rate "
-        f"{settings.lr:g}{f' ({origin})' if origin else ''}, "
-        f"{runtime.world_size} ranks on {runtime.device.type} in {trainer.compute_dtype} (preset {settings.preset})"
+        f"{config.kind}: {count_weights(trainer.model):,} weights, {len(data):,} images{labels} at "
+        f"{data.image_size} px, {own.epochs} epochs of {data.steps_per_epoch} steps, batch {own.batch_size} "
+        f"({own.batch_size / runtime.world_size:g} images a rank), learning rate {own.lr:g}"
+        f"{f' ({origin})' if origin else ''}, "
+        f"{runtime.world_size} ranks on {runtime.device.type} in {trainer.compute_dtype} (preset {config.preset})"
     )
 
 
@@ -428,56 +421,60 @@ def batch_warnings(batch_size: int, ranks: int, device: str) -> list[str]:
             f"{batch_size / ranks:g} images a rank keep no GPU busy, {FEWEST_IMAGES_A_GPU} or more do; use fewer GPUs "
             "or a larger --batch-size"
         )
-    if batch_size > config.RULE_HOLDS_TO:
+    if batch_size > RULE_HOLDS_TO:
         warnings.append(
-            f"linear scaling of the learning rate was shown up to {config.RULE_HOLDS_TO} images a step, this is "
+            f"linear scaling of the learning rate was shown up to {RULE_HOLDS_TO} images a step, this is "
             f"{batch_size}; try other values of --lr"
         )
     return warnings
 
 
-def require_trainable(settings: Settings, data: Data, model: nn.Module, runtime: Runtime) -> None:
-    """Raise UserError where the batch does not suit the data and the ranks, or the picture size the network."""
-    members_M = members_of(settings, data)
+def require_trainable(
+    config: JobConfig, data: Data, model: nn.Module, runtime: Runtime, labels: LabelUse = ALL_LABELS
+) -> None:
+    """Raise UserError where the batch does not suit the data and the ranks, or the image size the network."""
+    members_M = members_of(config.split, labels, data)
     images, ranks = len(data.samples.train if members_M is None else members_M), runtime.world_size
-    if settings.batch_size > images:
+    batch_size = config.optimisation.batch_size
+    if batch_size > images:
         raise UserError(
-            f"--batch-size {settings.batch_size} is larger than the {images} training images"
-            f"{f' that --labelled {settings.labelled:g} leaves' if settings.labelled < 1 else ''}; use --batch-size "
+            f"--batch-size {batch_size} is larger than the {images} training images"
+            f"{f' that --label-fraction {labels.fraction:g} leaves' if labels.fraction < 1 else ''}; use --batch-size "
             f"{images} or less."
         )
-    steps = steps_in_epoch(images, settings.batch_size)
+    steps = steps_in_epoch(images, batch_size)
     if images // steps < 2 * ranks:
         raise UserError(
-            f"--batch-size {settings.batch_size} over {ranks} ranks leaves some with fewer than two of the {images} "
+            f"--batch-size {batch_size} over {ranks} ranks leaves some with fewer than two of the {images} "
             "images a step; use a larger --batch-size or fewer ranks."
         )
+    size = config.augmentation.image_size
     try:
         with torch.inference_mode():
-            copy.deepcopy(model).eval()(torch.zeros(1, 3, settings.image_size, settings.image_size))
+            copy.deepcopy(model).eval()(torch.zeros(1, 3, size, size))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         other = "smaller" if "allocate memory" in reason else "larger"
-        raise UserError(
-            f"--image-size {settings.image_size} does not suit this network ({reason}); choose a {other} one."
-        ) from error
+        raise UserError(f"--image-size {size} does not suit this network ({reason}); choose a {other} one.") from error
 
 
 class Validation:
     """The images a run is scored on in their evaluation view: each counted once, at any number of ranks."""
 
-    def __init__(self, settings: Settings, data: Data, runtime: Runtime, cache: Cache | None = None):
-        self.scored, self.runtime, self.image_size = scored_on(settings, data), runtime, settings.image_size
+    def __init__(
+        self, scored: Scored, data: Data, runtime: Runtime, image_size: int, precision: str, cache: Cache | None = None
+    ):
+        self.scored, self.runtime, self.image_size = scored, runtime, image_size
         self.threads = data.threads
         self.pixels, rows_M = data.pixels[self.scored.split], self.scored.rows_M
         self.teacher_MK = cache.split(self.scored.split).logits_NVK[rows_M, 0] if cache else None
-        self.dtype = compute_dtype(runtime.device, settings.precision)
+        self.dtype = compute_dtype(runtime.device, precision)
         box_M4 = views.evaluation_boxes(self.pixels.sizes_N2[rows_M])
         self.shown = views.Shown.plain(rows_M, box_M4, np.zeros(len(rows_M), np.uint8))
 
     def logits(self, model: nn.Module) -> np.ndarray:
         """Logits float32 [M, K], the same on every rank."""
-        normalised = (config.MEAN, config.STD, self.runtime.device, self.dtype)
+        normalised = (MEAN, STD, self.runtime.device, self.dtype)
         forward = Forward(model, self.pixels, self.image_size, *normalised, self.threads)
         return forward.all_logits(self.shown, len(self.scored.samples.classes), self.runtime)
 
@@ -504,7 +501,7 @@ def top1(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
 
 def keep(
     folder: RunFolder,
-    settings: Settings,
+    config: JobConfig,
     arch: str,
     data: Data,
     model: nn.Module,
@@ -516,17 +513,17 @@ def keep(
 
     A run under --tune has no val_top1 but a tune_top1.
     """
-    scored = scored_on(settings, data)
+    scored = scored_on(config.split, data)
     samples, score = scored.samples, top1(logits_MK, scored.samples.labels_N)
     checkpoint.write_val_logits(
         folder.val_logits, logits_MK, samples.labels_N, samples.paths, samples.fingerprint, top1=score, of=samples.split
     )
-    keep_model(folder.model, settings, arch, data, model, {f"{scored.head}_top1": score}, **facts)
+    keep_model(folder.model, config, arch, data, model, {f"{scored.head}_top1": score}, **facts)
 
 
 def keep_model(
     path: Path,
-    settings: Settings,
+    config: JobConfig,
     arch: str,
     data: Data,
     model: nn.Module,
@@ -535,21 +532,22 @@ def keep_model(
 ) -> None:
     """Write weights, with their scores and what else one must know to use them."""
     fingerprints = {split: data.samples.split(split).fingerprint for split in ("train", "val")}
+    split = config.split
     checkpoint.save_model(
         path,
         {
-            "kind": settings.kind,
+            "kind": config.kind,
             "arch": arch,
             "weights": {name: value.cpu().contiguous() for name, value in model.state_dict().items()},
             "classes": list(data.samples.classes),
-            "image_size": settings.image_size,
-            "mean": list(config.MEAN),
-            "std": list(config.STD),
-            "seed": settings.seed,
+            "image_size": config.augmentation.image_size,
+            "mean": list(MEAN),
+            "std": list(STD),
+            "seed": config.seed,
             **scores,
-            "fold": None if settings.fold is None else {"number": settings.fold, "folds": settings.folds},
+            "fold": None if split.fold is None else {"number": split.fold, "folds": split.folds},
             "data": {"name": data.samples.name, **fingerprints},
-            "settings": settings.stored(),
+            "settings": config.stored(),
             "software": software(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **facts,

@@ -14,16 +14,17 @@ from kd_dist import checkpoint, config, job
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import (
     PRESETS,
-    DistillSettings,
+    DistillConfig,
     Preset,
-    TeacherSettings,
+    TeacherConfig,
+    flags_of,
     parser_for,
     read_command_line,
     resolve,
 )
 from kd_dist.errors import UserError
 
-KINDS = (TeacherSettings, DistillSettings)
+KINDS = (TeacherConfig, DistillConfig)
 BOTH = {
     *(
         "--data",
@@ -40,14 +41,14 @@ BOTH = {
     *("--image-size", "--epochs", "--batch-size", "--lr", "--weight-decay", "--warmup-epochs", "--seed"),
     *("--crop-scale", "--mixup", "--cutmix", "--label-smoothing", "--ema"),
 }
-OWN = {TeacherSettings: {"--teacher"}, DistillSettings: {"--student", "--alpha", "--temperature", "--loss", "--crops"}}
+OWN = {TeacherConfig: {"--teacher"}, DistillConfig: {"--student", "--alpha", "--temperature", "--loss", "--crops"}}
 
 
-def parser(kind: type[config.Settings]):
+def parser(kind: type[config.JobConfig]):
     return parser_for(kind, f"kd_dist.{kind.kind}", "What it does.", "An example.")
 
 
-def read(kind: type[config.Settings], *words: str, has_gpu: bool = False, ranks: int = 1) -> config.Settings:
+def read(kind: type[config.JobConfig], *words: str, has_gpu: bool = False, ranks: int = 1) -> config.JobConfig:
     """The settings of a command line."""
     return resolve(kind, read_command_line(parser(kind), words), has_gpu, ranks)
 
@@ -58,7 +59,7 @@ def read(kind: type[config.Settings], *words: str, has_gpu: bool = False, ranks:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_setting_has_a_flag_and_a_help_text(kind):
     actions = {action.option_strings[0]: action for action in parser(kind)._actions}
-    names = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
+    names = {"--" + field.name.replace("_", "-") for field in flags_of(kind).values()}
     assert names == actions.keys() - {"-h"}
     for name in names:
         assert len(actions[name].help) > 8, name
@@ -75,13 +76,13 @@ def test_help_shows_the_defaults_of_every_preset(kind):
 
 def test_help_shows_what_a_preset_sets_where_others_have_no_default():
     assert "when it is not there yet [imagewoof2-160] [demo: demo]" in " ".join(
-        parser(TeacherSettings).format_help().split()
+        parser(TeacherConfig).format_help().split()
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flags_stand_on_the_jobs_they_belong_to(kind):
-    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
+    flags = {"--" + field.name.replace("_", "-") for field in flags_of(kind).values()}
     other = next(k for k in KINDS if k is not kind)
     assert BOTH | OWN[kind] <= flags
     assert not flags & OWN[other]
@@ -89,16 +90,16 @@ def test_flags_stand_on_the_jobs_they_belong_to(kind):
 
 def test_values_are_read_in_their_types():
     words = "--epochs 7 --lr 1e-2 --crop-scale 0.2 0.9 --workers 3 --views 5 --alpha 0.5 --start-over --data some/where"
-    settings = read(DistillSettings, *words.split())
+    settings = read(DistillConfig, *words.split())
     assert (settings.epochs, settings.lr, settings.crop_scale, settings.workers) == (7, 0.01, (0.2, 0.9), 3)
     assert (settings.views, settings.alpha, settings.start_over, settings.data) == (5, 0.5, True, "some/where")
     assert type(settings.epochs) is int and type(settings.alpha) is float
-    assert (read(DistillSettings).workers, read(DistillSettings).start_over) == (None, False)
+    assert (read(DistillConfig).workers, read(DistillConfig).start_over) == (None, False)
 
 
 def test_settings_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        read(TeacherSettings).lr = 1.0
+        read(TeacherConfig).lr = 1.0
 
 
 # ------------------------------------------------------------------------------------------- where a value comes from
@@ -114,7 +115,7 @@ def preset(monkeypatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_typed_value_before_presets_before_default(kind, preset):
     settings = read(kind, "--preset", "test", "--lr", "0.2")
-    default = {field.name: field.default for field in dataclasses.fields(kind)}
+    default = {field.name: field.default for field in flags_of(kind).values()}
     assert settings.lr == 0.2
     assert settings.epochs == 33 != default["epochs"]
     assert settings.weight_decay == default["weight_decay"]
@@ -122,9 +123,9 @@ def test_typed_value_before_presets_before_default(kind, preset):
 
 
 def test_typed_default_still_beats_the_preset(preset):
-    default = {field.name: field.default for field in dataclasses.fields(DistillSettings)}
-    assert read(DistillSettings, "--preset", "test", "--temperature", str(default["temperature"])).temperature == 4.0
-    assert read(DistillSettings, "--preset", "test").temperature == 7.0
+    default = {field.name: field.default for field in flags_of(DistillConfig).values()}
+    assert read(DistillConfig, "--preset", "test", "--temperature", str(default["temperature"])).temperature == 4.0
+    assert read(DistillConfig, "--preset", "test").temperature == 7.0
 
 
 @pytest.mark.parametrize(
@@ -137,19 +138,19 @@ def test_typed_default_still_beats_the_preset(preset):
     ],
 )
 def test_preset_follows_the_machine_unless_named(words, has_gpu, name):
-    settings = read(TeacherSettings, *words, has_gpu=has_gpu)
+    settings = read(TeacherConfig, *words, has_gpu=has_gpu)
     assert settings.preset == name
     assert settings.image_size == PRESETS[name].teacher["image_size"]
 
 
 def test_a_short_run_has_fewer_plain_epochs_unless_they_are_typed():
     assert (
-        read(TeacherSettings, "--preset", "gpu-128px").plain_epochs
-        == PRESETS["gpu-128px"].teacher["plain_epochs"]
+        read(TeacherConfig, "--preset", "gpu-128px").no_mix_epochs
+        == PRESETS["gpu-128px"].teacher["no_mix_epochs"]
         == 25
     )
-    assert [read(TeacherSettings, "--preset", "gpu-128px", "--epochs", n).plain_epochs for n in ("40", "5")] == [4, 0]
-    assert read(TeacherSettings, "--preset", "gpu-128px", "--epochs", "40", "--plain-epochs", "40").plain_epochs == 40
+    assert [read(TeacherConfig, "--preset", "gpu-128px", "--epochs", n).no_mix_epochs for n in ("40", "5")] == [4, 0]
+    assert read(TeacherConfig, "--preset", "gpu-128px", "--epochs", "40", "--no-mix-epochs", "40").no_mix_epochs == 40
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,19 +206,19 @@ def test_presets_for_cpus_are_the_same_at_any_number_of_ranks(kind, name, words)
     ],
 )
 def test_a_rate_that_was_not_typed_is_explained(words, says):
-    assert config.origin_of_lr(read(DistillSettings, *words.split(), has_gpu=True)) == says
+    assert config.origin_of_lr(read(DistillConfig, *words.split(), has_gpu=True)) == says
 
 
 def test_a_resume_on_fewer_gpus_keeps_the_batch(monkeypatch, tmp_path):
     """Else it would be refused: --batch-size was 4096, now 1024."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
 
-    def started(ranks: int, *words: str) -> TeacherSettings:
+    def started(ranks: int, *words: str) -> TeacherConfig:
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         monkeypatch.setattr(sys, "argv", ["teacher", "--out", str(tmp_path / "run"), *words])
-        return job.read_settings(TeacherSettings, "kd_dist.teacher", "", "")
+        return job.read_config(TeacherConfig, "kd_dist.teacher", "", "")
 
-    def claimed(settings: TeacherSettings) -> bool:
+    def claimed(settings: TeacherConfig) -> bool:
         folder = RunFolder(tmp_path / "run")
         return checkpoint.claim(folder, "teacher", settings.stored(), settings.may_change, settings.start_over)
 
@@ -252,7 +253,7 @@ def test_batch_warnings():
     ],
 )
 def test_crops_and_cache_follow_from_alpha(words, crops, cache):
-    settings = read(DistillSettings, *words.split())
+    settings = read(DistillConfig, *words.split())
     assert (settings.crops, settings.cache) == (crops, cache)
     assert settings.uses_fresh_crops == (crops == "fresh")
     assert settings.resolved() == settings
@@ -266,15 +267,16 @@ def test_stored_settings_are_plain_and_whole(kind, words):
     settings = read(kind, *words.split())
     stored = settings.stored()
     assert json.loads(json.dumps(stored)) == stored
-    assert stored.keys() == {field.name for field in dataclasses.fields(kind)}
-    assert {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()} == vars(
-        settings
+    assert stored.keys() == {field.name for field in flags_of(kind).values()}
+    assert (
+        kind.of(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+        == settings
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_resume_may_change_are_settings(kind):
-    names = {field.name for field in dataclasses.fields(kind)}
+    names = {field.name for field in flags_of(kind).values()}
     assert kind.may_change <= names
     decisive = {"lr", "epochs", "batch_size", "seed", "image_size", "crop_scale", "ema", "alpha", "temperature", "loss"}
     assert not kind.may_change & decisive
@@ -309,8 +311,8 @@ BAD_ON_BOTH = [
     "--mixup nan",
     "--cutmix -0.5",
     "--cutmix nan",
-    "--plain-epochs -1",
-    "--plain-epochs 101",
+    "--no-mix-epochs -1",
+    "--no-mix-epochs 101",
     "--crop-scale 0 1",
     "--crop-scale 0.8 0.2",
     "--crop-scale 0.5 1.5",
@@ -351,8 +353,8 @@ BAD_ON_STUDENT = [
 @pytest.mark.parametrize(
     ("kind", "words"),
     [(kind, words) for kind in KINDS for words in BAD_ON_BOTH]
-    + [(TeacherSettings, words) for words in BAD_ON_TEACHER]
-    + [(DistillSettings, words) for words in BAD_ON_STUDENT],
+    + [(TeacherConfig, words) for words in BAD_ON_TEACHER]
+    + [(DistillConfig, words) for words in BAD_ON_STUDENT],
 )
 def test_bad_value_is_refused_in_one_sentence_that_names_its_flag(kind, words):
     with pytest.raises(UserError) as caught:
@@ -373,19 +375,19 @@ def test_bad_value_is_refused_in_one_sentence_that_names_its_flag(kind, words):
 )
 def test_unknown_name_is_answered_by_the_known_ones(words, known):
     with pytest.raises(UserError) as caught:
-        read(DistillSettings, *words.split())
+        read(DistillConfig, *words.split())
     assert all(name in str(caught.value) for name in known)
 
 
 def test_sentence_shows_the_value_that_was_typed():
     """Not the sum of two flags as the value of one of them."""
     with pytest.raises(UserError, match=r"--cutmix 0\.5\b"):
-        read(DistillSettings, "--cutmix", "0.5")
+        read(DistillConfig, "--cutmix", "0.5")
 
 
 def test_errors_name_a_command_that_can_be_typed():
     with pytest.raises(UserError, match=r"`python -m kd_dist\.distill --help`"):
-        read_command_line(parser_for(DistillSettings, "kd_dist.distill", "", ""), ["--wrong"])
+        read_command_line(parser_for(DistillConfig, "kd_dist.distill", "", ""), ["--wrong"])
 
 
 def test_settings_are_read_without_torch():
