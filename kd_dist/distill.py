@@ -15,7 +15,7 @@ from kd_dist import job, objectives
 from kd_dist.batches import CachedCrops
 from kd_dist.cache import Cache, SoftLabels, TopK, open_cache, require_temperature
 from kd_dist.checkpoint import RunFolder
-from kd_dist.config import DistillationConfig, DistillConfig, StudentConfig
+from kd_dist.config import OF_DATA, DistillationConfig, DistillConfig, StudentConfig, carried, command
 from kd_dist.engine import LossTerms
 from kd_dist.errors import UserError
 from kd_dist.job import Data
@@ -43,7 +43,8 @@ def main() -> None:
     with joined(config.run.device) as runtime:
         cache, data = open_inputs(config, runtime)
         folder = run(config, data, cache, runtime)
-        job.say(runtime, f"finished: {folder.model}; compare runs by python -m kd_dist.report {folder.path}")
+        report = command("kd_dist.report", folder.path)
+        job.say(runtime, f"finished: {folder.model}; compare runs by {report}")
 
 
 def require_known(distillation: DistillationConfig) -> None:
@@ -99,7 +100,8 @@ def run(
     run from others of the same config. Raises UserError, and Interrupted when `stop` or a signal asked for it.
     """
     model = require_student(config, data, runtime)
-    folder = job.claim(config, data, runtime, **learned_from(config, cache), **identity)
+    initial = job.start_from(model, config.init)
+    folder = job.claim(config, data, runtime, **learned_from(config, cache), **initial, **identity)
     with job.running(folder, runtime, stop) as stop:
         if not runtime.on_main(folder.model.exists):
             train(config, data, cache, model, folder, runtime, stop, rows, loss or loss_of)
@@ -140,8 +142,19 @@ def require_use(config: StudentConfig, cache: Cache) -> None:
     if own.views is not None and own.views > cache.views:
         raise UserError(
             f"--views {own.views}, but {cache.path} holds {cache.views}; use --views {cache.views} or less, or add "
-            f"views by `python -m kd_dist.cache extend {cache.path} --views {own.views}`."
+            f"views by {_extending(config, cache)}."
         )
+
+
+def _extending(config: StudentConfig, cache: Cache) -> str:
+    """The command that writes a cache with the views that are missing, where the teacher's weights are beside it."""
+    teacher = RunFolder(cache.path.parent).model
+    if not teacher.exists():
+        return "`python -m kd_dist.cache extend`, which needs the teacher's model.pt"
+    views = config.distillation.views
+    longer = cache.path.with_name(f"{cache.path.stem}-{views}-views.h5")
+    flags = {"teacher": teacher, "views": views, "output": longer, **carried(config, OF_DATA)}
+    return f"`{command('kd_dist.cache', 'extend', cache.path, **flags)}`"
 
 
 def require_plain_views(config: StudentConfig, cache: Cache) -> None:

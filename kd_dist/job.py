@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +49,7 @@ from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, la
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
 ALL_LABELS = LabelUse()
+LARGEST_TRIED_SIZE = 257  # pixels a side, in search of one that a network takes
 FEWEST_IMAGES_A_GPU = 128  # in a step; with fewer a GPU waits for its kernels to be launched
 RESIDENT_SHARE = 0.4  # of a GPU's free memory that pictures may take unasked; the network needs the rest
 
@@ -408,6 +409,7 @@ def _introduction(config: JobConfig, trainer: Trainer) -> str:
         f"({own.batch_size / runtime.world_size:g} images a rank), learning rate {own.lr:g}"
         f"{f' ({origin})' if origin else ''}, "
         f"{runtime.world_size} ranks on {runtime.device.type} in {trainer.compute_dtype} (preset {config.preset})"
+        f"{f', initial weights from {config.init}, a new schedule' if config.init else ''}"
     )
 
 
@@ -429,6 +431,39 @@ def batch_warnings(batch_size: int, ranks: int, device: str) -> list[str]:
     return warnings
 
 
+def start_from(model: nn.Module, init: str | None) -> dict[str, str]:
+    """Take over the weights of a run or a model.pt where --init names one, and give what binds a run to them.
+
+    Raises UserError where they are not there, are not ours, or do not fit the network.
+    """
+    if init is None:
+        return {}
+    path = Path(init)
+    path = RunFolder(path).model if path.is_dir() else path
+    given = checkpoint.load_model(path)["weights"]
+    if misfits := _misfits(model.state_dict(), given):
+        raise UserError(f"--init {path} does not fit this network: {misfits}; name the weights of the same network.")
+    model.load_state_dict(given)
+    return {"initial weights": checkpoint.weights_digest(given)}
+
+
+def _misfits(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
+    """The keys in which two sets of weights differ, in words; empty where they fit."""
+    other = [name for name in own.keys() & given.keys() if own[name].shape != given[name].shape]
+    shapes = [f"{name} (there {tuple(given[name].shape)}, here {tuple(own[name].shape)})" for name in sorted(other)]
+    kinds = {
+        "missing": sorted(own.keys() - given.keys()),
+        "not known": sorted(given.keys() - own.keys()),
+        "of another shape": shapes,
+    }
+    return ", ".join(f"{kind} {_first_names(names)}" for kind, names in kinds.items() if names)
+
+
+def _first_names(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def require_trainable(
     config: JobConfig, data: Data, model: nn.Module, runtime: Runtime, labels: LabelUse = ALL_LABELS
 ) -> None:
@@ -448,14 +483,31 @@ def require_trainable(
             f"--batch-size {batch_size} over {ranks} ranks leaves some with fewer than two of the {images} "
             "images a step; use a larger --batch-size or fewer ranks."
         )
-    size = config.augmentation.image_size
+    require_image_size(config.augmentation.image_size, model)
+
+
+def require_image_size(size: int, model: nn.Module) -> None:
+    """Raise UserError where a network cannot take images of so many pixels a side, naming the smallest size that
+    works.
+    """
+    tried = copy.deepcopy(model).eval()
+    reason = _refusal(tried, size)
+    if reason is None:
+        return
+    larger = next((side for side in range(size + 1, LARGEST_TRIED_SIZE) if _refusal(tried, side) is None), None)
+    if "allocate memory" in reason or larger is None:
+        raise UserError(f"--image-size {size} does not suit this network ({reason}); choose another one.")
+    raise UserError(f"--image-size {size} is too small for this network; the smallest that works is {larger}.")
+
+
+def _refusal(model: nn.Module, size: int) -> str | None:
+    """What torch says against an image of so many pixels a side, None where the network takes it."""
     try:
         with torch.inference_mode():
-            copy.deepcopy(model).eval()(torch.zeros(1, 3, size, size))
+            model(torch.zeros(1, 3, size, size))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        other = "smaller" if "allocate memory" in reason else "larger"
-        raise UserError(f"--image-size {size} does not suit this network ({reason}); choose a {other} one.") from error
+        return str(error).splitlines()[0]
+    return None
 
 
 class Validation:

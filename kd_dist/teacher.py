@@ -4,6 +4,7 @@ torchrun --nproc_per_node=4 -m kd_dist.teacher
 """
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from kd_dist import job, label, objectives, views
 from kd_dist.cache import open_cache
 from kd_dist.cache.format import parts_folder_of
 from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
-from kd_dist.config import TeacherConfig
+from kd_dist.config import OF_DATA, TeacherConfig, carried, command
 from kd_dist.errors import UserError
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
@@ -38,15 +39,29 @@ def main() -> None:
         torch.manual_seed(config.seed)
         model = TEACHERS[config.labelling.teacher](len(data.samples.classes))
         job.require_trainable(config, data, model, runtime)
+        initial = job.start_from(model, config.init)
         if config.labelling.views:
+            label.check_top_k(config.labelling.top_k, len(data.samples.classes))
             runtime.on_main(lambda: require_own_cache(config, target, data))
-        folder = job.claim(config, data, runtime)
+            if target.parent != Path(config.out):  # that folder is checked as it is claimed
+                runtime.on_main(lambda: require_writable(target))
+        folder = job.claim(config, data, runtime, **initial)
         with job.running(folder, runtime) as stop:
             tell_what_passed(config, folder, runtime)
             if not runtime.on_main(folder.model.exists):
                 train(config, data, model, folder, runtime, stop)
             if config.labelling.views:
                 write(config, data, target, folder, runtime, stop)
+
+
+def require_writable(target: Path) -> None:
+    """Raise UserError, before anything is trained, where the cache's folder cannot be made or written to."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--cache {target} cannot be written ({reason}); name a file in another folder.") from error
 
 
 def require_own_cache(config: TeacherConfig, target: Path, data: Data) -> None:
@@ -71,10 +86,17 @@ def require_own_cache(config: TeacherConfig, target: Path, data: Data) -> None:
             f"{target} holds {kept} logits of a row, --top-k asks for {wanted.top_k or 'all'}; name another --cache."
         )
     if cache.views != wanted.views:
-        raise UserError(
-            f"{target} holds {cache.views} views, --views asks for {wanted.views}; `python -m kd_dist.cache extend` "
-            "writes a longer one from it."
+        longer = target.with_name(f"{target.stem}-{wanted.views}-views.h5")
+        extend = command(
+            "kd_dist.cache",
+            *("extend", target),
+            teacher=folder.model,
+            views=wanted.views,
+            output=longer,
+            **carried(config, OF_DATA),
         )
+        how = f"`{extend}` writes a longer one" if wanted.views > cache.views else "name another --cache"
+        raise UserError(f"{target} holds {cache.views} views, --views asks for {wanted.views}; {how}.")
     share = views.mixed_share_of(cache.header.view_sampler)
     if share != wanted.mixed_views:
         raise UserError(
@@ -126,7 +148,7 @@ def write(
 ) -> None:
     """Write the cache, or go on with it; this run's whole one is left as it is."""
     if runtime.on_main(target.exists):
-        job.say(runtime, f"{target} is there already; `python -m kd_dist.cache info {target}` describes it")
+        job.say(runtime, f"{target} is there already; `{command('kd_dist.cache', 'info', target)}` describes it")
         return
     teacher = label.load_teacher(folder.model, runtime.device)
     job.say(
@@ -140,7 +162,7 @@ def write(
     progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
     with clocked(folder, target, runtime, progress) as progress:
         label.write_cache(target, [teacher], data, header, tables, runtime, stop, progress)
-    job.say(runtime, f"wrote {target}. Next: python -m kd_dist.distill --cache {target}")
+    job.say(runtime, f"wrote {target}. Next: {command('kd_dist.distill', cache=target, **carried(config))}")
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def test_the_jobs_name_the_group_of_a_flag(module):
     attributes = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute)]
     read = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "config"}
     flags = set().union(*(flags_of(kind) for kind in (TeacherConfig, DistillConfig)))
-    assert read & flags <= {"data", "preset", "out", "seed", "crops"}
+    assert read & flags <= {"data", "preset", "out", "seed", "init", "crops"}
     assert "out" in read
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,11 @@ from kd_dist.config import (
     PRESETS,
     DistillConfig,
     Preset,
+    StudentConfig,
+    StudyConfig,
     TeacherConfig,
+    carried,
+    command,
     flags_of,
     parser_for,
     read_command_line,
@@ -75,7 +80,7 @@ def test_help_shows_the_defaults_of_every_preset(kind):
 
 
 def test_help_shows_what_a_preset_sets_where_others_have_no_default():
-    assert "when it is not there yet [imagewoof2-160] [demo: demo]" in " ".join(
+    assert "does not hold one yet [imagewoof2-160]. [demo: demo]" in " ".join(
         parser(TeacherConfig).format_help().split()
     )
 
@@ -92,7 +97,7 @@ def test_values_are_read_in_their_types():
     words = "--epochs 7 --lr 1e-2 --crop-scale 0.2 0.9 --workers 3 --views 5 --alpha 0.5 --start-over --data some/where"
     settings = read(DistillConfig, *words.split())
     assert (settings.epochs, settings.lr, settings.crop_scale, settings.workers) == (7, 0.01, (0.2, 0.9), 3)
-    assert (settings.views, settings.alpha, settings.start_over, settings.data) == (5, 0.5, True, "some/where")
+    assert (settings.views, settings.alpha, settings.start_over, settings.data.data) == (5, 0.5, True, "some/where")
     assert type(settings.epochs) is int and type(settings.alpha) is float
     assert (read(DistillConfig).workers, read(DistillConfig).start_over) == (None, False)
 
@@ -280,6 +285,60 @@ def test_what_a_resume_may_change_are_settings(kind):
     assert kind.may_change <= names
     decisive = {"lr", "epochs", "batch_size", "seed", "image_size", "crop_scale", "ema", "alpha", "temperature", "loss"}
     assert not kind.may_change & decisive
+
+
+# ------------------------------------------------------------------------------------------------------------- composed
+
+
+@pytest.mark.parametrize("kind", [*KINDS, StudentConfig, StudyConfig])
+def test_a_flag_is_in_one_group(kind):
+    groups = [dataclasses.fields(group) for group in config.jobs.groups_of(kind).values()]
+    names = [field.name for group in groups for field in group]
+    assert len(names) == len({*names}) and {*names} <= flags_of(kind).keys()
+
+
+def test_values_by_flag_name_and_back():
+    made = DistillConfig.of(alpha=0.5, epochs=7, seed=3, data="images")
+    assert (made.distillation.alpha, made.optimisation.epochs, made.seed, made.data.data) == (0.5, 7, 3, "images")
+    assert DistillConfig.of(**made.flat()) == made
+    changed = made.changed(epochs=9, crops="cached")
+    assert (changed.optimisation.epochs, changed.crops, changed.distillation.alpha) == (9, "cached", 0.5)
+    with pytest.raises(TypeError, match="learning_rate"):
+        made.changed(learning_rate=1.0)
+    with pytest.raises(UserError, match="--epochs 0"):
+        made.changed(epochs=0)
+
+
+def test_a_study_has_neither_seed_nor_crops_of_its_own():
+    assert not {"seed", "crops"} & flags_of(StudyConfig).keys()
+    with pytest.raises(UserError, match="--seed"):
+        read(StudyConfig, "--seed", "3")
+
+
+def test_only_the_distill_job_needs_a_row_for_every_crop():
+    """A student with its teacher at hand does not, and a study's arms have crops of their own."""
+    fresh = {"alpha": 0.5, "crops": "fresh", "mixup": 0.5}
+    assert StudentConfig.of(**fresh).uses_fresh_crops and StudyConfig.of(alpha=0.5, mixup=0.5)
+    with pytest.raises(UserError, match="needs --crops cached"):
+        DistillConfig.of(**fresh)
+
+
+# ----------------------------------------------------------------------------------------------------- printed commands
+
+
+def test_a_printed_command_gives_the_values_back():
+    values = {"data": "my data", "crop_scale": (0.2, 0.9), "tune": True, "folds": 4, "fold": 0, "sha256": None}
+    line = command("kd_dist.distill", **values, start_over=False)
+    assert line == "python -m kd_dist.distill --data 'my data' --crop-scale 0.2 0.9 --tune --folds 4 --fold 0"
+    typed = read_command_line(parser(DistillConfig), shlex.split(line)[3:])
+    values.pop("sha256")
+    assert typed == {**values, "crop_scale": [0.2, 0.9]}
+
+
+def test_what_a_next_command_repeats():
+    made = read(TeacherConfig, "--preset", "demo", "--data", "a b", "--folds", "4", "--fold", "0", "--epochs", "3")
+    assert carried(made) == {"data": "a b", "folds": 4, "fold": 0, "preset": "demo"}
+    assert carried(made, config.OF_DATA) == {"data": "a b"}
 
 
 # ---------------------------------------------------------------------------------------------------------- bad values

@@ -182,7 +182,7 @@ def test_a_distilled_student_sees_all_images_and_the_labels_of_some(made, tmp_pa
 def test_another_share_is_another_run(made, tmp_path):
     command = [*student(made), "--out", tmp_path / "run"]
     call(distill.main, *command, "--label-fraction", 0.5)
-    assert "label_fraction" in refused(distill.main, *command)
+    assert "--label-fraction" in refused(distill.main, *command)
 
 
 def test_the_share_is_of_what_a_fold_leaves(made):
@@ -235,7 +235,7 @@ def test_a_studys_twins_on_fewer_labels_are_shown_as_many_pictures(made, tmp_pat
     assert settings["hard-half"]["warmup_epochs"] == 2 * settings["hard-fresh"]["warmup_epochs"]
     assert settings["half"]["label_fraction"] == settings["hard-half"]["label_fraction"] == 0.5
     table = StudyFolder(out).table.read_text()
-    assert "| as hard-fresh, with labelled 0.5 |" in table
+    assert "| as hard-fresh, with label-fraction 0.5 |" in table
 
 
 @pytest.mark.parametrize("name", ["smooth", "class-mean", "shuffled-within", "origin"])

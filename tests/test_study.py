@@ -133,7 +133,7 @@ def test_the_ends_of_smoothing():
 def test_a_class_of_one_image_has_no_other(rows):
     logits_NVK, labels_N = rows
     with pytest.raises(UserError, match="class 9 has one training image"):
-        ARMS["shuffled-within"].rows(logits_NVK, np.where(np.arange(N) == 4, 9, labels_N), SETTINGS)
+        ARMS["shuffled-within"].rows(logits_NVK, np.where(np.arange(N) == 4, 9, labels_N), ROWS)
 
 
 def test_rows_that_stay_on_file_are_read_whole_for_other_rows(made):

@@ -132,7 +132,7 @@ def test_other_val_images_are_refused(study, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("epochs", "epochs cannot be swept over; name one of cache, views, alpha, temperature, labelled, "),
+        ("epochs", "epochs cannot be swept over; name one of cache, views, alpha, temperature, label-fraction, "),
         ("loss", "loss cannot be swept over"),
         ("weight-decay", "differ in weight_decay alone and have finished runs; make variants, as in --arms cached-V "),
     ],

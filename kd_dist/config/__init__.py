@@ -1,6 +1,6 @@
 """What was asked for: `groups` of flags, the `jobs` composed of them, `presets` of defaults, and the `command_line`."""
 
-from kd_dist.config.command_line import command, flag_words, parser_for, read_command_line, resolve
+from kd_dist.config.command_line import OF_DATA, carried, command, flag_words, parser_for, read_command_line, resolve
 from kd_dist.config.groups import (
     MEAN,
     PIXELS,
@@ -23,6 +23,7 @@ from kd_dist.config.presets import PRESETS, RULE_HOLDS_TO, Preset, origin_of_lr
 
 __all__ = [
     "MEAN",
+    "OF_DATA",
     "PIXELS",
     "PRESETS",
     "RULE_HOLDS_TO",
@@ -42,6 +43,7 @@ __all__ = [
     "StudyConfig",
     "TeacherConfig",
     "bytes_of",
+    "carried",
     "check_crop_scale",
     "check_mixed_views",
     "check_seed",

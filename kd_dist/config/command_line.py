@@ -139,6 +139,20 @@ def flag_words(typed: Mapping[str, Any]) -> list[str]:
     return words
 
 
+SHARED = ("data", "release", "pixels_dir", "folds", "fold", "tune", "preset", "device")
+OF_DATA = ("data", "pixels_dir", "device")
+
+
+def carried(config: JobConfig, names: Sequence[str] = SHARED) -> dict[str, Any]:
+    """The flags that a command on the same data has to repeat: those of `names` that are neither defaults nor the
+    preset's.
+    """
+    preset = PRESETS[config.preset].of(type(config)) if config.preset else {}
+    usual = {name: preset.get(name, flags_of(type(config))[name].default) for name in names}
+    flat = config.flat()
+    return {name: flat[name] for name in names if flat[name] != usual[name]}
+
+
 def command(module: str, *words: object, **flags: Any) -> str:
     """A command that a reader can copy into a shell: `python -m module words --flags`, quoted where needed; a flag of
     value None or False is left out.

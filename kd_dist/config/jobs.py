@@ -88,9 +88,9 @@ class JobConfig:
         return {name: _plain(each.default) for name, each in flags_of(cls).items()} | dict(stored)
 
     def __getattr__(self, name: str) -> Any:
-        """A flag of a group, for the study and the launcher, which handle flags by name; the jobs name the group."""
-        for group, flag_name in () if name.startswith("_") else _places(type(self)):
-            if flag_name == name:
+        """A value of a group, for the study and the launcher, which handle flags by name; the jobs name the group."""
+        for group, kind in () if name.startswith("_") else groups_of(type(self)).items():
+            if hasattr(kind, name):
                 return getattr(getattr(self, group), name)
         raise AttributeError(f"{type(self).__name__} has no flag {name}")
 
@@ -105,6 +105,12 @@ class TeacherConfig(JobConfig):
         "runs/teacher", "Folder of this run; the same command again resumes the run.", "DIR", may_change=True
     )
     seed: int = flag(0, "Seed of weights, order, crops and flips.")
+    init: str | None = flag(
+        None,
+        "Start a new run, with a new schedule, from the weights of this run or model.pt [random weights].",
+        "RUN_OR_FILE",
+        may_change=True,
+    )
     labelling: LabellingConfig = field(default_factory=LabellingConfig)
 
     def __post_init__(self):
@@ -125,6 +131,12 @@ class StudentConfig(JobConfig):
         "runs/student", "Folder of this run; the same command again resumes the run.", "DIR", may_change=True
     )
     seed: int = flag(0, "Seed of weights, order, crops and flips.")
+    init: str | None = flag(
+        None,
+        "Start a new run, with a new schedule, from the weights of this run or model.pt [random weights].",
+        "RUN_OR_FILE",
+        may_change=True,
+    )
     crops: str | None = flag(
         None,
         "cached (the views of the cache) or fresh (new crops, hard labels alone) [fresh at --alpha 0, else cached].",

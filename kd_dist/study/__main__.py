@@ -53,7 +53,7 @@ def study(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime, stop: St
     Runs that another process is at are left to it: the same command on two machines shares the work.
     """
     files = {Path(run_settings(settings, arm, 0).cache).absolute() for arm in arms} | {Path(settings.cache).absolute()}
-    share = settings.cache_memory_bytes // len(files)  # of what is loaded whole
+    share = settings.distillation.cache_memory_bytes // len(files)  # of what is loaded whole
     cache, data = distill.open_inputs(settings.changed(cache_memory=str(share)), runtime)
     caches = caches_of(settings, arms, data, cache, share, runtime)
     online = None
