@@ -10,7 +10,7 @@ from benchmarks.measure import Goal, Row, interleaved, row
 from benchmarks.setting import Bench
 from benchmarks.steps import Steps
 from kd_dist import job, objectives
-from kd_dist.config import TeacherSettings
+from kd_dist.config import TeacherConfig
 from kd_dist.training import Trainer
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -30,9 +30,10 @@ def rates(bench: Bench) -> Iterator[Row]:
 
 
 def _teacher(bench: Bench, size: int) -> Trainer:
-    settings = bench.settings(TeacherSettings, image_size=size)
-    terms = objectives.hard(bench.classes, settings.label_smoothing)
-    return bench.trainer(settings, bench.network(settings.teacher), terms, job.fresh_crops(settings, bench.data))
+    settings = bench.settings(TeacherConfig, image_size=size)
+    terms = objectives.hard(bench.classes, settings.optimisation.label_smoothing)
+    crops = job.fresh_crops(settings.augmentation, settings.seed, bench.data)
+    return bench.trainer(settings, bench.network(settings.labelling.teacher), terms, crops)
 
 
 def _measured(bench: Bench, who: str, size: int, trainer: Trainer) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from benchmarks.measure import Arm, Goal, Row, images_per_second, interleaved, r
 from benchmarks.setting import Bench
 from benchmarks.steps import synchronise
 from kd_dist import config, job, objectives
-from kd_dist.config import DistillSettings
+from kd_dist.config import DistillConfig
 
 BATCH = 64
 CROP_SCALE = (0.35, 1.0)
@@ -65,11 +65,14 @@ class OurPath:
 
     def __init__(self, bench: Bench, size: int, workers: int):
         settings = bench.settings(
-            DistillSettings, image_size=size, batch_size=BATCH, alpha=0.0, workers=workers, crop_scale=CROP_SCALE
+            DistillConfig, image_size=size, batch_size=BATCH, alpha=0.0, workers=workers, crop_scale=CROP_SCALE
         )
         terms = objectives.hard(bench.classes, 0.0)
         self.trainer = bench.trainer(
-            settings, bench.network(settings.student), terms, job.fresh_crops(settings, bench.data)
+            settings,
+            bench.network(settings.distillation.student),
+            terms,
+            job.fresh_crops(settings.augmentation, settings.seed, bench.data),
         )
         self.epoch = 0
 

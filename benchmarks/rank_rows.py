@@ -14,7 +14,8 @@ from benchmarks.children import Child, serve, take_standard_output
 from benchmarks.measure import Goal, Row, interleaved, medians, row
 from benchmarks.setting import Bench
 from benchmarks.steps import Steps
-from kd_dist.job import DataSource, open_data
+from kd_dist.config import DataConfig
+from kd_dist.job import open_data
 from kd_dist.runtime import joined
 
 TWO_RANKS = Goal(1.9)
@@ -78,7 +79,7 @@ def main() -> None:
     told = json.loads(sys.argv[1])
     torch.set_num_threads(told["threads"])
     with joined("cpu") as runtime:
-        data = open_data(DataSource(data=told["data"]), runtime)
+        data = open_data(DataConfig(data=told["data"]), runtime)
         bench = Bench(data, runtime, Path(told["folder"]), told["threads"], told["quick"])
         steps = Steps(bench.student_trainer(), told["steps"])
         serve(lambda _: {"seconds": steps()}, answers)

@@ -4,7 +4,6 @@ Everything is made by the jobs' own code. Only the teacher is untrained: what it
 they cost.
 """
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +18,9 @@ from benchmarks.measure import Effort
 from kd_dist import config, distill, job, label
 from kd_dist.cache import BlockWriter, Cache
 from kd_dist.checkpoint import RunFolder
-from kd_dist.config import DistillSettings, TeacherSettings
+from kd_dist.config import DataConfig, DistillConfig, JobConfig, TeacherConfig
 from kd_dist.inference import compute_dtype
-from kd_dist.job import Data, DataSource
+from kd_dist.job import Data
 from kd_dist.models import STUDENTS, TEACHERS
 from kd_dist.runtime import Runtime, StopRequest
 from kd_dist.training import LossTerms, Trainer
@@ -32,17 +31,17 @@ QUICK = Effort(seconds=0, least=2, most=2)
 CALM = {"lr": 1e-4, "mixup": 0.0, "cutmix": 0.0, "seed": 0}  # an untrained teacher's logits must not make it diverge
 
 
-def source_of(data: str | None, archive: str | None, folder: Path) -> DataSource:
+def source_of(data: str | None, archive: str | None, folder: Path) -> DataConfig:
     """Where the pictures come from, first found: --data, $KD_DIST_DATA, --archive, $KD_DIST_IMAGEWOOF; else the drawn
     set.
     """
     named = data or os.environ.get("KD_DIST_DATA")
     archive = archive or os.environ.get("KD_DIST_IMAGEWOOF")
     if named:
-        return DataSource(data=named, pixels_dir=None)
+        return DataConfig(data=named, pixels_dir=None)
     if archive:
-        return DataSource(data=str(folder / "data"), archive=archive)
-    return DataSource(data=str(folder / "data"), release="demo")
+        return DataConfig(data=str(folder / "data"), archive=archive)
+    return DataConfig(data=str(folder / "data"), release="demo")
 
 
 @dataclass(frozen=True)
@@ -63,21 +62,21 @@ class Bench:
         """About so many seconds, or next to none when all is to be quick."""
         return QUICK if self.quick else Effort(seconds, least)
 
-    def settings(self, kind: type[config.Settings], **changes: Any) -> Any:
+    def settings(self, kind: type[JobConfig], **changes: Any) -> Any:
         """The machine's own preset for a job of this kind, with changes."""
         small = SMALL if self.quick else {}
         # The preset follows from the device that is measured, not from the GPUs that the machine has besides.
         return config.resolve(kind, {**CALM, **small, **changes}, has_gpu=self.on_gpu)
 
     @cached_property
-    def student(self) -> DistillSettings:
+    def student(self) -> DistillConfig:
         """The distilled student's settings."""
-        return self.settings(DistillSettings)
+        return self.settings(DistillConfig)
 
     @cached_property
-    def teacher(self) -> TeacherSettings:
+    def teacher(self) -> TeacherConfig:
         """The teacher's settings."""
-        return self.settings(TeacherSettings)
+        return self.settings(TeacherConfig)
 
     @property
     def classes(self) -> int:
@@ -91,12 +90,12 @@ class Bench:
     @cached_property
     def untrained(self) -> label.Teacher:
         """The preset's teacher as a finished run would leave it, on this device."""
-        folder = RunFolder(self.folder / f"teacher-{self.teacher.image_size}px-{self.classes}")
+        folder = RunFolder(self.folder / f"teacher-{self.teacher.augmentation.image_size}px-{self.classes}")
         if not folder.model.exists():
             folder.path.mkdir(parents=True, exist_ok=True)
             val_logits_NK = np.zeros((len(self.data.samples.val), self.classes), np.float32)
-            model = self.network(self.teacher.teacher)
-            job.keep(folder, self.teacher, self.teacher.teacher, self.data, model, val_logits_NK)
+            model = self.network(self.teacher.labelling.teacher)
+            job.keep(folder, self.teacher, self.teacher.labelling.teacher, self.data, model, val_logits_NK)
         return label.load_teacher(folder.model, self.runtime.device)
 
     @cached_property
@@ -104,7 +103,7 @@ class Bench:
         """A cache of this data, complete and checked like any other, whose logits are drawn instead of computed."""
         dtype = compute_dtype(self.runtime.device)
         teacher = self.untrained
-        header, tables = label.plan(teacher, self.data, CACHED_VIEWS, self.teacher.crop_scale, 0, dtype)
+        header, tables = label.plan(teacher, self.data, CACHED_VIEWS, self.teacher.augmentation.crop_scale, 0, dtype)
         name = f"{self.data.samples.train.fingerprint[:12]}-{teacher.row.sha256[:12]}"
         target = self.folder / f"drawn-{name}-{header.created[:19].replace(':', '')}.h5"
         if not target.exists():
@@ -113,13 +112,11 @@ class Bench:
             for block in writer.missing():
                 writer.put(block, (4 * rng.standard_normal((len(block), self.classes))).astype(np.float16))
             writer.publish()
-        return distill.open_for(dataclasses.replace(self.student, cache=str(target)))
+        return distill.open_for(self.student.changed(cache=str(target)))
 
-    def trainer(
-        self, settings: config.Settings, model: nn.Module, terms: LossTerms, crops, soft_labels=None
-    ) -> Trainer:
+    def trainer(self, settings: JobConfig, model: nn.Module, terms: LossTerms, crops, soft_labels=None) -> Trainer:
         """The jobs' own trainer under these settings."""
-        name = f"{settings.kind}-{settings.image_size}px-{id(model)}"
+        name = f"{settings.kind}-{settings.augmentation.image_size}px-{id(model)}"
         training = job.training(
             settings,
             self.data,
@@ -137,7 +134,7 @@ class Bench:
         """A student's trainer: distilled from the drawn soft labels, or as `changes` say (alpha=0: the hard-label twin
         on the same cached crops).
         """
-        settings = self.settings(DistillSettings, **{"crops": "cached", **changes})
+        settings = self.settings(DistillConfig, **{"crops": "cached", **changes})
         crops, soft_labels = distill.crops_of(settings, self.data, self.soft_labels)
         terms = distill.loss_of(settings, self.classes)
-        return self.trainer(settings, self.network(settings.student), terms, crops, soft_labels)
+        return self.trainer(settings, self.network(settings.distillation.student), terms, crops, soft_labels)

@@ -18,7 +18,7 @@ from benchmarks.setting import Bench
 from benchmarks.steps import Steps
 from kd_dist import distill, label
 from kd_dist.cache import open_cache
-from kd_dist.config import DistillSettings
+from kd_dist.config import DistillConfig
 from kd_dist.errors import UserError
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
@@ -63,7 +63,7 @@ def told(bench: Bench, data: Data) -> dict:
         "cache": str((bench.folder / "torchdistill").resolve()),
         "teacher": bench.teacher.teacher,
         "student": bench.student.student,
-        "size": bench.student.image_size,
+        "size": bench.student.augmentation.image_size,
         "batch": bench.student.batch_size,
         "lr": bench.student.lr,
         "weight_decay": bench.student.weight_decay,
@@ -114,9 +114,9 @@ class OurJob:
 
     def _write_cache(self) -> None:
         bench, teacher = self.bench, self.bench.untrained
-        teacher = replace(teacher, row=replace(teacher.row, image_size=bench.student.image_size))
-        dtype = compute_dtype(bench.runtime.device, bench.teacher.precision)
-        plan = label.plan(teacher, self.data, 1, bench.teacher.crop_scale, 0, dtype)
+        teacher = replace(teacher, row=replace(teacher.row, image_size=bench.student.augmentation.image_size))
+        dtype = compute_dtype(bench.runtime.device, bench.teacher.run.precision)
+        plan = label.plan(teacher, self.data, 1, bench.teacher.augmentation.crop_scale, 0, dtype)
         with StopRequest() as stop:
             label.write_cache(
                 self.folder / "logits.h5", [teacher], self.data, *plan, bench.runtime, stop, lambda done, total: None
@@ -124,9 +124,9 @@ class OurJob:
 
     def _train(self) -> None:
         bench = replace(self.bench, data=self.data)
-        settings = bench.settings(DistillSettings, crops="cached")
+        settings = bench.settings(DistillConfig, crops="cached")
         crops, soft_labels = distill.crops_of(settings, self.data, open_cache(self.folder / "logits.h5"))
-        model = bench.network(settings.student)
+        model = bench.network(settings.distillation.student)
         trainer = bench.trainer(settings, model, distill.loss_of(settings, bench.classes), crops, soft_labels)
         for _ in range(EPOCHS):
             Steps(trainer, trainer.steps_per_epoch)()

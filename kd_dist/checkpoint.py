@@ -27,6 +27,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -233,9 +234,12 @@ def _check_free(
     differing = [] if start_over else differences(completed(old), wanted, may_change)
     if differing:
         free = ", ".join(_flag(key) for key in sorted(may_change)) or "nothing"
+        other = "choose another --out"
+        if any(text.startswith("--epochs ") for text in differing):
+            other += f" (there, --init {shlex.quote(str(folder.path))} trains on from this run's weights)"
         raise UserError(
             f"--out {folder.path} holds a run with other settings ({'; '.join(differing)}) and a resume may change "
-            f"only {free}: type the old values, choose another --out, or add --start-over to delete that run."
+            f"only {free}: type the old values, {other}, or add --start-over to delete that run."
         )
     return True
 

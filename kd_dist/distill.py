@@ -15,9 +15,9 @@ from kd_dist import job, objectives
 from kd_dist.batches import CachedCrops
 from kd_dist.cache import Cache, SoftLabels, TopK, open_cache, require_temperature
 from kd_dist.checkpoint import RunFolder
-from kd_dist.config import DistillSettings
+from kd_dist.config import OF_DATA, DistillationConfig, DistillConfig, StudentConfig, carried, command
 from kd_dist.errors import UserError
-from kd_dist.job import Data, DataSource
+from kd_dist.job import Data
 from kd_dist.losses import NEED_LABELS, SOFT_LOSSES
 from kd_dist.models import STUDENTS
 from kd_dist.runtime import Runtime, StopRequest, joined, run_entry
@@ -27,51 +27,54 @@ from kd_dist.views import require_renderer
 DESCRIPTION = """Train a student from a cache of soft labels and the hard labels: total = alpha * soft + (1 - alpha) *
 hard. The teacher is not loaded; only its cache is read. Running the same command again resumes."""
 EPILOG = """Examples: torchrun --nproc_per_node=4 -m kd_dist.distill --cache runs/teacher/logits.h5 --alpha 0.9
---temperature 4; the hard-label twin of the same student, no cache needed: add --alpha 0 --out runs/twin."""
+--temperature 4; for the hard-label baseline of the same student, which needs no cache, add --alpha 0 --out
+runs/baseline."""
 
-Rows = Callable[[np.ndarray, np.ndarray, DistillSettings], np.ndarray]
-"""(cached logits_NVK, labels_N, settings) -> the soft labels [N, V, K] to learn from in their place."""
+Rows = Callable[[np.ndarray, np.ndarray, StudentConfig], np.ndarray]
+"""(cached logits_NVK, labels_N, config) -> the soft labels [N, V, K] to learn from in their place."""
 
-Loss = Callable[[DistillSettings, int], LossTerms]
-"""(settings, classes) -> what training minimises."""
+Loss = Callable[[StudentConfig, int], LossTerms]
+"""(config, classes) -> what training minimises."""
 
 
 def main() -> None:
-    settings = job.read_settings(DistillSettings, "kd_dist.distill", DESCRIPTION, EPILOG)
-    require_known(settings)
-    with joined(settings.device) as runtime:
-        cache, data = open_inputs(settings, runtime)
-        folder = run(settings, data, cache, runtime)
-        job.say(runtime, f"finished: {folder.model}; compare runs by python -m kd_dist.report {folder.path}")
+    config = job.read_config(DistillConfig, "kd_dist.distill", DESCRIPTION, EPILOG)
+    require_known(config.distillation)
+    with joined(config.run.device) as runtime:
+        cache, data = open_inputs(config, runtime)
+        folder = run(config, data, cache, runtime)
+        report = command("kd_dist.report", folder.path)
+        job.say(runtime, f"finished: {folder.model}; compare runs by {report}")
 
 
-def require_known(settings: DistillSettings) -> None:
+def require_known(distillation: DistillationConfig) -> None:
     """Raise UserError for a student or a loss that no table has, or a loss that needs labels which are not used."""
     for name, table in (("student", STUDENTS), ("loss", SOFT_LOSSES)):
-        if getattr(settings, name) not in table:
-            raise UserError(f"--{name} {getattr(settings, name)} is not known; choose from {', '.join(table)}.")
-    if settings.labelled < 1 and settings.alpha and SOFT_LOSSES[settings.loss] in NEED_LABELS:
+        value = getattr(distillation, name)
+        if value not in table:
+            raise UserError(f"--{name} {value} is not known; choose from {', '.join(table)}.")
+    loss, fraction = distillation.loss, distillation.label_fraction
+    if fraction < 1 and distillation.alpha and SOFT_LOSSES[loss] in NEED_LABELS:
         raise UserError(
-            f"--loss {settings.loss} needs every image's label, --labelled {settings.labelled} uses fewer; choose "
-            f"another --loss."
+            f"--loss {loss} needs every image's label, --label-fraction {fraction} uses fewer; choose another --loss."
         )
 
 
-def open_inputs(settings: DistillSettings, runtime: Runtime) -> tuple[Cache | None, Data]:
+def open_inputs(config: StudentConfig, runtime: Runtime) -> tuple[Cache | None, Data]:
     """The cache that is read, if any, and the data that it was made of. Raises UserError where one cannot be used."""
-    cache = open_for(settings)
-    data = job.open_data(DataSource.of(settings), runtime)
+    cache = open_for(config)
+    data = job.open_data(config.data, runtime)
     if cache is not None:
-        require_cache_fits(settings, data, cache)
+        require_cache_fits(config, data, cache)
         tell_unnoted(cache, runtime)
     return cache, data
 
 
-def require_cache_fits(settings: DistillSettings, data: Data, cache: Cache) -> None:
+def require_cache_fits(config: StudentConfig, data: Data, cache: Cache) -> None:
     """Raise UserError unless a cache is of this data, and of parts of it that it may be of."""
     data.require_fit(cache)
-    require_unseen(settings, data, cache)
-    require_own_partners(settings, data, cache)
+    require_unseen(config, data, cache)
+    require_own_partners(config, data, cache)
 
 
 def tell_unnoted(cache: Cache, runtime: Runtime) -> None:
@@ -81,7 +84,7 @@ def tell_unnoted(cache: Cache, runtime: Runtime) -> None:
 
 
 def run(
-    settings: DistillSettings,
+    config: StudentConfig,
     data: Data,
     cache: Cache | None,
     runtime: Runtime,
@@ -93,75 +96,87 @@ def run(
 ) -> RunFolder:
     """Train one student in its folder, or go on with it; one that is trained already is left as it is.
 
-    `rows` makes soft labels from the cache's, `loss` replaces the one that the settings name; `identity` tells this
-    run from others of the same settings. Raises UserError, and Interrupted when `stop` or a signal asked for it.
+    `rows` makes soft labels from the cache's, `loss` replaces the one that the config names; `identity` tells this
+    run from others of the same config. Raises UserError, and Interrupted when `stop` or a signal asked for it.
     """
-    model = require_student(settings, data, runtime)
-    folder = job.claim(settings, data, runtime, **learned_from(settings, cache), **identity)
+    model = require_student(config, data, runtime)
+    initial = job.start_from(model, config.init)
+    folder = job.claim(config, data, runtime, **learned_from(config, cache), **initial, **identity)
     with job.running(folder, runtime, stop) as stop:
         if not runtime.on_main(folder.model.exists):
-            train(settings, data, cache, model, folder, runtime, stop, rows, loss or loss_of)
+            train(config, data, cache, model, folder, runtime, stop, rows, loss or loss_of)
     return folder
 
 
-def require_student(settings: DistillSettings, data: Data, runtime: Runtime) -> nn.Module:
+def require_student(config: StudentConfig, data: Data, runtime: Runtime) -> nn.Module:
     """The student with its first weights. Raises UserError where batch, pictures, ranks and network do not fit."""
-    torch.manual_seed(settings.seed)
-    model = STUDENTS[settings.student](len(data.samples.classes))
-    job.require_trainable(settings, data, model, runtime)
+    torch.manual_seed(config.seed)
+    model = STUDENTS[config.distillation.student](len(data.samples.classes))
+    job.require_trainable(config, data, model, runtime, config.distillation.labels)
     return model
 
 
-def learned_from(settings: DistillSettings, cache: Cache | None) -> dict[str, str]:
+def learned_from(config: StudentConfig, cache: Cache | None) -> dict[str, str]:
     """What binds a run to its cache. On fresh crops one is read for the agreement alone: no weight depends on it."""
-    return {} if settings.uses_fresh_crops else {"cache digest": cache.digest}
+    return {} if config.uses_fresh_crops else {"cache digest": cache.digest}
 
 
-def open_for(settings: DistillSettings) -> Cache | None:
+def open_for(config: StudentConfig) -> Cache | None:
     """The cache this run reads, checked; None where it reads none. Raises UserError where it cannot be used."""
-    if settings.cache is None:
+    if config.distillation.cache is None:
         return None
-    cache = open_cache(Path(settings.cache), settings.cache_memory_bytes)
-    require_use(settings, cache)
+    cache = open_cache(Path(config.distillation.cache), config.distillation.cache_memory_bytes)
+    require_use(config, cache)
     return cache
 
 
-def require_use(settings: DistillSettings, cache: Cache) -> None:
-    """Raise UserError where a run cannot use a cache as its settings want to."""
-    if cache.header.top_k and settings.alpha:
-        require_temperature(temperature_of(settings), cache.path)
+def require_use(config: StudentConfig, cache: Cache) -> None:
+    """Raise UserError where a run cannot use a cache as its config wants to."""
+    own = config.distillation
+    if cache.header.top_k and own.alpha:
+        require_temperature(temperature_of(own), cache.path)
     require_renderer(cache.header.renderer, cache.path)
-    if settings.alpha:
-        cache.check_loss(settings.loss, settings.temperature)
-    require_plain_views(settings, cache)
-    if settings.views is not None and settings.views > cache.views:
+    if own.alpha:
+        cache.check_loss(own.loss, own.temperature)
+    require_plain_views(config, cache)
+    if own.views is not None and own.views > cache.views:
         raise UserError(
-            f"--views {settings.views}, but {cache.path} holds {cache.views}; use --views {cache.views} or less, or "
-            "add views by "
-            f"`python -m kd_dist.cache extend {cache.path} --views {settings.views}`."
+            f"--views {own.views}, but {cache.path} holds {cache.views}; use --views {cache.views} or less, or add "
+            f"views by {_extending(config, cache)}."
         )
 
 
-def require_plain_views(settings: DistillSettings, cache: Cache) -> None:
+def _extending(config: StudentConfig, cache: Cache) -> str:
+    """The command that writes a cache with the views that are missing, where the teacher's weights are beside it."""
+    teacher = RunFolder(cache.path.parent).model
+    if not teacher.exists():
+        return "`python -m kd_dist.cache extend`, which needs the teacher's model.pt"
+    views = config.distillation.views
+    longer = cache.path.with_name(f"{cache.path.stem}-{views}-views.h5")
+    flags = {"teacher": teacher, "views": views, "output": longer, **carried(config, OF_DATA)}
+    return f"`{command('kd_dist.cache', 'extend', cache.path, **flags)}`"
+
+
+def require_plain_views(config: StudentConfig, cache: Cache) -> None:
     """Raise UserError where the last epochs are to show plain views of a cache whose drawn views are all mixed."""
     mixed = cache.split("train").mixed
-    if mixed is None or not settings.plain_epochs or settings.uses_fresh_crops:
+    if mixed is None or not config.augmentation.no_mix_epochs or config.uses_fresh_crops:
         return
-    drawn = min(settings.views or cache.views, cache.views) - 1
+    drawn = min(config.distillation.views or cache.views, cache.views) - 1
     if 0 < drawn == len(mixed.first(drawn + 1).mixed_views()):
         raise UserError(
-            f"--plain-epochs {settings.plain_epochs}, but all drawn views of {cache.path} that are used are mixed; use "
-            "--plain-epochs 0, or a cache with plain views."
+            f"--no-mix-epochs {config.augmentation.no_mix_epochs}, but all drawn views of {cache.path} that are used "
+            "are mixed; use --no-mix-epochs 0, or a cache with plain views."
         )
 
 
-def require_unseen(settings: DistillSettings, data: Data, cache: Cache) -> None:
+def require_unseen(config: StudentConfig, data: Data, cache: Cache) -> None:
     """Under --tune the soft labels have to come from teachers that never saw the part that the student is scored on.
 
     Raises UserError otherwise.
     """
-    fold = job.fold_for(settings, data)
-    if not settings.tune or settings.alpha == 0:
+    fold = job.fold_for(config.split, data)
+    if not config.split.tune or config.distillation.alpha == 0:
         return
     for number in np.unique(cache.split("train").teacher_N[fold.train_M]):
         row = cache.header.teachers[number]
@@ -172,10 +187,10 @@ def require_unseen(settings: DistillSettings, data: Data, cache: Cache) -> None:
             )
 
 
-def require_own_partners(settings: DistillSettings, data: Data, cache: Cache) -> None:
+def require_own_partners(config: StudentConfig, data: Data, cache: Cache) -> None:
     """Raise UserError where a part of train is left out and a cached mixed view would show an image of it."""
-    fold, mixed = job.fold_for(settings, data), cache.split("train").mixed
-    if fold is None or mixed is None or settings.uses_fresh_crops:
+    fold, mixed = job.fold_for(config.split, data), cache.split("train").mixed
+    if fold is None or mixed is None or config.uses_fresh_crops:
         return
     for view in mixed.mixed_views():
         if np.isin(mixed.in_view(view)[0][fold.train_M], fold.held_out_M).any():
@@ -186,7 +201,7 @@ def require_own_partners(settings: DistillSettings, data: Data, cache: Cache) ->
 
 
 def train(
-    settings: DistillSettings,
+    config: StudentConfig,
     data: Data,
     cache: Cache | None,
     model: nn.Module,
@@ -197,33 +212,34 @@ def train(
     loss: Loss,
 ) -> None:
     """Train the student, and keep its weights, its logits and the name of the cache it learned from."""
-    crops, logits_NVK = crops_of(settings, data, cache)
+    crops, logits_NVK = crops_of(config, data, cache)
     if rows is not None:
-        logits_NVK = _made_of_members(rows, logits_NVK, data, settings)
+        logits_NVK = _made_of_members(rows, logits_NVK, data, config)
     training = job.training(
-        settings,
+        config,
         data,
         runtime,
         folder,
         model,
-        loss(settings, len(data.samples.classes)),
+        loss(config, len(data.samples.classes)),
         crops,
         logits_NVK=logits_NVK,
+        labels=config.distillation.labels,
         stop=stop,
         cache=cache,
     )
     model, logits_MK = training.run()
     facts = {"cache": described(cache)} if cache else {}
-    runtime.on_main(lambda: job.keep(folder, settings, settings.student, data, model, logits_MK, **facts))
+    runtime.on_main(lambda: job.keep(folder, config, config.distillation.student, data, model, logits_MK, **facts))
 
 
-def _made_of_members(rows: Rows, logits_NVK: SoftLabels, data: Data, settings: DistillSettings) -> np.ndarray:
+def _made_of_members(rows: Rows, logits_NVK: SoftLabels, data: Data, config: StudentConfig) -> np.ndarray:
     """Soft labels [N, V, K] made from the rows that are trained on; a part of train that is left out has zeros."""
-    labels_N, fold = data.samples.train.labels_N, job.fold_for(settings, data)
+    labels_N, fold = data.samples.train.labels_N, job.fold_for(config.split, data)
     logits_NVK = in_memory(logits_NVK)
     if fold is None:
-        return rows(logits_NVK, labels_N, settings)
-    made_MVK = rows(logits_NVK[fold.train_M], labels_N[fold.train_M], settings)
+        return rows(logits_NVK, labels_N, config)
+    made_MVK = rows(logits_NVK[fold.train_M], labels_N[fold.train_M], config)
     all_NVK = np.zeros((len(labels_N), *made_MVK.shape[1:]), made_MVK.dtype)
     all_NVK[fold.train_M] = made_MVK
     return all_NVK
@@ -241,31 +257,31 @@ def in_memory(logits_NVK: SoftLabels) -> np.ndarray:
     return whole_NVK
 
 
-def loss_of(settings: DistillSettings, classes: int) -> LossTerms:
-    """The loss that the settings name; at alpha 0 the soft term is not computed."""
-    if settings.alpha == 0:
-        return objectives.hard(classes, settings.label_smoothing)
-    soft_loss = SOFT_LOSSES[settings.loss]
-    return objectives.distilled(classes, settings.label_smoothing, soft_loss, settings.alpha, settings.temperature)
+def loss_of(config: StudentConfig, classes: int) -> LossTerms:
+    """The loss that the config names; at alpha 0 the soft term is not computed."""
+    own, smoothing = config.distillation, config.optimisation.label_smoothing
+    if own.alpha == 0:
+        return objectives.hard(classes, smoothing)
+    return objectives.distilled(classes, smoothing, SOFT_LOSSES[own.loss], own.alpha, own.temperature)
 
 
-def crops_of(settings: DistillSettings, data: Data, cache: Cache | None):
+def crops_of(config: StudentConfig, data: Data, cache: Cache | None):
     """The rule for crops, and the soft labels [N, V, K] that go with them (None where no soft loss is computed)."""
-    if settings.uses_fresh_crops:
-        return job.fresh_crops(settings, data), None
+    if config.uses_fresh_crops:
+        return job.fresh_crops(config.augmentation, config.seed, data), None
     rows = cache.split("train")
-    used = slice(settings.views)
-    mixed = rows.mixed and rows.mixed.first(settings.views)
-    crops = CachedCrops(rows.box_NV4[:, used], rows.flip_NV[:, used], settings.seed, mixed, settings.blended_epochs)
-    if not settings.alpha:
+    used = slice(config.distillation.views)
+    mixed = rows.mixed and rows.mixed.first(config.distillation.views)
+    crops = CachedCrops(rows.box_NV4[:, used], rows.flip_NV[:, used], config.seed, mixed, config.mixed_epochs)
+    if not config.distillation.alpha:
         return crops, None
     logits_NVK = rows.logits_NVK[:, used]
-    return crops, logits_NVK.at(temperature_of(settings)) if isinstance(logits_NVK, TopK) else logits_NVK
+    return crops, logits_NVK.at(temperature_of(config.distillation)) if isinstance(logits_NVK, TopK) else logits_NVK
 
 
-def temperature_of(settings: DistillSettings) -> float:
+def temperature_of(distillation: DistillationConfig) -> float:
     """The temperature at which the soft loss looks at the teacher: `mse` is the limit of the others for infinity."""
-    return math.inf if settings.loss == "mse" else settings.temperature
+    return math.inf if distillation.loss == "mse" else distillation.temperature
 
 
 def described(cache: Cache) -> dict:

@@ -4,12 +4,11 @@ train, keep the result.
 
 import contextlib
 import copy
-import dataclasses
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +17,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import checkpoint, config, endings, views
+from kd_dist import checkpoint, endings, views
 from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
 from kd_dist.cache import Cache, SoftLabels
 from kd_dist.checkpoint import RunFolder
-from kd_dist.config import Settings
+from kd_dist.config import (
+    MEAN,
+    RULE_HOLDS_TO,
+    STD,
+    AugmentationConfig,
+    DataConfig,
+    JobConfig,
+    LabelUse,
+    SplitConfig,
+    origin_of_lr,
+    parser_for,
+    read_command_line,
+    resolve,
+)
 from kd_dist.cores import available_cores
 from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
 from kd_dist.errors import UserError
@@ -32,7 +44,7 @@ from kd_dist.losses import UNKNOWN
 from kd_dist.models import count_weights
 from kd_dist.pixels import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
 from kd_dist.resident import ResidentPixels, free_bytes
-from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank
+from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, launched_world_size
 from kd_dist.training import HEARTBEAT_SECONDS, Execution, LossTerms, Optimisation, Trainer
 
 AfterEpoch = Callable[[int, nn.Module, dict[str, float]], None]
@@ -40,15 +52,25 @@ AfterEpoch = Callable[[int, nn.Module, dict[str, float]], None]
 
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
+ALL_LABELS = LabelUse()
+LARGEST_TRIED_SIZE = 257  # pixels a side, in search of one that a network takes
+FEWEST_IMAGES_A_GPU = 128  # in a step; with fewer a GPU waits for its kernels to be launched
 RESIDENT_SHARE = 0.4  # of a GPU's free memory that pictures may take unasked; the network needs the rest
 
 
-def read_settings(kind: type[Settings], prog: str, description: str, epilog: str) -> Settings:
-    """The settings this process was started with. --help prints once, however many ranks."""
-    parser = config.parser_for(kind, prog, description, epilog)
+def read_config(kind: type[JobConfig], prog: str, description: str, epilog: str) -> JobConfig:
+    """The config that this process was started with. --help prints once, however many ranks.
+
+    A resume at another number of ranks keeps the batch size that the run's folder holds. All ranks look there before
+    the rendezvous; rank 0 writes the file of a new run after it.
+    """
+    parser = parser_for(kind, prog, description, epilog)
     if {"-h", "--help"} & set(sys.argv[1:]) and launched_rank() != 0:
         sys.exit(0)
-    return config.resolve(kind, config.read_command_line(parser), torch.cuda.is_available())
+    typed = read_command_line(parser)
+    folder = RunFolder(Path(typed.get("out", kind.out)))
+    stored = checkpoint.read_settings(folder)[1] if folder.settings.exists() else None
+    return resolve(kind, typed, torch.cuda.is_available(), launched_world_size(), stored)
 
 
 @dataclass(frozen=True)
@@ -69,27 +91,27 @@ class Data:
         return self.samples.split(name), self.pixels[name]
 
 
-def fold_for(settings: Settings, data: Data) -> Fold | None:
-    """The part of train that the settings leave out, None where they leave none out. Raises UserError."""
-    if settings.fold is None:
+def fold_for(split: SplitConfig, data: Data) -> Fold | None:
+    """The fold of train that is left out, None where none is. Raises UserError."""
+    if split.fold is None:
         return None
     train = data.samples.train
-    return fold_of(train.labels_N, train.sha256_N32, settings.fold, settings.folds)
+    return fold_of(train.labels_N, train.sha256_N32, split.fold, split.folds)
 
 
-def members_of(settings: Settings, data: Data) -> np.ndarray | None:
+def members_of(split: SplitConfig, labels: LabelUse, data: Data) -> np.ndarray | None:
     """The rows of train that are trained on, int64 and sorted; None for all. Raises UserError as fold_for does."""
-    if settings.labelled < 1 and settings.learns_from_labels_alone:
-        return labelled_of(settings, data)
-    fold = fold_for(settings, data)
+    if labels.fraction < 1 and labels.alone:
+        return labelled_of(split, labels, data)
+    fold = fold_for(split, data)
     return None if fold is None else fold.train_M
 
 
-def labelled_of(settings: Settings, data: Data) -> np.ndarray:
-    """The rows of train whose labels are used, int64 and sorted: --labelled of what --fold leaves."""
-    train, fold = data.samples.train, fold_for(settings, data)
+def labelled_of(split: SplitConfig, labels: LabelUse, data: Data) -> np.ndarray:
+    """The rows of train whose labels are used, int64 and sorted: --label-fraction of what --fold leaves."""
+    train, fold = data.samples.train, fold_for(split, data)
     rows_M = np.arange(len(train)) if fold is None else fold.train_M
-    return rows_M[labelled_rows(train.labels_N[rows_M], train.sha256_N32[rows_M], settings.labelled)]
+    return rows_M[labelled_rows(train.labels_N[rows_M], train.sha256_N32[rows_M], labels.fraction)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +127,11 @@ class Scored:
     samples: SampleList
 
 
-def scored_on(settings: Settings, data: Data) -> Scored:
+def scored_on(split: SplitConfig, data: Data) -> Scored:
     """val, or under --tune the part of train that is left out."""
-    if not settings.tune:
+    if not split.tune:
         return Scored("val", "val", np.arange(len(data.samples.val)), data.samples.val)
-    fold = fold_for(settings, data)
+    fold = fold_for(split, data)
     return Scored("tune", "train", fold.held_out_M, data.samples.train.at(fold.held_out_M, fold.name))
 
 
@@ -132,24 +154,7 @@ def progress_lines(runtime: Runtime, what: str) -> Callable[[int, int], None]:
     return progress
 
 
-@dataclass(frozen=True)
-class DataSource:
-    """Where the data is, or is to be fetched from, as the flags of the same names say."""
-
-    data: str | None = None
-    release: str | None = None
-    archive: str | None = None
-    sha256: str | None = None
-    pixels: str = "auto"
-    pixels_dir: str | None = None
-
-    @classmethod
-    def of(cls, settings: Settings) -> "DataSource":
-        """The fields are settings of the same names."""
-        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
-
-
-def open_data(source: DataSource, runtime: Runtime) -> Data:
+def open_data(source: DataConfig, runtime: Runtime) -> Data:
     """Find the data (fetching it where that is allowed), list it, and decode it, each once a node; then place the
     pictures.
 
@@ -193,7 +198,7 @@ def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str
     return {name: ResidentPixels(split, runtime.device) for name, split in pixels.items()}
 
 
-def _find(source: DataSource, runtime: Runtime) -> Path:
+def _find(source: DataConfig, runtime: Runtime) -> Path:
     typed = source.data or os.environ.get("KD_DIST_DATA")
     progress = _progress_by_name(runtime)
     return locate(
@@ -211,26 +216,25 @@ def _progress_by_name(runtime: Runtime):
     return progress
 
 
-def claim(settings: Settings, data: Data, runtime: Runtime, **identity: str) -> RunFolder:
+def claim(config: JobConfig, data: Data, runtime: Runtime, **identity: str) -> RunFolder:
     """Take the run folder for this run; raises UserError on every rank where it holds something else.
 
-    The data's fingerprints and `identity` are kept with the settings, so that a run is not gone on with on other data.
+    The data's fingerprints and `identity` are kept with the config, so that a run is not gone on with on other data.
     Claim when all else has been checked: a typo must not bind the folder, nor a refusal mark a finished run as failed.
     """
-    folder = RunFolder(Path(settings.out))
-    stored = stored_settings(settings, data, **identity)
+    folder = RunFolder(Path(config.out))
+    stored = stored_settings(config, data, **identity)
+    start_over = config.run.start_over
     runtime.on_main(
-        lambda: checkpoint.claim(
-            folder, settings.kind, stored, settings.may_change, settings.start_over, settings.completed
-        )
+        lambda: checkpoint.claim(folder, config.kind, stored, config.may_change, start_over, config.completed)
     )
     return folder
 
 
-def stored_settings(settings: Settings, data: Data, **identity: str) -> dict[str, object]:
-    """What a run folder keeps of the settings, and what else its run is bound to."""
+def stored_settings(config: JobConfig, data: Data, **identity: str) -> dict[str, object]:
+    """What a run folder keeps of the config, and what else its run is bound to."""
     fingerprints = {f"{split} data": data.samples.split(split).fingerprint for split in ("train", "val")}
-    return {**settings.stored(), **fingerprints, **identity}
+    return {**config.stored(), **fingerprints, **identity}
 
 
 @contextlib.contextmanager
@@ -284,9 +288,9 @@ def heartbeat(folder: RunFolder, runtime: Runtime, then: Callable[[int, int], No
     return progress
 
 
-def workers_for(settings: Settings, runtime: Runtime) -> int:
-    """Loader processes of a rank: as typed, else none on a CPU, which has no core to spare, and up to 8 on a GPU."""
-    return spare_cores(runtime) if settings.workers is None else settings.workers
+def workers_for(workers: int | None, runtime: Runtime) -> int:
+    """Loader processes of a rank: `workers`, else none on a CPU, which has no core to spare, and up to 8 on a GPU."""
+    return spare_cores(runtime) if workers is None else workers
 
 
 def spare_cores(runtime: Runtime) -> int:
@@ -301,32 +305,35 @@ def software() -> str:
     return f"kd_dist, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def fresh_crops(settings: Settings, data: Data) -> FreshCrops:
+def fresh_crops(augmentation: AugmentationConfig, seed: int, data: Data) -> FreshCrops:
     """A new crop of every training image in every epoch."""
-    return FreshCrops(data.pixels["train"].sizes_N2, settings.crop_scale, settings.seed)
+    return FreshCrops(data.pixels["train"].sizes_N2, augmentation.crop_scale, seed)
 
 
 @dataclass(frozen=True)
 class Training:
-    """A trainer with all that the settings say put into it, and the validation it calls."""
+    """A trainer as its config says, and the validation it calls."""
 
-    settings: Settings
+    config: JobConfig
     trainer: Trainer
     validation: "Validation"
     stop: StopRequest
 
     def run(self) -> tuple[nn.Module, np.ndarray]:
         """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
-        [M, K] of the images it is scored on, val unless the settings say otherwise.
+        [M, K] of the images it is scored on, val unless the config says otherwise.
         """
-        say(self.trainer.runtime, _introduction(self.settings, self.trainer))
+        runtime = self.trainer.runtime
+        say(runtime, _introduction(self.config, self.trainer))
+        for warning in batch_warnings(self.config.optimisation.batch_size, runtime.world_size, runtime.device.type):
+            say(runtime, f"warning: {warning}")
         self.trainer.run(self.stop)
         model = self.trainer.evaluated_model
         return model, self.validation.logits(model)
 
 
 def training(
-    settings: Settings,
+    config: JobConfig,
     data: Data,
     runtime: Runtime,
     folder: RunFolder,
@@ -335,16 +342,18 @@ def training(
     views_of_epoch: FreshCrops | CachedCrops,
     *,
     logits_NVK: SoftLabels | None = None,
+    labels: LabelUse = ALL_LABELS,
     stop: StopRequest,
     cache: Cache | None = None,
     after_epoch: AfterEpoch | None = None,
 ) -> Training:
-    """What trains this model on this data under these settings, ready to run.
+    """What trains this model on this data as `config` says, ready to run.
 
     `cache` adds agreement with the teacher to the metrics.
     """
-    train_data = _train_data(settings, data, views_of_epoch, logits_NVK)
-    validation = Validation(settings, data, runtime, cache)
+    train_data = _train_data(config, labels, data, views_of_epoch, logits_NVK)
+    image_size, precision = config.augmentation.image_size, config.run.precision
+    validation = Validation(scored_on(config.split, data), data, runtime, image_size, precision, cache)
 
     def evaluate(epoch: int, model: nn.Module) -> dict[str, float]:
         metrics = validation.metrics(model)
@@ -357,108 +366,190 @@ def training(
         train_data,
         loss_terms,
         evaluate,
-        optimisation_of(settings),
-        execution_of(settings, runtime),
+        optimisation_of(config),
+        execution_of(config, runtime),
         runtime,
         folder,
     )
-    return Training(settings, trainer, validation, stop)
+    return Training(config, trainer, validation, stop)
 
 
 def _train_data(
-    settings: Settings, data: Data, views_of_epoch: FreshCrops | CachedCrops, logits_NVK: SoftLabels | None
+    config: JobConfig,
+    labels: LabelUse,
+    data: Data,
+    views_of_epoch: FreshCrops | CachedCrops,
+    logits_NVK: SoftLabels | None,
 ) -> TrainData:
     samples, pixels = data.split("train")
     labels_N = samples.labels_N
-    if settings.labelled < 1:
+    if labels.fraction < 1:
         labels_N = np.full_like(samples.labels_N, UNKNOWN)
-        used_M = labelled_of(settings, data)
+        used_M = labelled_of(config.split, labels, data)
         labels_N[used_M] = samples.labels_N[used_M]
     return TrainData(
         pixels=pixels,
         labels_N=labels_N,
         views_of_epoch=views_of_epoch,
-        image_size=settings.image_size,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        mixup=settings.mixup,
-        cutmix=settings.cutmix,
+        image_size=config.augmentation.image_size,
+        batch_size=config.optimisation.batch_size,
+        seed=config.seed,
+        mixup=config.augmentation.mixup,
+        cutmix=config.augmentation.cutmix,
         logits_NVK=logits_NVK,
-        members_M=members_of(settings, data),
-        blended_epochs=settings.blended_epochs,
+        members_M=members_of(config.split, labels, data),
+        blended_epochs=config.mixed_epochs,
     )
 
 
-def optimisation_of(settings: Settings) -> Optimisation:
-    """The fields are settings of the same names."""
-    return Optimisation(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Optimisation)})
+def optimisation_of(config: JobConfig) -> Optimisation:
+    """How long and how fast to train."""
+    own = config.optimisation
+    return Optimisation(own.epochs, own.lr, own.weight_decay, own.warmup_epochs, own.ema, config.seed)
 
 
-def execution_of(settings: Settings, runtime: Runtime) -> Execution:
-    """How the work is done, as the settings say and this machine allows."""
+def execution_of(config: JobConfig, runtime: Runtime) -> Execution:
+    """How the work is done, as the config says and this machine allows."""
+    own = config.run
     return Execution(
-        config.MEAN,
-        config.STD,
-        workers=workers_for(settings, runtime),
-        precision=settings.precision,
-        checkpoint_minutes=settings.checkpoint_minutes,
-        profile=settings.profile,
+        MEAN,
+        STD,
+        workers=workers_for(own.workers, runtime),
+        precision=own.precision,
+        checkpoint_minutes=own.checkpoint_minutes,
+        profile=own.profile,
     )
 
 
-def _introduction(settings: Settings, trainer: Trainer) -> str:
+def _introduction(config: JobConfig, trainer: Trainer) -> str:
     data, runtime = trainer.data, trainer.runtime
     unknown = int((data.labels_N == UNKNOWN).sum())
     labels = f" ({len(data.labels_N) - unknown:,} labels used)" if unknown else ""
+    own, origin = config.optimisation, origin_of_lr(config)
     return (
-        f"{settings.kind}: {count_weights(trainer.model):,} weights, {len(data):,} images{labels} at "
-        f"{data.image_size} px, {settings.epochs} epochs of {data.steps_per_epoch} steps, "
-        f"{runtime.world_size} ranks on {runtime.device.type} in {trainer.compute_dtype} (preset {settings.preset})"
+        f"{config.kind}: {count_weights(trainer.model):,} weights, {len(data):,} images{labels} at "
+        f"{data.image_size} px, {own.epochs} epochs of {data.steps_per_epoch} steps, batch {own.batch_size} "
+        f"({own.batch_size / runtime.world_size:g} images a rank), learning rate {own.lr:g}"
+        f"{f' ({origin})' if origin else ''}, "
+        f"{runtime.world_size} ranks on {runtime.device.type} in {trainer.compute_dtype} (preset {config.preset})"
+        f"{f', initial weights from {config.init}, a new schedule' if config.init else ''}"
     )
 
 
-def require_trainable(settings: Settings, data: Data, model: nn.Module, runtime: Runtime) -> None:
-    """Raise UserError where the batch does not suit the data and the ranks, or the picture size the network."""
-    members_M = members_of(settings, data)
+def batch_warnings(batch_size: int, ranks: int, device: str) -> list[str]:
+    """What speaks against a batch of so many images over all ranks: too few on each GPU, or more than the rule for the
+    learning rate was shown for.
+    """
+    warnings = []
+    if device == "cuda" and batch_size / ranks < FEWEST_IMAGES_A_GPU:
+        warnings.append(
+            f"{batch_size / ranks:g} images a rank keep no GPU busy, {FEWEST_IMAGES_A_GPU} or more do; use fewer GPUs "
+            "or a larger --batch-size"
+        )
+    if batch_size > RULE_HOLDS_TO:
+        warnings.append(
+            f"linear scaling of the learning rate was shown up to {RULE_HOLDS_TO} images a step, this is "
+            f"{batch_size}; try other values of --lr"
+        )
+    return warnings
+
+
+def start_from(model: nn.Module, init: str | None) -> dict[str, str]:
+    """Take over the weights of a run or a model.pt where --init names one, and give what binds a run to them.
+
+    Raises UserError where they are not there, are not ours, or do not fit the network.
+    """
+    if init is None:
+        return {}
+    path = Path(init)
+    path = RunFolder(path).model if path.is_dir() else path
+    given = checkpoint.load_model(path)["weights"]
+    if misfits := _misfits(model.state_dict(), given):
+        raise UserError(f"--init {path} does not fit this network: {misfits}; name the weights of the same network.")
+    model.load_state_dict(given)
+    return {"initial weights": checkpoint.weights_digest(given)}
+
+
+def _misfits(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
+    """The keys in which two sets of weights differ, in words; empty where they fit."""
+    other = [name for name in own.keys() & given.keys() if own[name].shape != given[name].shape]
+    shapes = [f"{name} (there {tuple(given[name].shape)}, here {tuple(own[name].shape)})" for name in sorted(other)]
+    kinds = {
+        "missing": sorted(own.keys() - given.keys()),
+        "not known": sorted(given.keys() - own.keys()),
+        "of another shape": shapes,
+    }
+    return ", ".join(f"{kind} {_first_names(names)}" for kind, names in kinds.items() if names)
+
+
+def _first_names(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def require_trainable(
+    config: JobConfig, data: Data, model: nn.Module, runtime: Runtime, labels: LabelUse = ALL_LABELS
+) -> None:
+    """Raise UserError where the batch does not suit the data and the ranks, or the image size the network."""
+    members_M = members_of(config.split, labels, data)
     images, ranks = len(data.samples.train if members_M is None else members_M), runtime.world_size
-    if settings.batch_size > images:
+    batch_size = config.optimisation.batch_size
+    if batch_size > images:
         raise UserError(
-            f"--batch-size {settings.batch_size} is larger than the {images} training images"
-            f"{f' that --labelled {settings.labelled:g} leaves' if settings.labelled < 1 else ''}; use --batch-size "
+            f"--batch-size {batch_size} is larger than the {images} training images"
+            f"{f' that --label-fraction {labels.fraction:g} leaves' if labels.fraction < 1 else ''}; use --batch-size "
             f"{images} or less."
         )
-    steps = steps_in_epoch(images, settings.batch_size)
+    steps = steps_in_epoch(images, batch_size)
     if images // steps < 2 * ranks:
         raise UserError(
-            f"--batch-size {settings.batch_size} over {ranks} ranks leaves some with fewer than two of the {images} "
+            f"--batch-size {batch_size} over {ranks} ranks leaves some with fewer than two of the {images} "
             "images a step; use a larger --batch-size or fewer ranks."
         )
+    require_image_size(config.augmentation.image_size, model)
+
+
+def require_image_size(size: int, model: nn.Module) -> None:
+    """Raise UserError where a network cannot take images of so many pixels a side, naming the smallest size that
+    works.
+    """
+    tried = copy.deepcopy(model).eval()
+    reason = _refusal(tried, size)
+    if reason is None:
+        return
+    larger = next((side for side in range(size + 1, LARGEST_TRIED_SIZE) if _refusal(tried, side) is None), None)
+    if "allocate memory" in reason or larger is None:
+        raise UserError(f"--image-size {size} does not suit this network ({reason}); choose another one.")
+    raise UserError(f"--image-size {size} is too small for this network; the smallest that works is {larger}.")
+
+
+def _refusal(model: nn.Module, size: int) -> str | None:
+    """What torch says against an image of so many pixels a side, None where the network takes it."""
     try:
         with torch.inference_mode():
-            copy.deepcopy(model).eval()(torch.zeros(1, 3, settings.image_size, settings.image_size))
+            model(torch.zeros(1, 3, size, size))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        other = "smaller" if "allocate memory" in reason else "larger"
-        raise UserError(
-            f"--image-size {settings.image_size} does not suit this network ({reason}); choose a {other} one."
-        ) from error
+        return str(error).splitlines()[0]
+    return None
 
 
 class Validation:
     """The images a run is scored on in their evaluation view: each counted once, at any number of ranks."""
 
-    def __init__(self, settings: Settings, data: Data, runtime: Runtime, cache: Cache | None = None):
-        self.scored, self.runtime, self.image_size = scored_on(settings, data), runtime, settings.image_size
+    def __init__(
+        self, scored: Scored, data: Data, runtime: Runtime, image_size: int, precision: str, cache: Cache | None = None
+    ):
+        self.scored, self.runtime, self.image_size = scored, runtime, image_size
         self.threads = data.threads
         self.pixels, rows_M = data.pixels[self.scored.split], self.scored.rows_M
         self.teacher_MK = cache.split(self.scored.split).logits_NVK[rows_M, 0] if cache else None
-        self.dtype = compute_dtype(runtime.device, settings.precision)
+        self.dtype = compute_dtype(runtime.device, precision)
         box_M4 = views.evaluation_boxes(self.pixels.sizes_N2[rows_M])
         self.shown = views.Shown.plain(rows_M, box_M4, np.zeros(len(rows_M), np.uint8))
 
     def logits(self, model: nn.Module) -> np.ndarray:
         """Logits float32 [M, K], the same on every rank."""
-        normalised = (config.MEAN, config.STD, self.runtime.device, self.dtype)
+        normalised = (MEAN, STD, self.runtime.device, self.dtype)
         forward = Forward(model, self.pixels, self.image_size, *normalised, self.threads)
         return forward.all_logits(self.shown, len(self.scored.samples.classes), self.runtime)
 
@@ -485,7 +576,7 @@ def top1(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
 
 def keep(
     folder: RunFolder,
-    settings: Settings,
+    config: JobConfig,
     arch: str,
     data: Data,
     model: nn.Module,
@@ -497,17 +588,17 @@ def keep(
 
     A run under --tune has no val_top1 but a tune_top1.
     """
-    scored = scored_on(settings, data)
+    scored = scored_on(config.split, data)
     samples, score = scored.samples, top1(logits_MK, scored.samples.labels_N)
     checkpoint.write_val_logits(
         folder.val_logits, logits_MK, samples.labels_N, samples.paths, samples.fingerprint, top1=score, of=samples.split
     )
-    keep_model(folder.model, settings, arch, data, model, {f"{scored.head}_top1": score}, **facts)
+    keep_model(folder.model, config, arch, data, model, {f"{scored.head}_top1": score}, **facts)
 
 
 def keep_model(
     path: Path,
-    settings: Settings,
+    config: JobConfig,
     arch: str,
     data: Data,
     model: nn.Module,
@@ -516,21 +607,22 @@ def keep_model(
 ) -> None:
     """Write weights, with their scores and what else one must know to use them."""
     fingerprints = {split: data.samples.split(split).fingerprint for split in ("train", "val")}
+    split = config.split
     checkpoint.save_model(
         path,
         {
-            "kind": settings.kind,
+            "kind": config.kind,
             "arch": arch,
             "weights": {name: value.cpu().contiguous() for name, value in model.state_dict().items()},
             "classes": list(data.samples.classes),
-            "image_size": settings.image_size,
-            "mean": list(config.MEAN),
-            "std": list(config.STD),
-            "seed": settings.seed,
+            "image_size": config.augmentation.image_size,
+            "mean": list(MEAN),
+            "std": list(STD),
+            "seed": config.seed,
             **scores,
-            "fold": None if settings.fold is None else {"number": settings.fold, "folds": settings.folds},
+            "fold": None if split.fold is None else {"number": split.fold, "folds": split.folds},
             "data": {"name": data.samples.name, **fingerprints},
-            "settings": settings.stored(),
+            "settings": config.stored(),
             "software": software(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **facts,

@@ -125,12 +125,17 @@ def shortened(header: Header, top_k: int | None) -> Header:
     """
     if top_k is None:
         return header
-    if top_k >= len(header.classes):
+    check_top_k(top_k, len(header.classes))
+    return replace(header, features=(*header.features, TOP_K), top_k=top_k)
+
+
+def check_top_k(top_k: int | None, classes: int) -> None:
+    """Raise UserError where the K largest logits would be all of them."""
+    if top_k is not None and top_k >= classes:
         raise UserError(
-            f"--top-k {top_k} of {len(header.classes)} classes leaves none out: use a smaller one, or leave it out to "
+            f"--top-k {top_k} of {classes} classes leaves none out: use a smaller one, or leave it out to "
             "keep all logits."
         )
-    return replace(header, features=(*header.features, TOP_K), top_k=top_k)
 
 
 def _table(samples: SampleList, boxes_and_flips: tuple[np.ndarray, np.ndarray]) -> Table:

@@ -22,7 +22,7 @@ import numpy as np
 
 from kd_dist.cache import Cache, open_cache
 from kd_dist.checkpoint import RunFolder, read_metrics, read_settings, read_state, read_val_logits
-from kd_dist.config import DistillSettings
+from kd_dist.config import DistillConfig
 from kd_dist.errors import UserError, exit_code_of
 
 COLUMNS = ("run", "kind", "alpha", "temperature", "epochs", "top-1", "agreement", "images/s", "status")
@@ -141,10 +141,8 @@ def seed_means(runs: Sequence[Run], rows: Sequence[tuple[str, ...]]) -> list[tup
     groups: dict[str, list[tuple[Run, tuple[str, ...]]]] = {}
     for run, row in zip(runs, rows, strict=True):
         if run.kind == "student" and row[-1] == "finished":
-            settings = DistillSettings.completed(run.settings)  # runs of older versions lack some
-            same = {
-                name: value for name, value in settings.items() if name not in {"seed", *DistillSettings.may_change}
-            }
+            settings = DistillConfig.completed(run.settings)  # runs of older versions lack some
+            same = {name: value for name, value in settings.items() if name not in {"seed", *DistillConfig.may_change}}
             groups.setdefault(json.dumps(same, sort_keys=True), []).append((run, row))
     return [_mean_row(group) for group in groups.values() if len({run.settings.get("seed") for run, _ in group}) > 1]
 

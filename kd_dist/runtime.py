@@ -134,6 +134,11 @@ class Runtime:
         return outcome["result"]
 
 
+def launched_world_size() -> int:
+    """How many ranks the launcher started, 1 where there is none; needs no process group."""
+    return endings.environment_number("WORLD_SIZE") or 1
+
+
 @contextlib.contextmanager
 def joined(device: str = "auto", timeout_seconds: float = COLLECTIVE_SECONDS) -> Iterator[Runtime]:
     """Join the process group that the environment describes, and leave it at the end.
@@ -142,7 +147,7 @@ def joined(device: str = "auto", timeout_seconds: float = COLLECTIVE_SECONDS) ->
     """
     refuse_strays()
     number = endings.environment_number
-    rank, world_size, local_rank = launched_rank(), number("WORLD_SIZE") or 1, number("LOCAL_RANK") or 0
+    rank, world_size, local_rank = launched_rank(), launched_world_size(), number("LOCAL_RANK") or 0
     local_world_size = number("LOCAL_WORLD_SIZE") or 1
     chosen = choose_device(device, local_rank, local_world_size)
     if chosen.type == "cuda":

@@ -4,6 +4,7 @@ torchrun --nproc_per_node=4 -m kd_dist.teacher
 """
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,10 @@ from kd_dist import job, label, objectives, views
 from kd_dist.cache import open_cache
 from kd_dist.cache.format import parts_folder_of
 from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
-from kd_dist.config import TeacherSettings
+from kd_dist.config import OF_DATA, TeacherConfig, carried, command
 from kd_dist.errors import UserError
 from kd_dist.inference import compute_dtype
-from kd_dist.job import Data, DataSource
+from kd_dist.job import Data
 from kd_dist.models import TEACHERS
 from kd_dist.runtime import Runtime, StopRequest, joined, run_entry
 
@@ -29,32 +30,46 @@ same command trains at a small size on the CPU. Next: torchrun --nproc_per_node=
 
 
 def main() -> None:
-    settings = job.read_settings(TeacherSettings, "kd_dist.teacher", DESCRIPTION, EPILOG)
-    if settings.teacher not in TEACHERS:
-        raise UserError(f"--teacher {settings.teacher} is not known; choose from {', '.join(TEACHERS)}.")
-    target = Path(settings.cache) if settings.cache else RunFolder(Path(settings.out)).cache
-    with joined(settings.device) as runtime:
-        data = job.open_data(DataSource.of(settings), runtime)
-        torch.manual_seed(settings.seed)
-        model = TEACHERS[settings.teacher](len(data.samples.classes))
-        job.require_trainable(settings, data, model, runtime)
-        if settings.views:
-            runtime.on_main(lambda: require_own_cache(settings, target, data))
-        folder = job.claim(settings, data, runtime)
+    config = job.read_config(TeacherConfig, "kd_dist.teacher", DESCRIPTION, EPILOG)
+    if config.labelling.teacher not in TEACHERS:
+        raise UserError(f"--teacher {config.labelling.teacher} is not known; choose from {', '.join(TEACHERS)}.")
+    target = Path(config.labelling.cache) if config.labelling.cache else RunFolder(Path(config.out)).cache
+    with joined(config.run.device) as runtime:
+        data = job.open_data(config.data, runtime)
+        torch.manual_seed(config.seed)
+        model = TEACHERS[config.labelling.teacher](len(data.samples.classes))
+        job.require_trainable(config, data, model, runtime)
+        initial = job.start_from(model, config.init)
+        if config.labelling.views:
+            label.check_top_k(config.labelling.top_k, len(data.samples.classes))
+            runtime.on_main(lambda: require_own_cache(config, target, data))
+            if target.parent != Path(config.out):  # that folder is checked as it is claimed
+                runtime.on_main(lambda: require_writable(target))
+        folder = job.claim(config, data, runtime, **initial)
         with job.running(folder, runtime) as stop:
-            tell_what_passed(settings, folder, runtime)
+            tell_what_passed(config, folder, runtime)
             if not runtime.on_main(folder.model.exists):
-                train(settings, data, model, folder, runtime, stop)
-            if settings.views:
-                write(settings, data, target, folder, runtime, stop)
+                train(config, data, model, folder, runtime, stop)
+            if config.labelling.views:
+                write(config, data, target, folder, runtime, stop)
 
 
-def require_own_cache(settings: TeacherSettings, target: Path, data: Data) -> None:
+def require_writable(target: Path) -> None:
+    """Raise UserError, before anything is trained, where the cache's folder cannot be made or written to."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--cache {target} cannot be written ({reason}); name a file in another folder.") from error
+
+
+def require_own_cache(config: TeacherConfig, target: Path, data: Data) -> None:
     """Raise UserError where the cache's place is taken by anything but what this run would write there."""
-    folder = RunFolder(Path(settings.out))
-    if not target.exists() or (settings.start_over and target == folder.cache):
+    folder = RunFolder(Path(config.out))
+    if not target.exists() or (config.run.start_over and target == folder.cache):
         return
-    if settings.start_over or not folder.model.exists():
+    if config.run.start_over or not folder.model.exists():
         raise UserError(f"{target} exists already, and is not of this run; name another --cache, or move that file.")
     cache = open_cache(target)
     data.require_fit(cache)
@@ -64,26 +79,34 @@ def require_own_cache(settings: TeacherSettings, target: Path, data: Data) -> No
             f"{target} was labelled by the teacher {cache.header.teachers[0].sha256}, the one in {folder.path} is "
             f"{own}; name another --cache."
         )
-    if cache.header.top_k != (settings.top_k or 0):
+    wanted = config.labelling
+    if cache.header.top_k != (wanted.top_k or 0):
         kept = f"the top {cache.header.top_k}" if cache.header.top_k else "all"
         raise UserError(
-            f"{target} holds {kept} logits of a row, --top-k asks for {settings.top_k or 'all'}; name another --cache."
+            f"{target} holds {kept} logits of a row, --top-k asks for {wanted.top_k or 'all'}; name another --cache."
         )
-    if cache.views != settings.views:
-        raise UserError(
-            f"{target} holds {cache.views} views, --views asks for {settings.views}; `python -m kd_dist.cache extend` "
-            "writes a longer one from it."
+    if cache.views != wanted.views:
+        longer = target.with_name(f"{target.stem}-{wanted.views}-views.h5")
+        extend = command(
+            "kd_dist.cache",
+            *("extend", target),
+            teacher=folder.model,
+            views=wanted.views,
+            output=longer,
+            **carried(config, OF_DATA),
         )
+        how = f"`{extend}` writes a longer one" if wanted.views > cache.views else "name another --cache"
+        raise UserError(f"{target} holds {cache.views} views, --views asks for {wanted.views}; {how}.")
     share = views.mixed_share_of(cache.header.view_sampler)
-    if share != settings.mixed_views:
+    if share != wanted.mixed_views:
         raise UserError(
-            f"{target} was written with --mixed-views {share}, this is --mixed-views {settings.mixed_views}; name "
+            f"{target} was written with --mixed-views {share}, this is --mixed-views {wanted.mixed_views}; name "
             "another --cache."
         )
 
 
 def train(
-    settings: TeacherSettings,
+    config: TeacherConfig,
     data: Data,
     model: nn.Module,
     folder: RunFolder,
@@ -93,22 +116,24 @@ def train(
     """Train the teacher and keep its last weights (or their moving average), not the best on val."""
 
     def keep_middle(epoch: int, model: nn.Module, metrics: dict[str, float]) -> None:
-        if epoch in settings.keep_epochs:
+        if epoch in config.labelling.keep_epochs:
             scores = {name: score for name, score in metrics.items() if name.endswith("_top1")}
-            job.keep_model(folder.model_after(epoch), settings, settings.teacher, data, model, scores, epochs=epoch)
+            job.keep_model(
+                folder.model_after(epoch), config, config.labelling.teacher, data, model, scores, epochs=epoch
+            )
 
-    loss = objectives.hard(len(data.samples.classes), settings.label_smoothing)
-    crops = job.fresh_crops(settings, data)
-    training = job.training(settings, data, runtime, folder, model, loss, crops, stop=stop, after_epoch=keep_middle)
+    loss = objectives.hard(len(data.samples.classes), config.optimisation.label_smoothing)
+    crops = job.fresh_crops(config.augmentation, config.seed, data)
+    training = job.training(config, data, runtime, folder, model, loss, crops, stop=stop, after_epoch=keep_middle)
     model, logits_MK = training.run()
-    runtime.on_main(lambda: job.keep(folder, settings, settings.teacher, data, model, logits_MK))
+    runtime.on_main(lambda: job.keep(folder, config, config.labelling.teacher, data, model, logits_MK))
 
 
-def tell_what_passed(settings: TeacherSettings, folder: RunFolder, runtime: Runtime) -> None:
+def tell_what_passed(config: TeacherConfig, folder: RunFolder, runtime: Runtime) -> None:
     """Say which weights cannot be kept any more, because their epochs have passed; the last epoch's are model.pt's."""
     rows = runtime.on_main(lambda: read_metrics(folder))
     done = max((row["epoch"] for row in rows), default=0)
-    passed = [epoch for epoch in settings.keep_epochs if epoch <= done and epoch < settings.epochs]
+    passed = [epoch for epoch in config.labelling.keep_epochs if epoch <= done and epoch < config.optimisation.epochs]
     missing = runtime.on_main(lambda: [str(epoch) for epoch in passed if not folder.model_after(epoch).exists()])
     if missing:
         job.say(
@@ -119,24 +144,25 @@ def tell_what_passed(settings: TeacherSettings, folder: RunFolder, runtime: Runt
 
 
 def write(
-    settings: TeacherSettings, data: Data, target: Path, folder: RunFolder, runtime: Runtime, stop: StopRequest
+    config: TeacherConfig, data: Data, target: Path, folder: RunFolder, runtime: Runtime, stop: StopRequest
 ) -> None:
     """Write the cache, or go on with it; this run's whole one is left as it is."""
     if runtime.on_main(target.exists):
-        job.say(runtime, f"{target} is there already; `python -m kd_dist.cache info {target}` describes it")
+        job.say(runtime, f"{target} is there already; `{command('kd_dist.cache', 'info', target)}` describes it")
         return
     teacher = label.load_teacher(folder.model, runtime.device)
     job.say(
         runtime,
-        f"teacher trained {teacher.row.trained_on}; writing {settings.views} views of every image to {target}",
+        f"teacher trained {teacher.row.trained_on}; writing {config.labelling.views} views of every image to {target}",
     )
-    dtype = compute_dtype(runtime.device, settings.precision)
-    header, tables = label.plan(teacher, data, settings.views, settings.crop_scale, settings.seed, dtype)
-    header, tables = label.mixed(label.shortened(header, settings.top_k), tables, settings.mixed_views)
+    dtype = compute_dtype(runtime.device, config.run.precision)
+    own, crop_scale = config.labelling, config.augmentation.crop_scale
+    header, tables = label.plan(teacher, data, own.views, crop_scale, config.seed, dtype)
+    header, tables = label.mixed(label.shortened(header, own.top_k), tables, own.mixed_views)
     progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
     with clocked(folder, target, runtime, progress) as progress:
         label.write_cache(target, [teacher], data, header, tables, runtime, stop, progress)
-    job.say(runtime, f"wrote {target}. Next: python -m kd_dist.distill --cache {target}")
+    job.say(runtime, f"wrote {target}. Next: {command('kd_dist.distill', cache=target, **carried(config))}")
 
 
 @contextlib.contextmanager

@@ -11,14 +11,14 @@ from typing import Any
 
 from kd_dist import config
 from kd_dist.checkpoint import RunFolder, read_settings, read_state
-from kd_dist.config import DistillSettings, Settings, StudySettings, TeacherSettings
+from kd_dist.config import DistillConfig, JobConfig, StudyConfig, TeacherConfig
 from kd_dist.errors import UserError
 from launch import queue
 from launch.folders import Job, JobFolder, job_folders, read_json
 from launch.resources import Resources, Site
 from launch.task import MODULES
 
-KINDS: dict[str, type[Settings]] = {"teacher": TeacherSettings, "distill": DistillSettings, "study": StudySettings}
+KINDS: dict[str, type[JobConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig, "study": StudyConfig}
 PIPELINE = ("teacher", "distill")
 PATHS = ("data", "out", "cache", "archive", "pixels_dir", "teacher_model")
 SILENT_SECONDS = 120
@@ -31,7 +31,7 @@ class Plan:
 
     name: str
     kind: str
-    settings: Settings
+    settings: JobConfig
     arguments: tuple[str, ...]
 
     @property
@@ -55,32 +55,24 @@ def _plan(name: str, kind: str, typed: dict[str, Any], resources: Resources, sit
     if resources.gpus and cpus and "workers" not in typed:
         typed["workers"] = min(GPU_WORKERS, max(1, cpus - 1))  # the job would count the whole machine's cores
     typed = {key: _absolute(value) if key in PATHS else value for key, value in typed.items()}
-    settings = config.resolve(KINDS[kind], typed, resources.gpus > 0)
+    settings = config.resolve(KINDS[kind], typed, resources.gpus > 0, resources.world_size, _stored(typed["out"]))
     typed["preset"] = settings.preset
     if settings.cache:
         typed["cache"] = _absolute(settings.cache)
-    return Plan(name, kind, replace(settings, cache=typed.get("cache")), flags(typed))
+    return Plan(
+        name, kind, settings.changed(cache=typed.get("cache")), tuple(config.flag_words(dict(sorted(typed.items()))))
+    )
+
+
+def _stored(out: str) -> dict[str, Any] | None:
+    """The flags of the run that a folder holds: a resume keeps its batch size."""
+    folder = RunFolder(Path(out))
+    return read_settings(folder)[1] if folder.settings.exists() else None
 
 
 def _absolute(path: str) -> str:
     """A path that means the same from any folder; what begins with a variable is the node's own business."""
     return path if path.startswith("$") else str(Path(path).expanduser().absolute())
-
-
-def flags(typed: dict[str, Any]) -> tuple[str, ...]:
-    """The command line that gives these settings."""
-    words: list[str] = []
-    for name, value in sorted(typed.items()):
-        if value is not False:
-            words.append("--" + name.replace("_", "-"))
-            words += (
-                []
-                if value is True
-                else [str(part) for part in value]
-                if isinstance(value, list | tuple)
-                else [str(value)]
-            )
-    return tuple(words)
 
 
 def _typed(kind: str, own: Sequence[str]) -> dict[str, Any]:
@@ -188,7 +180,7 @@ def plan_study(options: argparse.Namespace, own: list[str], resources: Resources
     for name in {"arms", "seeds"} & typed.keys():
         raise UserError(f"--{name} belongs before the --, so that each can become a job.")
     base = {"out": str(options.runs / "study"), **typed}
-    asked = config.resolve(StudySettings, {**base, "arms": options.arms, "seeds": options.seeds}, resources.gpus > 0)
+    asked = config.resolve(StudyConfig, {**base, "arms": options.arms, "seeds": options.seeds}, resources.gpus > 0)
     arms, folder, plans = chosen_arms(asked), StudyFolder(Path(asked.out)), []
     with_variants(folder, folder.document(), arms)
     for arm, seed in product(arms, dict.fromkeys(options.seeds)):

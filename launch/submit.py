@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kd_dist.config import DistillSettings, StudySettings
+from kd_dist.config import DistillationConfig, StudyConfig
 from kd_dist.cores import available_cores
 from kd_dist.errors import UserError, exit_code_of
 from launch import executors
@@ -82,9 +82,9 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "study":
             job.add_argument("--arms", nargs="+", metavar="ARM", help="see python -m kd_dist.study --list [all]")
-            job.add_argument("--seeds", type=int, nargs="+", default=list(StudySettings.seeds), metavar="SEED")
+            job.add_argument("--seeds", type=int, nargs="+", default=list(StudyConfig.seeds), metavar="SEED")
         if name == "sweep":
-            job.add_argument("--alpha", type=float, nargs="+", default=[DistillSettings.alpha])
+            job.add_argument("--alpha", type=float, nargs="+", default=[DistillationConfig.alpha])
             job.add_argument("--temperature", type=float, nargs="+")
             job.add_argument("--seed", type=int, nargs="+", default=[0])
         if name in ARRAYS:

@@ -18,7 +18,7 @@ from pathlib import Path
 import h5py
 import pytest
 
-from kd_dist import distill, teacher
+from kd_dist import distill, job, teacher
 from kd_dist.cache.__main__ import main as cache_main
 from kd_dist.cache.format import digest_file_of
 from kd_dist.checkpoint import RunFolder, read_state
@@ -26,6 +26,7 @@ from kd_dist.dataset import main as dataset_main
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
 from kd_dist.generated import generate
+from kd_dist.models import STUDENTS
 from tests.entries import call, refused
 from tests.ranks import free_port
 
@@ -68,7 +69,7 @@ TYPED = {
     "no batch": (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
     "unknown student": (["--student", "vgg"], "choose from cnn5, cnn5_wide, origin"),
     "unknown loss": (["--loss", "hinge"], "choose from kl, ce, mse, std, dkd"),
-    "unknown preset": (["--preset", "tpu"], "choose from h100, cpu-64px, demo"),
+    "unknown preset": (["--preset", "tpu"], "choose from gpu-128px, cpu-64px, demo"),
     "unknown crops": (["--crops", "stale"], "choose from cached, fresh"),
     "unknown flag": (["--tempature", "4"], "--tempature 4; `python -m kd_dist.distill --help` lists the flags"),
     "not a number": (["--epochs", "many"], "invalid int value: 'many'"),
@@ -96,10 +97,17 @@ def test_batch_larger_than_the_data(made, tmp_path):
     assert "--batch-size 1000 is larger than the 60 training images" in sentence
 
 
-def test_picture_too_small_for_the_network(made, tmp_path):
-    assert "--image-size 16 does not suit" in refused(
-        distill.main, *distilling(made, tmp_path, "--alpha", 0, "--image-size", 16)
-    )
+@pytest.mark.parametrize("student, size, smallest", [("cnn5", 16, 32), ("cnn5_wide", 8, 32), ("origin", 8, None)])
+def test_image_too_small_for_the_network(made, tmp_path, student, size, smallest):
+    """The smallest size that the sentence names is the smallest that works."""
+    asked = distilling(made, tmp_path, "--alpha", 0, "--student", student)
+    sentence = refused(distill.main, *asked, "--image-size", size)
+    named = int(re.fullmatch(rf"--image-size {size} is too small .*; the smallest that works is (\d+)\.", sentence)[1])
+    assert smallest in (named, None)
+    model = STUDENTS[student](10)
+    job.require_image_size(named, model)
+    with pytest.raises(UserError):
+        job.require_image_size(named - 1, model)
 
 
 # ---- the cache

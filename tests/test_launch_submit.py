@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kd_dist.checkpoint import RunFolder, claim, write_state
-from kd_dist.config import DistillSettings, StudySettings, TeacherSettings, resolve
+from kd_dist.config import DistillConfig, StudyConfig, TeacherConfig, resolve
 from kd_dist.errors import UserError
 from kd_dist.study.arms import ARMS
 from kd_dist.study.folder import StudyFolder, run_settings
@@ -97,8 +97,8 @@ def test_the_sbatch_text_of_a_pipeline_with_every_site_setting(here, capsys):
         f"--out {here}/runs/teacher" in text
         and f"--cache {here}/runs/teacher/logits.h5 --out {here}/runs/student" in text
     )
-    assert text.count("--pixels-dir $TMPDIR/kd_dist-pixels --preset h100 --workers 7\n") == 2
-    assert "#   preset = h100" in text
+    assert text.count("--pixels-dir $TMPDIR/kd_dist-pixels --preset gpu-128px --workers 7\n") == 2
+    assert "#   preset = gpu-128px" in text
     assert not (here / "runs").exists()
 
 
@@ -174,7 +174,7 @@ def test_a_variant_goes_to_its_jobs_as_it_was_made(here, capsys):
 
 def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
     (here / "logits.h5").touch()
-    asked = resolve(StudySettings, {"out": str(here / "runs/study"), "cache": str(here / "logits.h5")}, False)
+    asked = resolve(StudyConfig, {"out": str(here / "runs/study"), "cache": str(here / "logits.h5")}, False)
     settings = run_settings(asked, ARMS["hard-cached"], 0)
     make_run(here / "runs/study/hard-cached/seed-0", settings, "finished")
     words = "study --arms hard-cached --seeds 0 --gpus-per-node 0 -- --cache logits.h5"
@@ -226,7 +226,7 @@ def put_job(runs: Path, run: str) -> JobFolder:
 
 
 def test_what_is_finished_is_not_submitted_again(here, capsys):
-    settings = resolve(TeacherSettings, {"out": str(here / "runs/teacher")}, False)
+    settings = resolve(TeacherConfig, {"out": str(here / "runs/teacher")}, False)
     run = make_run(here / "runs/teacher", settings, "finished")
     words = "teacher --gpus-per-node 0"
     assert "no Slurm" in refused(capsys, words)  # its cache is missing, so it is not finished
@@ -240,7 +240,7 @@ def test_what_is_finished_is_not_submitted_again(here, capsys):
 
 
 def test_a_folder_that_gives_signs_of_life_is_refused_and_a_silent_one_is_not(here, capsys):
-    settings = resolve(DistillSettings, {"out": str(here / "runs/student"), "alpha": 0.0}, False)
+    settings = resolve(DistillConfig, {"out": str(here / "runs/student"), "alpha": 0.0}, False)
     run = make_run(here / "runs/student", settings, "running")
     words = "distill --gpus-per-node 0 -- --alpha 0"
     assert f"is in use: process {os.getpid()} on" in refused(capsys, words)

@@ -22,7 +22,7 @@ from kd_dist.cache.combine import check_same_views
 from kd_dist.cache.format import binding_of, digest_file_of
 from kd_dist.cache.mixed import check_mixed
 from kd_dist.checkpoint import RunFolder, read_metrics
-from kd_dist.config import MEAN, STD, DistillSettings
+from kd_dist.config import MEAN, STD, DistillConfig
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
 from kd_dist.folds import parts_of
@@ -208,7 +208,7 @@ def test_a_mixed_row_is_the_teacher_on_the_composed_picture(cache, data):
 
 
 def test_the_student_is_shown_the_blend_at_its_own_size_with_its_labels(cache, data):
-    settings = DistillSettings(alpha=0.9)
+    settings = DistillConfig.of(alpha=0.9)
     crops, logits_NVK = distill.crops_of(settings, data, cache)
     labels_N = data.samples.train.labels_N
     of_student = TrainData(data.pixels["train"], labels_N, crops, STUDENT_SIZE, 5, seed=1, logits_NVK=logits_NVK)
@@ -232,7 +232,7 @@ def test_the_student_is_shown_the_blend_at_its_own_size_with_its_labels(cache, d
 
 def test_the_first_views_stand_alone(cache, data):
     """A student may use fewer views: no partner is seen in a later one."""
-    crops, logits_NVK = distill.crops_of(DistillSettings(alpha=0.9, views=3), data, cache)
+    crops, logits_NVK = distill.crops_of(DistillConfig.of(alpha=0.9, views=3), data, cache)
     assert logits_NVK.shape == (21, 3, 3)
     shown = [crops(epoch).mixed_N for epoch in range(2)]
     assert any((epoch.weight_B < 1).any() for epoch in shown)
@@ -241,17 +241,17 @@ def test_the_first_views_stand_alone(cache, data):
 def test_a_cache_that_stays_on_file_shows_the_same(cache, data):
     on_file = open_cache(cache.path, memory=0)
     assert not isinstance(on_file.split("train").mixed.weight_NV, np.ndarray)
-    settings = DistillSettings(alpha=0.9, views=5)
+    settings = DistillConfig.of(alpha=0.9, views=5)
     (crops, _), (crops_on_file, _) = (distill.crops_of(settings, data, each) for each in (cache, on_file))
     for name, column in vars(crops(3).mixed_N).items():
         np.testing.assert_array_equal(getattr(crops_on_file(3).mixed_N, name), column)
 
 
 def test_an_image_that_is_left_out_is_in_no_picture(cache, data):
-    settings = DistillSettings(alpha=0.0, crops="cached", folds=4, fold=1)
+    settings = DistillConfig.of(alpha=0.0, crops="cached", folds=4, fold=1)
     with pytest.raises(UserError, match="mixed views that show images of part 1 of 4 of train, which is left out"):
         distill.require_own_partners(settings, data, cache)
-    distill.require_own_partners(DistillSettings(alpha=0.0, crops="cached"), data, cache)
+    distill.require_own_partners(DistillConfig.of(alpha=0.0, crops="cached"), data, cache)
     apart = replace(cache, splits=plan(data, folds=4)[1])
     distill.require_own_partners(settings, data, apart)
 
@@ -278,10 +278,10 @@ def test_means_are_taken_of_the_same_blends(cache, data):
 
 
 def test_the_last_epochs_show_plain_views_each_in_turn(cache, data):
-    settings = DistillSettings(epochs=9, plain_epochs=6, warmup_epochs=0.0).resolved()
+    settings = DistillConfig.of(epochs=9, no_mix_epochs=6, warmup_epochs=0.0).resolved()
     crops, _ = distill.crops_of(settings, data, cache)
     drawn = [crops(epoch).choice_N for epoch in range(9)]
-    every = [distill.crops_of(replace(settings, plain_epochs=0), data, cache)[0](epoch).choice_N for epoch in range(9)]
+    every = [distill.crops_of(settings.changed(no_mix_epochs=0), data, cache)[0](epoch).choice_N for epoch in range(9)]
     assert all(np.array_equal(*pair) for pair in zip(drawn[:3], every[:3], strict=True))
     assert np.isin(np.stack(every), MIXED).any(axis=1)[3:].all()
     for turn in (drawn[3:6], drawn[6:9]):
@@ -291,15 +291,15 @@ def test_the_last_epochs_show_plain_views_each_in_turn(cache, data):
 
 
 def test_plain_epochs_of_a_cache_without_plain_views_are_refused(cache):
-    settings = DistillSettings(epochs=9, plain_epochs=1, warmup_epochs=0.0).resolved()
+    settings = DistillConfig.of(epochs=9, no_mix_epochs=1, warmup_epochs=0.0).resolved()
     distill.require_use(settings, cache)
     mixed = replace(cache.split("train").mixed, weight_NV=np.full((21, V), 0.5, np.float32))
     mixed.weight_NV[:, 0] = 1
     everywhere = replace(cache, splits={**cache.splits, "train": replace(cache.split("train"), mixed=mixed)})
-    with pytest.raises(UserError, match=r"all drawn views of .* that are used are mixed; use --plain-epochs 0"):
+    with pytest.raises(UserError, match=r"all drawn views of .* that are used are mixed; use --no-mix-epochs 0"):
         distill.require_use(settings, everywhere)
-    distill.require_use(replace(settings, plain_epochs=0), everywhere)
-    distill.require_use(replace(settings, alpha=0.0, crops="fresh"), everywhere)
+    distill.require_use(settings.changed(no_mix_epochs=0), everywhere)
+    distill.require_use(settings.changed(alpha=0.0, crops="fresh"), everywhere)
 
 
 def test_plain_epochs_reach_the_batches(root, monkeypatch, tmp_path):
@@ -310,7 +310,7 @@ def test_plain_epochs_reach_the_batches(root, monkeypatch, tmp_path):
         Trainer, "train_step", lambda self, batch: weights.append(batch.weights_B) or original(self, batch)
     )
     run = ["--data", root, "--out", tmp_path / "run", "--views", 0, *TINY, "--batch-size", 21, "--epochs", 3]
-    call(teacher.main, *run, "--mixup", 0.5, "--cutmix", 0.5, "--plain-epochs", 2)
+    call(teacher.main, *run, "--mixup", 0.5, "--cutmix", 0.5, "--no-mix-epochs", 2)
     assert [bool((weights_B < 1).any()) for weights_B in weights] == [True, False, False]
 
 

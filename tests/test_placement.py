@@ -9,9 +9,9 @@ import torch
 from kd_dist import checkpoint, job, label, views
 from kd_dist.batches import FreshCrops, TrainData
 from kd_dist.cache import TeacherRow, open_cache
-from kd_dist.config import MEAN, STD
+from kd_dist.config import MEAN, STD, DataConfig
 from kd_dist.errors import UserError
-from kd_dist.job import Data, DataSource, open_data
+from kd_dist.job import Data, open_data
 from kd_dist.models import Cnn5
 from kd_dist.pixels import ImageFiles, Pixels, measure_files, open_files, open_pixels
 from kd_dist.resident import TOLERANCE, ResidentPixels
@@ -23,7 +23,7 @@ def opened(tiny_root, tmp_path, one_process):
     """Opens the tiny set the way `--pixels` says, its store in a folder of this test."""
 
     def open_as(where: str) -> Data:
-        return open_data(DataSource(data=str(tiny_root), pixels=where, pixels_dir=str(tmp_path / "store")), one_process)
+        return open_data(DataConfig(data=str(tiny_root), pixels=where, pixels_dir=str(tmp_path / "store")), one_process)
 
     return open_as
 

@@ -134,8 +134,8 @@ def test_runs_that_differ_in_the_seed_alone_get_mean_and_deviation(runs):
 def test_a_run_of_an_older_version_is_of_the_same_group(runs):
     """It lacks a setting that came later; the newer one has the default."""
     finish(begin(runs / "old", "student", alpha=0.5, temperature=2.0, seed=0), 0.60)
-    finish(begin(runs / "new", "student", alpha=0.5, temperature=2.0, seed=1, labelled=1.0), 0.64)
-    finish(begin(runs / "few", "student", alpha=0.5, temperature=2.0, seed=2, labelled=0.1), 0.10)
+    finish(begin(runs / "new", "student", alpha=0.5, temperature=2.0, seed=1, label_fraction=1.0), 0.64)
+    finish(begin(runs / "few", "student", alpha=0.5, temperature=2.0, seed=2, label_fraction=0.1), 0.10)
     rows = rows_of(report([runs / name for name in ("old", "new", "few")]))
     assert rows["2 seeds: old ..."]["top-1"] == "62.0 ± 2.8 %"
 

@@ -224,8 +224,8 @@ def test_a_difference_is_over_the_seeds_that_both_arms_have(study):
 
 def test_arms_on_fewer_labels_are_set_against_their_like(study):
     for seed in range(3):
-        make_run(study, "hard-tenth", seed, 30 + seed, labelled=0.1, **{"made of": "hard-fresh"})
-        make_run(study, "tenth", seed, 10 + 2 * seed, labelled=0.1, **{"made of": "cached-V"})
+        make_run(study, "hard-tenth", seed, 30 + seed, label_fraction=0.1, **{"made of": "hard-fresh"})
+        make_run(study, "tenth", seed, 10 + 2 * seed, label_fraction=0.1, **{"made of": "cached-V"})
     text = results.table(study)
     assert "- On 0.1 of the labels: tenth less hard-tenth, +47.50 [" in text
     assert rows_of(text)["arm"][6].startswith("less hard-fresh") and "hard-tenth (fewer labels)" in text
@@ -331,7 +331,7 @@ def test_the_page_shows_a_setting_that_some_arms_lack_as_text(study):
         events = EventAccumulator(str(study / "hparams" / name)).Reload()
         content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
         started = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
-        shown[name] = (started.hparams["views"].string_value, started.hparams["labelled"].number_value)
+        shown[name] = (started.hparams["views"].string_value, started.hparams["label_fraction"].number_value)
     assert shown == {"few-seed-0": ("2", 1.0), "cached-V-seed-0": ("None", 1.0)}  # these runs are too old for labelled
 
 

@@ -27,11 +27,11 @@ def study(tmp_path):
 
 def make_study(out, cache, epochs=3):
     wrong = {"cached-V": (4, 6), "few": (10, 12), "hot": (5, 5), "hard-fresh": (12, 16), "tenth": (30, 20)}
-    own = {"few": {"views": 2}, "hot": {"temperature": 8.0}, "tenth": {"labelled": 0.1}}
+    own = {"few": {"views": 2}, "hot": {"temperature": 8.0}, "tenth": {"label_fraction": 0.1}}
     for arm, wrong_S in wrong.items():
         for seed, count in enumerate(wrong_S):
             make_run(out, arm, seed, count, **{"cache": str(cache), **own.get(arm, {})})
-    variants = {"few": "cached-V,views=2", "hot": "cached-V,temperature=8.0", "tenth": "hard-fresh,labelled=0.1"}
+    variants = {"few": "cached-V,views=2", "hot": "cached-V,temperature=8.0", "tenth": "hard-fresh,label_fraction=0.1"}
     describe(out, arms=[*wrong], variants=variants, cache=str(cache), settings={"epochs": epochs})
     return out
 
@@ -74,8 +74,8 @@ def test_a_lost_study_file_joins_no_arms_that_differ_in_more(study):
 
 
 def test_a_setting_that_a_run_does_not_name_has_its_default(study):
-    """Runs of the time before --labelled had all labels."""
-    text = sweep("labelled", [study])
+    """Runs of the time before --label-fraction had all labels."""
+    text = sweep("label_fraction", [study])
     assert head(text)[1] == "share of the labels that is used"
     assert points(text) == [
         ("hard-fresh", "0.1", "tenth", *shown(30, 20)),
@@ -132,7 +132,7 @@ def test_other_val_images_are_refused(study, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("epochs", "epochs cannot be swept over; name one of cache, views, alpha, temperature, labelled, "),
+        ("epochs", "epochs cannot be swept over; name one of cache, views, alpha, temperature, label-fraction, "),
         ("loss", "loss cannot be swept over"),
         ("weight-decay", "differ in weight_decay alone and have finished runs; make variants, as in --arms cached-V "),
     ],

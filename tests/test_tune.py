@@ -9,7 +9,7 @@ from kd_dist import config, distill, job, teacher
 from kd_dist.batches import EpochBatches, FreshCrops, TrainData
 from kd_dist.cache import open_cache
 from kd_dist.checkpoint import RunFolder, load_model, read_metrics, read_val_logits
-from kd_dist.config import DistillSettings, TeacherSettings
+from kd_dist.config import DistillConfig, TeacherConfig
 from kd_dist.dataset import fingerprint_of, scan
 from kd_dist.errors import UserError
 from kd_dist.folds import fold_of
@@ -109,9 +109,9 @@ def test_agreement_is_with_the_caches_rows_of_the_part(made):
 def test_rows_that_an_arm_makes_are_made_of_the_members_alone(made):
     """class-mean, say, must not take in rows of the part that is scored on."""
     data = job.Data(scan(made / "data"), {})
-    settings = config.resolve(DistillSettings, {"folds": 4, "fold": 1, "tune": True}, has_gpu=False)
+    settings = config.resolve(DistillConfig, {"folds": 4, "fold": 1, "tune": True}, has_gpu=False)
     logits_NVK = np.ones((48, 2, 4), np.float16)
-    held_out_M = job.fold_for(settings, data).held_out_M
+    held_out_M = job.fold_for(settings.split, data).held_out_M
     logits_NVK[held_out_M] = np.nan
     rows = lambda logits_NVK, labels_N, _: np.broadcast_to(logits_NVK.mean(axis=0), logits_NVK.shape)  # noqa: E731
     made_NVK = distill._made_of_members(rows, logits_NVK, data, settings)
@@ -144,7 +144,7 @@ def test_labels_of_a_teacher_that_saw_the_part_are_refused(made):
     ],
 )
 def test_settings_that_cannot_be_are_refused(typed, message):
-    for kind in (TeacherSettings, DistillSettings):
+    for kind in (TeacherConfig, DistillConfig):
         with pytest.raises(UserError, match=message):
             config.resolve(kind, typed, has_gpu=False)
 

@@ -219,9 +219,9 @@ def _label(target: Path, teachers, data, header, tables, runtime: Runtime, known
 
 
 def _source(options: argparse.Namespace):
-    from kd_dist.job import DataSource
+    from kd_dist.config import DataConfig
 
-    return DataSource(data=options.data, pixels=options.pixels, pixels_dir=options.pixels_dir)
+    return DataConfig(data=options.data, pixels=options.pixels, pixels_dir=options.pixels_dir)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,13 +5,12 @@ torchrun --nproc_per_node=4 -m kd_dist.study --cache runs/teacher/logits.h5 --se
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from kd_dist import checkpoint, distill, job
 from kd_dist.cache import Cache, open_cache
 from kd_dist.checkpoint import RunFolder
-from kd_dist.config import StudySettings
+from kd_dist.config import StudyConfig
 from kd_dist.errors import UserError
 from kd_dist.files import locked
 from kd_dist.job import Data
@@ -40,22 +39,22 @@ def main() -> None:
         if launched_rank() == 0:
             command(words[1:])
         return
-    settings = job.read_settings(StudySettings, "kd_dist.study", DESCRIPTION, EPILOG)
+    settings = job.read_config(StudyConfig, "kd_dist.study", DESCRIPTION, EPILOG)
     arms = chosen_arms(settings)
-    settings = replace(settings, seeds=tuple(dict.fromkeys(settings.seeds)))
-    distill.require_known(settings)
+    settings = settings.changed(seeds=tuple(dict.fromkeys(settings.seeds)))
+    distill.require_known(settings.distillation)
     with joined(settings.device) as runtime, StopRequest() as stop:
         study(settings, arms, runtime, stop)
 
 
-def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
+def study(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
     """All runs that are not finished, one after the other, a seed's arms together; then the results.
 
     Runs that another process is at are left to it: the same command on two machines shares the work.
     """
     files = {Path(run_settings(settings, arm, 0).cache).absolute() for arm in arms} | {Path(settings.cache).absolute()}
-    share = settings.cache_memory_bytes // len(files)  # of what is loaded whole
-    cache, data = distill.open_inputs(replace(settings, cache_memory=str(share)), runtime)
+    share = settings.distillation.cache_memory_bytes // len(files)  # of what is loaded whole
+    cache, data = distill.open_inputs(settings.changed(cache_memory=str(share)), runtime)
     caches = caches_of(settings, arms, data, cache, share, runtime)
     online = None
     if any(arm.needs_teacher for arm in arms):
@@ -75,7 +74,7 @@ def study(settings: StudySettings, arms: Sequence[Arm], runtime: Runtime, stop: 
 
 
 def caches_of(
-    settings: StudySettings, arms: Sequence[Arm], data: Data, cache: Cache, memory: int, runtime: Runtime
+    settings: StudyConfig, arms: Sequence[Arm], data: Data, cache: Cache, memory: int, runtime: Runtime
 ) -> dict[str, Cache]:
     """Each arm's cache by the arm's name; a file that several learn from is opened once, and loaded whole up to
     `memory` bytes. Raises UserError, before anything is trained, where an arm cannot use its own.
@@ -97,7 +96,7 @@ def caches_of(
 
 
 def run(
-    study_settings: StudySettings,
+    study_settings: StudyConfig,
     arm: Arm,
     seed: int,
     data: Data,

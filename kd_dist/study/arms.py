@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from kd_dist import objectives
-from kd_dist.config import DistillSettings, OnlineSettings
+from kd_dist.config import DistillConfig, StudentConfig
 from kd_dist.distill import Loss, Rows
 from kd_dist.errors import UserError
 from kd_dist.training import LossTerms
@@ -30,7 +30,7 @@ LEAST_SMOOTHING = 1e-9
 @dataclass(frozen=True)
 class Arm:
     """One way to teach the student. `needs_views` counts the evaluation view; `needs_teacher`: besides the cache;
-    `needs_labels`: of every image, --labelled cannot use fewer.
+    `needs_labels`: of every image, --label-fraction cannot use fewer.
 
     A variant, made on the command line, is an arm of the ladder (`made_of`) with settings of its own (`own`).
     """
@@ -40,7 +40,7 @@ class Arm:
     changes: Mapping[str, Any] = field(default_factory=dict)
     rows: Rows | None = None
     loss: Loss | None = None
-    settings: type[DistillSettings] = DistillSettings
+    settings: type[StudentConfig] = DistillConfig
     needs_views: int = 1
     needs_teacher: bool = False
     needs_labels: bool = False
@@ -73,7 +73,7 @@ def drawn_views(logits_NVK: np.ndarray) -> np.ndarray:
 # ---- soft labels in the cached ones' place: (logits_NVK, labels_N, settings) -> logits_NVK
 
 
-def smoothed_labels(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: DistillSettings) -> np.ndarray:
+def smoothed_labels(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: StudentConfig) -> np.ndarray:
     """Rows whose softmax at the study's temperature is the smoothed label, as uncertain as the cache's mean row.
 
     With smoothing e, the label has probability 1 - e + e/K and each other class e/K (Szegedy et al. 2016). e is where
@@ -108,7 +108,7 @@ def smoothing_of_entropy(entropy: float, classes: int) -> float:
     return 1.0 if excess(1.0) <= 0 else brentq(excess, LEAST_SMOOTHING, 1.0)
 
 
-def class_means(logits_NVK: np.ndarray, labels_N: np.ndarray, _settings: DistillSettings) -> np.ndarray:
+def class_means(logits_NVK: np.ndarray, labels_N: np.ndarray, _settings: StudentConfig) -> np.ndarray:
     """For every image the mean of the cached rows of its class, over images and drawn views."""
     drawn_NVK = drawn_views(logits_NVK)
     one_hot_NK = np.eye(logits_NVK.shape[2])[labels_N]
@@ -118,12 +118,12 @@ def class_means(logits_NVK: np.ndarray, labels_N: np.ndarray, _settings: Distill
     return np.broadcast_to(row_KK[labels_N][:, None], logits_NVK.shape)
 
 
-def shuffled_within(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: DistillSettings) -> np.ndarray:
+def shuffled_within(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: StudentConfig) -> np.ndarray:
     """The rows of another image of the same class, all its views together."""
     return logits_NVK[others(labels_N, np.random.default_rng([settings.seed, WITHIN]))]
 
 
-def shuffled_all(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: DistillSettings) -> np.ndarray:
+def shuffled_all(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: StudentConfig) -> np.ndarray:
     """The rows of another image of any class, all its views together."""
     return logits_NVK[others(np.zeros_like(labels_N), np.random.default_rng([settings.seed, ALL]))]
 
@@ -145,7 +145,7 @@ def others(groups_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return other_N
 
 
-def shuffled_views(logits_NVK: np.ndarray, _labels_N: np.ndarray, settings: DistillSettings) -> np.ndarray:
+def shuffled_views(logits_NVK: np.ndarray, _labels_N: np.ndarray, settings: StudentConfig) -> np.ndarray:
     """The row of another drawn view of the same image: each image's rows moved on by a number of its own."""
     n, views, _ = logits_NVK.shape
     drawn = views - 1
@@ -154,7 +154,7 @@ def shuffled_views(logits_NVK: np.ndarray, _labels_N: np.ndarray, settings: Dist
     return np.take_along_axis(logits_NVK, source_NV[:, :, None], axis=1)
 
 
-def first_view(logits_NVK: np.ndarray, _labels_N: np.ndarray, _settings: DistillSettings) -> np.ndarray:
+def first_view(logits_NVK: np.ndarray, _labels_N: np.ndarray, _settings: StudentConfig) -> np.ndarray:
     """The row of the first drawn view, whatever crop is shown."""
     return np.broadcast_to(logits_NVK[:, 1:2], logits_NVK.shape)
 
@@ -162,7 +162,7 @@ def first_view(logits_NVK: np.ndarray, _labels_N: np.ndarray, _settings: Distill
 # ---- other losses: (settings, classes) -> loss terms
 
 
-def origin_loss(settings: DistillSettings, classes: int) -> LossTerms:
+def origin_loss(settings: StudentConfig, classes: int) -> LossTerms:
     """alpha * hard + (1 - alpha) * KLDivLoss()(softmax(teacher / T), softmax(student / T)).detach(), as the project
     that this one descends from wrote it: alpha on the hard term, no logarithm, the arguments swapped, no gradient.
     """
@@ -226,7 +226,7 @@ _LADDER = (
         "online",
         "the teacher in the loop on fresh crops: what caching gives up",
         {"crops": "fresh"},
-        settings=OnlineSettings,
+        settings=StudentConfig,
         needs_teacher=True,
     ),
     Arm(

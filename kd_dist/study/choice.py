@@ -11,14 +11,14 @@ from typing import Any
 
 from kd_dist import views
 from kd_dist.cache import Cache
-from kd_dist.config import DistillSettings, StudySettings, parser_for, read_command_line
+from kd_dist.config import DistillConfig, StudentConfig, StudyConfig, parser_for, read_command_line
 from kd_dist.distill import require_known
 from kd_dist.errors import UserError
 from kd_dist.study.arms import ARMS, Arm
 from kd_dist.study.folder import run_settings
 
 MAY_VARY = (
-    *("cache", "views", "alpha", "temperature", "loss", "labelled"),
+    *("cache", "views", "alpha", "temperature", "loss", "label_fraction"),
     *("label_smoothing", "mixup", "cutmix", "lr", "weight_decay"),
 )
 """What a variant may set. The student and its budget are what all arms of a study share."""
@@ -27,7 +27,7 @@ _TAKEN = ("hparams",)
 _HOW = "make one by NAME=ARM,setting=value, as in ensemble=cached-V,cache=runs/both.h5"
 
 
-def chosen_arms(settings: StudySettings) -> list[Arm]:
+def chosen_arms(settings: StudyConfig) -> list[Arm]:
     """The arms that were asked for: the ladder's in its order, then variants. Raises UserError for one that is not
     known or cannot run.
     """
@@ -51,19 +51,21 @@ def _of_ladder(name: str) -> Arm:
     return ARMS[name]
 
 
-def _require_sense(settings: StudySettings, arm: Arm) -> None:
+def _require_sense(settings: StudyConfig, arm: Arm) -> None:
     """Raise UserError for an arm without its teacher or its labels, and for a variant whose values are out of range or
     the study's own.
     """
     if arm.needs_teacher and not settings.teacher_model:
         raise UserError(f"arm {arm.name} needs the teacher: name its weights, --teacher-model runs/teacher/model.pt.")
-    if arm.needs_labels and arm.own.get("labelled", settings.labelled) < 1:
-        raise UserError(f"arm {arm.name} needs every image's label, --labelled uses fewer; leave it out by --arms.")
+    if arm.needs_labels and arm.own.get("label_fraction", settings.label_fraction) < 1:
+        raise UserError(
+            f"arm {arm.name} needs every image's label, --label-fraction uses fewer; leave it out by --arms."
+        )
     if arm.made_of is None:
         return
     try:
         own, base = (run_settings(settings, one, 0) for one in (arm, ARMS[arm.made_of]))
-        require_known(own)
+        require_known(own.distillation)
     except UserError as error:
         raise UserError(f"--arms {arm.word}: {error}") from error
     if all(getattr(own, name) == getattr(base, name) for name in arm.own):
@@ -103,7 +105,7 @@ def _settings_in(word: str, changes: Sequence[str]) -> dict[str, Any]:
         if setting in flags:
             raise UserError(f"--arms {word} sets {name} twice; leave one of them out.")
         flags[setting] = value
-    parser = parser_for(DistillSettings, "kd_dist.study", "", "")
+    parser = parser_for(DistillConfig, "kd_dist.study", "", "")
     typed = read_command_line(parser, [f"--{_flag(setting)}={value}" for setting, value in flags.items()])
     if "cache" in typed:
         typed["cache"] = os.path.abspath(os.path.expanduser(typed["cache"]))
@@ -151,7 +153,7 @@ def require_views(arm: Arm, cache: Cache, used: int | None) -> None:
         )
 
 
-def require_alike_crops(settings: DistillSettings, cache: Cache) -> None:
+def require_alike_crops(settings: StudentConfig, cache: Cache) -> None:
     """Raise UserError where an arm on fresh crops would see others than those of the study's cache: a difference to the
     arms on cached crops would have two causes.
     """

@@ -12,20 +12,20 @@ runs/study/
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd_dist import checkpoint
 from kd_dist.checkpoint import RunFolder
-from kd_dist.config import DistillSettings, StudySettings
+from kd_dist.config import StudentConfig, StudyConfig, flags_of
 from kd_dist.errors import UserError
 from kd_dist.files import locked, read_json, write_json
 from kd_dist.study.arms import ARMS, Arm
 
 _FORMAT, _VERSION = "kd_dist.study", 1
 MADE_OF = "made of"  # in a variant's settings.json, the arm of the ladder that it is made of
-_OWN = StudySettings.may_change | StudySettings.not_typed
+_OWN = StudyConfig.may_change
 
 
 @dataclass(frozen=True)
@@ -80,26 +80,26 @@ class StudyFolder:
         return read_json(self.study, mend="restore it, or run the study again.") or {}
 
 
-def run_settings(study: StudySettings, arm: Arm, seed: int) -> DistillSettings:
+def run_settings(study: StudyConfig, arm: Arm, seed: int) -> StudentConfig:
     """The settings of one run: the study's, with the arm's own changes. Blends are for fresh crops alone.
 
     An arm that learns from labels alone passes over a share of them so many times more often: about as many pictures
     are shown.
     """
-    shared = {field.name: getattr(study, field.name) for field in fields(DistillSettings)}
+    shared = {name: value for name, value in study.flat().items() if name in flags_of(StudentConfig)}
     out = StudyFolder(Path(study.out)).run(arm.name, seed).path
     values = {**shared, **arm.changes, "out": str(out), "seed": seed}
-    if values["crops"] != "fresh":
+    if values.get("crops") != "fresh":
         values |= {"mixup": 0.0, "cutmix": 0.0}
     if values["alpha"] == 0:
-        share = values["labelled"]
+        share = values["label_fraction"]
         epochs = round(study.epochs / share)
-        values |= {"epochs": epochs, "plain_epochs": study.plain_epochs * epochs // study.epochs}
+        values |= {"epochs": epochs, "no_mix_epochs": study.no_mix_epochs * epochs // study.epochs}
         values |= {"warmup_epochs": study.warmup_epochs * epochs / study.epochs}
-    return arm.settings(**values).resolved()
+    return arm.settings.of(**values).resolved()
 
 
-def note(folder: StudyFolder, settings: StudySettings, arms: Sequence[Arm], cache_digest: str) -> None:
+def note(folder: StudyFolder, settings: StudyConfig, arms: Sequence[Arm], cache_digest: str) -> None:
     """Write study.json, or add these arms and seeds to what earlier commands of the same settings and cache asked for.
 
     Several processes may do so at once. A study of other settings or another cache is removed, with its runs, where
@@ -154,7 +154,7 @@ def _earlier(folder: StudyFolder, shared: dict[str, Any], cache_digest: str, sta
         if (document["format"], document["version"]) != (_FORMAT, _VERSION):
             raise ValueError("another format or version")
         document["cache digest"] = document.get("cache digest", cache_digest)  # an older version did not note it
-        earlier = StudySettings.completed(document["settings"]) | {"cache digest": document["cache digest"]}
+        earlier = StudyConfig.completed(document["settings"]) | {"cache digest": document["cache digest"]}
         differing = checkpoint.differences(earlier, shared | {"cache digest": cache_digest}, _OWN)
     except FileNotFoundError:
         return nothing

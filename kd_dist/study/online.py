@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kd_dist import config, distill, views
 from kd_dist.batches import Batch
 from kd_dist.cache import Cache
-from kd_dist.config import DistillSettings
+from kd_dist.config import StudentConfig
 from kd_dist.errors import UserError
 from kd_dist.job import Data
 from kd_dist.label import Teacher, load_teacher
@@ -30,7 +30,7 @@ class OnlineTeacher:
         """Names the teacher's weights."""
         return self.teacher.row.sha256
 
-    def __call__(self, settings: DistillSettings, classes: int) -> LossTerms:
+    def __call__(self, settings: StudentConfig, classes: int) -> LossTerms:
         """The loss that the settings name, against the teacher's logits on the very pictures of the batch."""
         cached = distill.loss_of(settings, classes)
         mean, std, size = self.teacher.mean, self.teacher.std, self.teacher.row.image_size

@@ -18,7 +18,7 @@ import numpy as np
 
 from kd_dist.cache import card_of
 from kd_dist.checkpoint import RunFolder, ValLogits, read_state, read_val_logits
-from kd_dist.config import DistillSettings
+from kd_dist.config import DistillConfig
 from kd_dist.errors import UserError
 from kd_dist.files import disk_full, write_atomically
 from kd_dist.report import Run, markdown
@@ -72,7 +72,7 @@ class SeedRun:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The run's settings, with the defaults of those that it is too old to have."""
-        return DistillSettings.completed(self.run.settings)
+        return DistillConfig.completed(self.run.settings)
 
     @property
     def agreement(self) -> float | None:
@@ -108,7 +108,7 @@ class Arm:
     @cached_property
     def labelled(self) -> float:
         """The share of the labels that its finished runs used."""
-        return min((run.settings["labelled"] for run in self.finished.values()), default=1.0)
+        return min((run.settings["label_fraction"] for run in self.finished.values()), default=1.0)
 
     def values(self, metric: str) -> list[float]:
         """A metric of the finished runs that have it, by rising seed."""

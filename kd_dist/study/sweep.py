@@ -27,7 +27,7 @@ from kd_dist.study.statistics import spread
 
 AXES = {
     "views": "views of an image in the cache, the evaluation view counted",
-    "labelled": "share of the labels that is used",
+    "label_fraction": "share of the labels that is used",
     "cache": "top-1 of the cache's own rows on {}, %",
 }
 """What the axis of a setting says, where its name would not do."""

@@ -17,6 +17,6 @@ def test_a_full_gpu_is_one_sentence(simulated_job, tmp_path, devices):
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("kd_dist:")]
     assert "memory is full" in sentence and "Tried to allocate" in sentence
     assert "--batch-size" in sentence and "--pixels memory" in sentence
-    assert "kd_dist/engine.py" not in done.stderr
+    assert "kd_dist/training/" not in done.stderr
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert state["status"] == "failed" and f"kd_dist: {state['message']}".split("GPU ")[0] == sentence.split("GPU ")[0]

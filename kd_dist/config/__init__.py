@@ -1,0 +1,57 @@
+"""What was asked for: `groups` of flags, the `jobs` composed of them, `presets` of defaults, and the `command_line`."""
+
+from kd_dist.config.command_line import OF_DATA, carried, command, flag_words, parser_for, read_command_line, resolve
+from kd_dist.config.groups import (
+    MEAN,
+    PIXELS,
+    STD,
+    AugmentationConfig,
+    DataConfig,
+    DistillationConfig,
+    LabellingConfig,
+    LabelUse,
+    OptimisationConfig,
+    RunConfig,
+    SplitConfig,
+    bytes_of,
+    check_crop_scale,
+    check_mixed_views,
+    check_seed,
+)
+from kd_dist.config.jobs import DistillConfig, JobConfig, StudentConfig, StudyConfig, TeacherConfig, flags_of
+from kd_dist.config.presets import PRESETS, RULE_HOLDS_TO, Preset, origin_of_lr
+
+__all__ = [
+    "MEAN",
+    "OF_DATA",
+    "PIXELS",
+    "PRESETS",
+    "RULE_HOLDS_TO",
+    "STD",
+    "AugmentationConfig",
+    "DataConfig",
+    "DistillConfig",
+    "DistillationConfig",
+    "JobConfig",
+    "LabelUse",
+    "LabellingConfig",
+    "OptimisationConfig",
+    "Preset",
+    "RunConfig",
+    "SplitConfig",
+    "StudentConfig",
+    "StudyConfig",
+    "TeacherConfig",
+    "bytes_of",
+    "carried",
+    "check_crop_scale",
+    "check_mixed_views",
+    "check_seed",
+    "command",
+    "flag_words",
+    "flags_of",
+    "origin_of_lr",
+    "parser_for",
+    "read_command_line",
+    "resolve",
+]

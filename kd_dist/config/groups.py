@@ -1,0 +1,318 @@
+"""Groups of flags, each a frozen dataclass that checks its own values. A field's name is its flag's, with dashes.
+
+A room of the program gets the group that is its own, never the whole command line. Nothing but Python's own library is
+imported here, so that a login node reads a command line fast.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from kd_dist.errors import UserError
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+PIXELS = ("auto", "memory", "device", "off")
+
+
+def flag(default: Any, help: str, metavar: str | None = None, may_change: bool = False) -> Any:
+    """A field with its default and its help text; `may_change`: a resumed run may have another value."""
+    return field(default=default, metadata={"help": help, "metavar": metavar, "may_change": may_change})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from, and where their decoded pixels are kept."""
+
+    title: ClassVar[str] = "data"
+
+    data: str | None = flag(
+        None,
+        "Folder with train/ and val/, or the folder to download the release into [$KD_DIST_DATA or data].",
+        "DIR",
+        may_change=True,
+    )
+    release: str | None = flag(
+        None, "Data set to download where the folder does not hold one yet [imagewoof2-160].", "NAME"
+    )
+    archive: str | None = flag(
+        None, "File or address to take the release from, instead of its own address.", "FILE", may_change=True
+    )
+    sha256: str | None = flag(None, "SHA-256 that the archive must have.", "HEX", may_change=True)
+    pixels: str = flag(
+        "auto",
+        "Where decoded pixels are while a job runs: memory (of the host), device, off (decode each image every time, "
+        "for sets larger than memory), or auto (the GPU where they fit, else memory).",
+        "WHERE",
+        may_change=True,
+    )
+    pixels_dir: str | None = flag(
+        None,
+        "Folder for the decoded pixels, for example on a node's own disk [inside the data folder].",
+        "DIR",
+        may_change=True,
+    )
+
+    def __post_init__(self):
+        one_of("pixels", self.pixels, PIXELS)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Which training images are left out, and what the run is scored on."""
+
+    title: ClassVar[str] = "folds"
+
+    folds: int | None = flag(None, "Cut the training images into K folds and leave fold number --fold out.", "K")
+    fold: int | None = flag(None, "Number of the fold that is left out, 0 to K - 1.", "k")
+    tune: bool = flag(False, "Score the run on the fold that is left out; the val images are not used.")
+
+    def __post_init__(self):
+        require(self.folds is None or self.folds >= 2, "folds", self.folds, "must be at least 2")
+        if (self.folds is None) != (self.fold is None):
+            raise UserError("--folds and --fold go together: --folds 10 --fold 0 leaves out the first tenth of train.")
+        if self.fold is not None:
+            in_range = 0 <= self.fold < self.folds
+            require(in_range, "fold", self.fold, f"must be at least 0 and below --folds {self.folds}")
+        if self.tune and self.fold is None:
+            raise UserError("--tune scores on a part of train that is left out; add --folds 10 --fold 0.")
+
+
+@dataclass(frozen=True)
+class OptimisationConfig:
+    """How long and how fast a network learns, and from what hard targets."""
+
+    title: ClassVar[str] = "optimisation"
+
+    epochs: int = flag(100, "Number of passes over the training images.", "N")
+    batch_size: int = flag(
+        256, "Images in one step, over all ranks together; gpu-128px has its number for each GPU.", "N"
+    )
+    lr: float = flag(
+        0.2,
+        "Peak learning rate of SGD with Nesterov momentum 0.9; unless you type it, gpu-128px scales it linearly with "
+        "the batch size, and the other presets do not.",
+        "LR",
+    )
+    weight_decay: float = flag(
+        5e-4, "Weight decay of convolutional and linear weights; norms and biases have none.", "WD"
+    )
+    warmup_epochs: float = flag(5.0, "Epochs of linear warm-up before the cosine decay.", "N")
+    label_smoothing: float = flag(0.0, "Share of the hard target that is spread over all classes.", "SHARE")
+    ema: float = flag(
+        0.0,
+        "Decay of a moving average of the weights, which is then what is evaluated and saved; 0 means no average.",
+        "DECAY",
+    )
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(0 < self.lr < math.inf, "lr", self.lr, "must be above 0")
+        for name in ("weight_decay", "warmup_epochs"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must not be negative")
+        for name in ("label_smoothing", "ema"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
+        short = self.warmup_epochs < self.epochs
+        require(short, "warmup_epochs", self.warmup_epochs, f"must be below --epochs {self.epochs}")
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """What the network sees of an image."""
+
+    title: ClassVar[str] = "augmentation"
+
+    image_size: int = flag(128, "Side of the square images that the network sees, in pixels.", "PX")
+    crop_scale: tuple[float, float] = flag(
+        (0.35, 1.0), "Smallest and largest area of a random crop, as shares of the image."
+    )
+    mixup: float = flag(
+        0.0, "Share of the images that mixup mixes with another, lambda from Beta(0.2, 0.2); fresh crops only.", "SHARE"
+    )
+    cutmix: float = flag(
+        0.0, "Share of the images into which CutMix pastes a box of another; fresh crops only.", "SHARE"
+    )
+    no_mix_epochs: int = flag(0, "Number of last epochs without mixup, CutMix and mixed views of the cache.", "N")
+
+    def __post_init__(self):
+        require(self.image_size >= 8, "image_size", self.image_size, "must be at least 8")
+        for name in ("mixup", "cutmix"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie in [0, 1]")
+        together = self.mixup + self.cutmix <= 1
+        require(together, "mixup", self.mixup, f"and --cutmix {self.cutmix} must not exceed 1 together")
+        check_crop_scale(self.crop_scale)
+
+
+@dataclass(frozen=True)
+class LabellingConfig:
+    """The teacher's network, and the cache of soft labels that it writes."""
+
+    title: ClassVar[str] = "teacher and its soft labels"
+
+    teacher: str = flag("resnet18", "Network to train: resnet18, or resnet18_s1 (stride-1 stem, small images).", "NAME")
+    cache: str | None = flag(
+        None, "Output: the file that the soft labels are written to [OUT/logits.h5].", "FILE", may_change=True
+    )
+    views: int = flag(
+        16,
+        "Views of every image in the cache: the evaluation view and V - 1 random crops; 0 writes no cache.",
+        "V",
+        may_change=True,
+    )
+    mixed_views: float = flag(
+        0.0,
+        "Share of the random crops of train that are mixed in the cache, half by mixup and half by CutMix.",
+        "SHARE",
+        may_change=True,
+    )
+    top_k: int | None = flag(
+        None,
+        "Keep only the K largest logits of each view and the mass of the others, for many classes [all].",
+        "K",
+        may_change=True,
+    )
+    keep_epochs: tuple[int, ...] = flag(
+        (),
+        "Save the weights after these epochs too, as OUT/model-epoch-N.pt: a younger teacher may teach better.",
+        may_change=True,
+    )
+
+    def __post_init__(self):
+        require(self.views >= 0, "views", self.views, "must be at least 1, or 0 for no cache")
+        check_mixed_views(self.mixed_views, self.views)
+        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class LabelUse:
+    """How many of the training labels a run uses, as a share in every class; `alone`: images without one are left
+    out."""
+
+    fraction: float = 1.0
+    alone: bool = True
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """The student's network, and what it learns from."""
+
+    title: ClassVar[str] = "student and distillation"
+
+    student: str = flag("cnn5", "Network to train: cnn5, cnn5_wide (slower, finer), or origin.", "NAME")
+    cache: str | None = flag(
+        None,
+        "Input: the file of soft labels that the teacher's job wrote [runs/teacher/logits.h5].",
+        "FILE",
+        may_change=True,
+    )
+    cache_memory: str = flag(
+        "4G",
+        "Each rank loads a cache file of up to this size into memory, and reads a larger one from the file.",
+        "SIZE",
+        may_change=True,
+    )
+    views: int | None = flag(None, "Use only the first V views of the cache [all].", "V")
+    alpha: float = flag(
+        0.9, "Weight of the soft loss: total = alpha * soft + (1 - alpha) * hard; 0 uses hard labels alone."
+    )
+    temperature: float = flag(4.0, "Temperature that softens both distributions in the soft loss.", "T")
+    loss: str = flag(
+        "kl",
+        "The soft loss: kl (times T squared), ce, mse, std (standardised logits), or dkd (decoupled).",
+        "NAME",
+    )
+    label_fraction: float = flag(
+        1.0,
+        "Share of the training labels to use, in every class alike; the student sees the other images with soft labels "
+        "alone, or at --alpha 0 not at all.",
+        "SHARE",
+    )
+
+    def __post_init__(self):
+        bytes_of("cache_memory", self.cache_memory)
+        require(0 <= self.alpha <= 1, "alpha", self.alpha, "must lie in [0, 1]")
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, "must be above 0")
+        require(self.views is None or self.views >= 1, "views", self.views, "must be at least 1")
+        share = self.label_fraction
+        require(0 < share <= 1, "label_fraction", share, "must be above 0 and at most 1")
+
+    @property
+    def cache_memory_bytes(self) -> int:
+        """The size up to which a cache is loaded whole."""
+        return bytes_of("cache_memory", self.cache_memory)
+
+    @property
+    def labels(self) -> LabelUse:
+        """The labels that are used, and whether images without one are left out."""
+        return LabelUse(self.label_fraction, alone=self.alpha == 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a job runs on its machines. Of these, only the device and the precision can change a result."""
+
+    title: ClassVar[str] = "this run"
+
+    workers: int | None = flag(
+        None, "Processes on each rank that prepare images; 0 means none [0 on a CPU, up to 8 on a GPU].", "N", True
+    )
+    device: str = flag("auto", "cpu, cuda, or auto: one GPU for each rank where there are any.", "NAME", True)
+    precision: str = flag(
+        "auto", "fp32, bf16, or auto: bf16 on GPUs and fp32 on CPUs, most of which are slow in bf16.", "NAME"
+    )
+    checkpoint_minutes: float = flag(2.0, "Minutes between checkpoints; a stopped run saves at once.", "M", True)
+    profile: bool = flag(
+        False, "Write a trace of some steps to OUT/trace.json, for https://ui.perfetto.dev.", None, True
+    )
+    start_over: bool = flag(False, "Delete the earlier run in --out instead of resuming it.", None, True)
+
+    def __post_init__(self):
+        require(self.workers is None or self.workers >= 0, "workers", self.workers, "must be at least 0")
+        minutes = self.checkpoint_minutes
+        require(0 < minutes < math.inf, "checkpoint_minutes", minutes, "must be above 0")
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+
+
+# ---- checks of single values
+
+
+def require(holds: bool, name: str, value: Any, rule: str) -> None:
+    """Raise UserError "--name value rule." unless it holds."""
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} {value} {rule}.")
+
+
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise UserError unless a value is one of the known."""
+    require(value in known, name, value, f"is not known; choose from {', '.join(known)}")
+
+
+def bytes_of(name: str, text: str) -> int:
+    """A size such as 512M or 4G, in bytes: powers of 1024. Raises UserError for any other text."""
+    units = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+    number, unit = (text[:-1], text[-1]) if text and text[-1].upper() in units else (text, "")
+    require(number.isdigit() and number.isascii(), name, text, "is not a size; write one such as 512M, 4G or 0")
+    return int(number) << units[unit.upper()]
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError unless a seed suits both random generators and the cache's int64."""
+    require(0 <= seed < 2**63, "seed", seed, "must be at least 0 and below 2^63")
+
+
+def check_mixed_views(share: float, views: int) -> None:
+    """Raise UserError unless it is a share that comes to at least one view, or 0."""
+    require(0 <= share <= 1, "mixed_views", share, "must lie in [0, 1]")
+    comes_to_one = share == 0 or (views - 1) * share >= 1
+    rule = f"of {max(0, views - 1)} drawn views is less than one; ask for more --views"
+    require(comes_to_one, "mixed_views", share, rule)
+
+
+def check_crop_scale(crop_scale: tuple[float, float]) -> None:
+    """Raise UserError unless these are a smallest and a largest area share."""
+    low, high = crop_scale
+    rule = "must be two shares with 0 < smallest <= largest <= 1"
+    require(0 < low <= high <= 1, "crop_scale", f"{low} {high}", rule)
