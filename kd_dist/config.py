@@ -223,7 +223,6 @@ class DistillSettings(Settings):
     """The second job: train a student from cached soft labels and hard labels."""
 
     kind: ClassVar[str] = "student"
-    may_change: ClassVar[frozenset[str]] = Settings.may_change | {"cache_memory"}
 
     out: str = flag(RUN, "runs/student", "folder of this run; running the same command again resumes it", "DIR")
     cache: str | None = flag(DATA, None, "the file of soft labels [runs/teacher/logits.h5]", "FILE")
@@ -252,16 +251,9 @@ class DistillSettings(Settings):
         "labels alone, or at --alpha 0 nothing",
         "SHARE",
     )
-    cache_memory: str = flag(
-        DATA,
-        "4G",
-        "a cache file up to this size is loaded whole by each rank; of a larger one rows stay on file",
-        "SIZE",
-    )
 
     def __post_init__(self):
         super().__post_init__()
-        bytes_of("cache_memory", self.cache_memory)
         _require(0 <= self.alpha <= 1, "alpha", self.alpha, "must lie in [0, 1]")
         _require(0 < self.temperature < math.inf, "temperature", self.temperature, "must be above 0")
         _require(self.views is None or self.views >= 1, "views", self.views, "must be at least 1")
@@ -283,11 +275,6 @@ class DistillSettings(Settings):
             for name in ("mixup", "cutmix"):
                 value = getattr(self, name)
                 _require(value == 0, name, value, "needs --crops fresh: a cached row describes its own view only")
-
-    @property
-    def cache_memory_bytes(self) -> int:
-        """The size up to which a cache is loaded whole."""
-        return bytes_of("cache_memory", self.cache_memory)
 
     @property
     def learns_from_labels_alone(self) -> bool:
@@ -356,14 +343,6 @@ def _plain(value: Any) -> Any:
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:
         raise UserError(f"--{name.replace('_', '-')} {value} {rule}.")
-
-
-def bytes_of(name: str, text: str) -> int:
-    """A size such as 512M or 4G, in bytes: powers of 1024. Raises UserError for what is none."""
-    units = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-    number, unit = (text[:-1], text[-1]) if text and text[-1].upper() in units else (text, "")
-    _require(number.isdigit() and number.isascii(), name, text, "is not a size; write one such as 512M, 4G or 0")
-    return int(number) << units[unit.upper()]
 
 
 def check_seed(seed: int) -> None:

@@ -59,11 +59,11 @@ def require_known(settings: DistillSettings) -> None:
 
 def open_inputs(settings: DistillSettings, runtime: Runtime) -> tuple[Cache | None, Data]:
     """The cache that is read, if any, and the data that it was made of. Raises UserError where one cannot be used."""
-    cache = open_for(settings)
+    cache = open_for(settings, runtime)
     data = job.open_data(DataSource.of(settings), runtime)
     if cache is not None:
         require_cache_fits(settings, data, cache)
-        tell_unnoted(cache, runtime)
+        warn_missing_checksum(cache, runtime)
     return cache, data
 
 
@@ -74,10 +74,10 @@ def require_cache_fits(settings: DistillSettings, data: Data, cache: Cache) -> N
     require_own_partners(settings, data, cache)
 
 
-def tell_unnoted(cache: Cache, runtime: Runtime) -> None:
-    """Say of a cache that its digest file is not there."""
-    if not cache.noted:
-        job.say(runtime, f"{cache.path} came without its digest file; its own checks hold")
+def warn_missing_checksum(cache: Cache, runtime: Runtime) -> None:
+    """Print a warning where a cache has no checksum file beside it."""
+    if not cache.has_checksum:
+        job.say(runtime, f"{cache.path} came without its .sha256 file; its own checksums hold")
 
 
 def run(
@@ -117,11 +117,11 @@ def learned_from(settings: DistillSettings, cache: Cache | None) -> dict[str, st
     return {} if settings.uses_fresh_crops else {"cache digest": cache.digest}
 
 
-def open_for(settings: DistillSettings) -> Cache | None:
-    """The cache this run reads, checked; None where it reads none. Raises UserError where it cannot be used."""
+def open_for(settings: DistillSettings, runtime: Runtime) -> Cache | None:
+    """The cache this run reads, verified; None where it reads none. Raises UserError where it cannot be used."""
     if settings.cache is None:
         return None
-    cache = open_cache(Path(settings.cache), settings.cache_memory_bytes)
+    cache = open_cache(Path(settings.cache), runtime.once_a_node)
     require_use(settings, cache)
     return cache
 
@@ -211,6 +211,7 @@ def train(
         logits_NVK=logits_NVK,
         stop=stop,
         cache=cache,
+        after_epoch=None if cache is None else lambda epoch, model, metrics: cache.require_unchanged(),
     )
     model, logits_MK = training.run()
     facts = {"cache": described(cache)} if cache else {}
@@ -220,25 +221,13 @@ def train(
 def _made_of_members(rows: Rows, logits_NVK: SoftLabels, data: Data, settings: DistillSettings) -> np.ndarray:
     """Soft labels [N, V, K] made from the rows that are trained on; a part of train that is left out has zeros."""
     labels_N, fold = data.samples.train.labels_N, job.fold_for(settings, data)
-    logits_NVK = in_memory(logits_NVK)
+    logits_NVK = logits_NVK[:]  # of the top k all logits are made
     if fold is None:
         return rows(logits_NVK, labels_N, settings)
     made_MVK = rows(logits_NVK[fold.train_M], labels_N[fold.train_M], settings)
     all_NVK = np.zeros((len(labels_N), *made_MVK.shape[1:]), made_MVK.dtype)
     all_NVK[fold.train_M] = made_MVK
     return all_NVK
-
-
-def in_memory(logits_NVK: SoftLabels) -> np.ndarray:
-    """Soft labels [N, V, K] that stay on file or are made as they are read, whole: other rows are made from all of
-    them.
-    """
-    if isinstance(logits_NVK, np.ndarray):
-        return logits_NVK
-    whole_NVK = np.empty(logits_NVK.shape, logits_NVK.dtype)
-    for view in range(logits_NVK.shape[1]):
-        whole_NVK[:, view] = logits_NVK[:, view]
-    return whole_NVK
 
 
 def loss_of(settings: DistillSettings, classes: int) -> LossTerms:

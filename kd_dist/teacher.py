@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kd_dist import job, label, objectives, views
+from kd_dist import job, label, objectives
 from kd_dist.cache import open_cache
-from kd_dist.cache.format import parts_folder_of
+from kd_dist.cache.format import shards_folder_of
 from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
 from kd_dist.config import TeacherSettings
 from kd_dist.errors import UserError
@@ -74,11 +74,10 @@ def require_own_cache(settings: TeacherSettings, target: Path, data: Data) -> No
             f"{target} holds {cache.views} views, --views asks for {settings.views}; `python -m kd_dist.cache extend` "
             "writes a longer one from it."
         )
-    share = views.mixed_share_of(cache.header.view_sampler)
-    if share != settings.mixed_views:
+    if cache.header.mixed_share != settings.mixed_views:
         raise UserError(
-            f"{target} was written with --mixed-views {share}, this is --mixed-views {settings.mixed_views}; name "
-            "another --cache."
+            f"{target} was written with --mixed-views {cache.header.mixed_share}, this is --mixed-views "
+            f"{settings.mixed_views}; name another --cache."
         )
 
 
@@ -131,11 +130,12 @@ def write(
         f"teacher trained {teacher.row.trained_on}; writing {settings.views} views of every image to {target}",
     )
     dtype = compute_dtype(runtime.device, settings.precision)
-    header, tables = label.plan(teacher, data, settings.views, settings.crop_scale, settings.seed, dtype)
-    header, tables = label.mixed(label.shortened(header, settings.top_k), tables, settings.mixed_views)
+    rule = label.ViewRule(settings.views, settings.crop_scale, settings.seed, settings.mixed_views)
+    plan = label.plan([teacher], data, rule, dtype, settings.top_k)
+    labeller = label.Labeller([teacher], data, plan.header, runtime.device)
     progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
     with clocked(folder, target, runtime, progress) as progress:
-        label.write_cache(target, [teacher], data, header, tables, runtime, stop, progress)
+        label.write_cache(target, plan, labeller, runtime, stop, progress)
     job.say(runtime, f"wrote {target}. Next: python -m kd_dist.distill --cache {target}")
 
 
@@ -147,7 +147,7 @@ def clocked(
     how many students it pays. Gives `progress` as a function that notes it now and then: a kill costs that little.
     """
     begun = runtime.on_main(
-        lambda: read_costs(folder).get(CACHE_SECONDS, 0.0) if parts_folder_of(target).exists() else 0.0
+        lambda: read_costs(folder).get(CACHE_SECONDS, 0.0) if shards_folder_of(target).exists() else 0.0
     )
     started = noted_at = time.monotonic()
 

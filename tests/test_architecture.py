@@ -16,7 +16,7 @@ MOST_LINES = 50
 
 LEAVES = {
     *("errors", "files", "fetch", "generated", "dataset", "folds", "pixels", "resident", "views", "models", "losses"),
-    *("cache", "checkpoint", "monitor", "runtime", "batches", "inference"),
+    *("cache", "checkpoint", "monitor", "runtime", "batches", "inference", "fingerprint", "version"),
 }
 """They take plain arguments: no settings, no engine, no job. Everything else puts them together."""
 
@@ -91,6 +91,11 @@ def test_settings_need_no_other_module_than_the_error():
 
 def test_the_engine_knows_no_settings_and_no_job():
     assert not needed("engine") & {"config", "job", "label", "report", *ENTRIES}
+
+
+def test_labelling_knows_no_settings_and_no_job_but_in_its_commands():
+    assert not needed("label") & {"config", "job", "engine", *ENTRIES}
+    assert "job" in needed("label.commands")
 
 
 def test_nobody_imports_an_entry_but_the_study_that_is_made_of_students():
