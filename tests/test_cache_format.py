@@ -638,7 +638,7 @@ def test_a_truncated_file_is_refused(copy):
 
 def test_a_digest_file_without_a_digest(copy):
     checksum_file(copy).write_bytes(b"\xff\xfe nonsense\n")
-    assert "says no SHA-256" in refusal(open_cache, copy)
+    assert "has no SHA-256" in refusal(open_cache, copy)
 
 
 @contextmanager

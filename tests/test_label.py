@@ -174,7 +174,9 @@ def test_the_commands_write_verify_and_extend_it(written, command, run_folders, 
     assert more.read_bytes() == at_once.read_bytes()
     with pytest.raises(UserError, match=r"not what labelled .* name the model.pt of each teacher"):
         command("extend", again, "--teacher", folds[0], "--views", 4, "-o", tmp_path / "none.h5")
-    assert "out-of-fold: each train image by the one teacher that never saw it" in render_info(open_cache(more))
+    assert "out-of-fold: each train image by the one teacher that was not trained on it" in render_info(
+        open_cache(more)
+    )
 
 
 def test_verify_finds_the_data_where_the_environment_names_it(root, written, run_folders, monkeypatch, capsys):

@@ -112,9 +112,9 @@ def _require_distinct(rows: Sequence[TeacherRow], members: Sequence[int], caches
     singles = [rows[single].sha256 for member in members for single in _singles(rows, member)]
     twice = next((digest for digest in singles if singles.count(digest) > 1), None)
     if twice is not None:
-        files = ", ".join(str(cache.path) for cache in caches if twice in cache.teacher_digests)
+        files = dict.fromkeys(str(cache.path) for cache in caches if twice in cache.teacher_digests)
         raise UserError(
-            f"{files} hold logits of the same teacher (SHA-256 {twice[:16]}...), which would count twice in the mean: "
+            f"{', '.join(files)}: logits of the same teacher (SHA-256 {twice[:16]}...) would count twice in the mean; "
             "name caches of different teachers."
         )
 

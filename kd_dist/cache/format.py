@@ -157,7 +157,7 @@ class Header:
 
     @property
     def logit_columns(self) -> tuple[Column, ...]:
-        """The columns that hold what a teacher said of each image in each view."""
+        """The columns that hold a teacher's logits of each image in each view."""
         return (top_index(len(self.classes)), TOP_LOGITS, TAIL) if self.top_k else (LOGITS,)
 
     @property
@@ -167,7 +167,7 @@ class Header:
 
 
 def mean_of(rows: Sequence[TeacherRow], members: Sequence[int], how: str = "") -> TeacherRow:
-    """The row of a mean of the teachers in these rows; `how` tells a mean of other things than logits.
+    """The row of a mean of the teachers in these rows; `how` names a mean of anything but logits.
 
     Its digest is the SHA-256 over those of its members, in hex, in order.
     """

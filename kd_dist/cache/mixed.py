@@ -18,7 +18,7 @@ class Mixed:
 
     partner_NV: np.ndarray  # int32, row of the partner
     partner_view_NV: np.ndarray  # int16, the view whose crop and flip the partner is seen in
-    weight_NV: np.ndarray  # float32 in [0, 1], share of the own picture and label
+    weight_NV: np.ndarray  # float32 in [0, 1], share of the image itself and of its label
     paste_NV4: np.ndarray  # float32: CutMix's top, left, bottom, right as fractions of the side; all 0 for mixup
 
     def first(self, views: int | None) -> "Mixed":

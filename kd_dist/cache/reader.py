@@ -270,7 +270,7 @@ def _has_checksum(path: Path, digest: str) -> bool:
         ) from None
     if digest not in named:
         expected = " or ".join(named) or "no SHA-256"
-        raise UserError(f"the cache {path} has SHA-256 {digest}, but {beside.name} says {expected}: {MEND}.")
+        raise UserError(f"the cache {path} has SHA-256 {digest}, but {beside.name} has {expected}: {MEND}.")
     return True
 
 

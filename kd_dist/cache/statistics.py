@@ -14,7 +14,7 @@ from kd_dist.cache.format import LOGITS, PIECE_BYTES, Header, TeacherRow, row_by
 from kd_dist.cache.reader import Cache, LabelledTable, SoftLabels
 
 BINS = 15
-ONE_HOT = 0.99  # a row with a larger probability than this says little more than a class
+ONE_HOT = 0.99  # logits with a larger probability than this hold little more than a class
 WARNING_SHARE = 0.5  # of such rows
 WIDTH = 100
 TEACHERS_SHOWN = 3
@@ -167,7 +167,7 @@ def _describe_split(split: LabelledTable) -> str:
 
 def _describe_views(header: Header) -> str:
     low, high = header.crop_scale
-    mixed = f", {header.mixed_share:.0%} of them mixed" if header.mixed_share else ""
+    mixed = f", {header.mixed_share:.0%} mixed" if header.mixed_share else ""
     return f"{header.view_rule}, area {low:g} to {high:g}{mixed}, seed {header.seed}; view 0 is the evaluation view"
 
 
@@ -199,7 +199,7 @@ def _describe_labels(cache: Cache) -> Iterator[str]:
         if mixed := split.views - len(unmixed_views(split)):
             yield f"{mixed} of {split.views} views of {name} are mixup or CutMix, and not in the statistics below"
     if cache.is_out_of_fold:
-        yield "out-of-fold: each train image by the one teacher that never saw it, val by the mean of all"
+        yield "out-of-fold: each train image by the one teacher that was not trained on it, val by the mean of all"
 
 
 def _describe_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> str:

@@ -128,12 +128,16 @@ def _mixing(plan: CachePlan, rule: ViewRule) -> CachePlan:
         return plan
     train, folds = plan.tables["train"], max(row.folds for row in plan.header.teachers)
     group_N = fold_numbers(train.labels_N, train.sha256_N32, folds) if folds else None
-    shares = {"train": (rule.mixed_share, group_N), "val": (0.0, None)}
-    mixed = {
-        split: Mixed(*views.mixed_views(rule.seed, split, len(table), range(table.views), *shares[split]))
-        for split, table in plan.tables.items()
-    }
+    mixed = {"train": _mixed(plan, "train", rule.mixed_share, group_N), "val": _mixed(plan, "val", 0.0, None)}
     return plan.mixing(rule.mixed_share, mixed)
+
+
+def _mixed(plan: CachePlan, split: str, share: float, group_N: np.ndarray | None) -> Mixed:
+    table, seed = plan.tables[split], plan.header.seed
+    partner_NV, partner_view_NV, weight_NV, paste_NV4 = views.mixed_views(
+        seed, split, len(table), range(table.views), share, group_N
+    )
+    return Mixed(partner_NV=partner_NV, partner_view_NV=partner_view_NV, weight_NV=weight_NV, paste_NV4=paste_NV4)
 
 
 def _by_folds(plan: CachePlan, teachers: Sequence[Teacher], data: LabelData) -> CachePlan:

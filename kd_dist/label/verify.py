@@ -19,7 +19,7 @@ def why_not_computed(cache: Cache, labeller: Labeller) -> str | None:
     of_header = (header.image_size, header.mean, header.std)
     alike = all((teacher.row.image_size, teacher.mean, teacher.std) == of_header for teacher in labeller.teachers)
     if cache.is_combined and not (alike and " and " not in header.compute_dtype):
-        return "the teachers saw or computed differently, see the caches it was combined from: verify those"
+        return "the teachers differ in image size, normalisation or precision: verify the caches it was combined from"
     if not any(len(labeller.known_samples(table)) for table in cache.splits.values()):
         return "each row is a mean of several teachers: name the model.pt of all of them"
     return None
