@@ -201,7 +201,7 @@ def open_cache(path: Path, once_a_node: OnceANode = in_this_process) -> Cache:
     if verified:
         return verified[0]
     cache, _ = _mapped(path, found["digest"], found["has_checksum"])
-    _require_identity(path, cache.identity, tuple(found["identity"]))
+    _require_identity(path, tuple(found["identity"]), cache.identity)
     return cache
 
 
@@ -214,7 +214,7 @@ def _verified(path: Path) -> Cache:
     cache, stored = _mapped(path, digest, _has_checksum(path, digest))
     with _damage_named(path):
         _check_values(cache, stored)
-    _require_identity(path, before, identity_of(path.stat()))
+    _require_identity(path, before)
     return cache
 
 
@@ -223,8 +223,11 @@ def identity_of(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def _require_identity(path: Path, one: tuple[int, ...], other: tuple[int, ...]) -> None:
-    if one != other:
+def _require_identity(path: Path, expected: tuple[int, ...], found: tuple[int, ...] = ()) -> None:
+    """Raise UserError unless a file, by default the one that has this name now, has this identity."""
+    with _refusing(path):
+        found = found or identity_of(path.stat())
+    if found != expected:
         raise UserError(f"the cache {path} was replaced while it was being opened: run the same command again.")
 
 
@@ -278,7 +281,7 @@ def _mapped(path: Path, digest: str, has_checksum: bool) -> tuple[Cache, dict[st
     """Map a cache, and refuse what is not a whole and finished cache of this version by its structure. Its values are
     to be checked against the values of CHECK_ATTRIBUTES, given beside it.
     """
-    with _refusing(path), open(path, "rb") as raw:
+    with _damage_named(path), _refusing(path), open(path, "rb") as raw:
         identity = identity_of(os.fstat(raw.fileno()))
         mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     with _damage_named(path), h5py.File(path, "r", locking=False) as file:
@@ -289,7 +292,7 @@ def _mapped(path: Path, digest: str, has_checksum: bool) -> tuple[Cache, dict[st
         header = _read_header(file, columns)
         splits = {split: _read_split(columns, split, header) for split in SPLITS}
         stored = {name: attribute(file, name, dtype, ()) for name, dtype in CHECK_ATTRIBUTES.items()}
-    _require_identity(path, identity, identity_of(path.stat()))  # HDF5 opened the file by its name once more
+    _require_identity(path, identity)  # HDF5 opened the file by its name once more
     return Cache(path, digest, header, splits, has_checksum, identity), stored
 
 
