@@ -1,10 +1,11 @@
 """What reading soft labels costs per sample, and how much memory it takes: one epoch of one process, without pictures.
 
-    python -m benchmarks.cache_reads /tmp/logits.h5 --cache-memory 0
+    python -m benchmarks.cache_reads /tmp/logits.h5
 
 Prints one line of JSON: microseconds per sample of an epoch's soft labels (median over epochs, least and most), of
-drawing its views and fetching their boxes, seconds to open, and the peak of memory in MB before the cache was opened
-and after the epochs. Times are the processor's, not the clock's, so that a busy machine measures the same.
+drawing its views and fetching their boxes, seconds to open, and memory in MB: the peak before the cache was opened and
+after the epochs, mapped pages included, and what the process shares with no file. Times are the processor's, not the
+clock's, so that a busy machine measures the same.
 """
 
 import argparse
@@ -15,17 +16,16 @@ from pathlib import Path
 
 from kd_dist.batches import CachedCrops, EpochBatches, TrainData
 from kd_dist.cache import open_cache
-from kd_dist.config import bytes_of
 
 EPOCHS = 5
 SAMPLES = 50_000  # to be read at least: a small cache's epoch is over in no time
 
 
-def measure(path: Path, memory: int, batch_size: int = 256) -> dict[str, float]:
+def measure(path: Path, batch_size: int = 256) -> dict[str, float]:
     """The figures of one cache, read in this process; its peak of memory is this process's, so use a fresh one."""
     before = peak_megabytes()
     started = time.process_time()
-    train = open_cache(path, memory).split("train")
+    train = open_cache(path).split("train")
     opened = time.process_time() - started
     crops = CachedCrops(train.box_NV4, train.flip_NV, seed=0)
     data = TrainData(None, train.labels_N, crops, 64, batch_size, seed=0, logits_NVK=train.logits_NVK)
@@ -48,6 +48,7 @@ def measure(path: Path, memory: int, batch_size: int = 256) -> dict[str, float]:
         "open_s": round(opened, 3),
         "peak_mb_before": before,
         "peak_mb": peak_megabytes(),
+        "private_mb": private_megabytes(),
     }
 
 
@@ -57,12 +58,16 @@ def peak_megabytes() -> float:
     return round(int(status[status.index("VmHWM:") + 1]) * 1024 / 1e6, 1)
 
 
+def private_megabytes() -> float:
+    """The memory of this process that it shares with no file, in MB of 10^6 bytes."""
+    status = Path("/proc/self/status").read_text().split()
+    return round(int(status[status.index("RssAnon:") + 1]) * 1024 / 1e6, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cache_reads", description=__doc__)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--cache-memory", default="4G", help="size up to which the cache is loaded whole [4G]")
-    options = parser.parse_args()
-    print(json.dumps(measure(options.path, bytes_of("cache_memory", options.cache_memory))))
+    print(json.dumps(measure(parser.parse_args().path)))
 
 
 if __name__ == "__main__":

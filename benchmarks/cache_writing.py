@@ -56,17 +56,17 @@ class Writing:
     def __init__(self, bench: Bench, data: Data, views_V: int):
         teacher = bench.untrained
         dtype = compute_dtype(bench.runtime.device, bench.teacher.precision)
-        self.arguments = ([teacher], data, *label.plan(teacher, data, views_V, bench.teacher.crop_scale, 0, dtype))
+        self.plan = label.plan([teacher], data, label.ViewRule(views_V, bench.teacher.crop_scale, seed=0), dtype)
+        self.labeller = label.Labeller([teacher], data, self.plan.header, bench.runtime.device)
         self.target, self.runtime = bench.folder / "written.h5", bench.runtime
-        tables = self.arguments[-1]
-        self.rows = sum(table.flip_NV.size for table in tables.values())
+        self.rows = sum(table.flip_NV.size for table in self.plan.tables.values())
 
     def __call__(self) -> float:
         for left in self.target.parent.glob(f"{self.target.name}*"):
             left.unlink()
         started = time.perf_counter()
         with StopRequest() as stop:
-            label.write_cache(self.target, *self.arguments, self.runtime, stop, lambda done, total: None)
+            label.write_cache(self.target, self.plan, self.labeller, self.runtime, stop, lambda done, total: None)
         return (time.perf_counter() - started) / self.rows
 
 
@@ -74,8 +74,8 @@ class BareForward:
     """An arm: the network alone on as many pictures in the same batches, rendered and normalised beforehand."""
 
     def __init__(self, bench: Bench, data: Data, writer: Writing):
-        (teacher,), _, header, tables = writer.arguments
-        self.model, self.device, self.dtype = teacher.model, bench.runtime.device, header.compute_dtype
+        header, tables = writer.plan.header, writer.plan.tables
+        self.model, self.device, self.dtype = bench.untrained.model, bench.runtime.device, header.compute_dtype
         normalise = views.Normalise(header.mean, header.std, torch.float32, self.device)
         table, pixels = tables["train"], data.pixels["train"]
         self.batches = []

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_dist.cache import TOP_K, Block, Header, Table, TeacherRow
+from kd_dist.cache import BLOCK_SAMPLES, TOP_K, Block, CachePlan, Header, Table, TeacherRow
 from kd_dist.cache.assemble import assemble
-from kd_dist.cache.format import CHUNK_SAMPLES, SPLITS, digest_file_of
+from kd_dist.cache.format import SPLITS, checksum_file_of
 from kd_dist.cache.topk import shorten
-from kd_dist.files import publish, sha256_of
+from kd_dist.files import publish
 
 VAL_IMAGES = 1024
 
@@ -28,11 +28,10 @@ class Made:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    make: Callable[[int, int, int], np.ndarray]  # (start, stop, view) -> rows
+    make: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (samples [B, 1], views [V]) -> rows [B, V, ...]
 
-    def __getitem__(self, key: tuple[slice, int]) -> np.ndarray:
-        samples, view = key
-        return self.make(samples.start, samples.stop, view).astype(self.dtype)
+    def __getitem__(self, samples: slice) -> np.ndarray:
+        return self.make(np.arange(samples.start, samples.stop)[:, None], np.arange(self.shape[1])).astype(self.dtype)
 
 
 def write(path: Path, images: int, views: int, classes: int = 10, top_k: int = 0, val_images: int = VAL_IMAGES) -> Path:
@@ -45,12 +44,11 @@ def write(path: Path, images: int, views: int, classes: int = 10, top_k: int = 0
     tables = {"train": _table("train", images, views, classes), "val": _table("val", val_images, 1, classes)}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        assemble(temporary, header, tables, partial(_rows, header, tables))
-        digest = sha256_of(temporary)
+        digest = assemble(temporary, CachePlan(header, tables), partial(_rows, header, tables))
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    digest_file_of(path).write_text(f"{digest}  {path.name}\n")
+    checksum_file_of(path).write_text(f"{digest}  {path.name}\n")
     return path
 
 
@@ -64,7 +62,8 @@ def _header(classes: int, top_k: int) -> Header:
         std=(0.229, 0.224, 0.225),
         renderer="generated/1",
         compute_dtype="float32",
-        view_sampler="generated/1",
+        view_rule="generated/1",
+        crop_scale=(0.35, 1.0),
         seed=0,
         created="2026-01-01T00:00:00+00:00",
         software="benchmarks.generated_cache",
@@ -75,9 +74,9 @@ def _header(classes: int, top_k: int) -> Header:
 
 
 def _table(split: str, images: int, views: int, classes: int) -> Table:
-    def boxes(start: int, stop: int, view: int) -> np.ndarray:
-        index_B = np.arange(start, stop)
-        return np.stack([index_B % 7, (index_B + view) % 5, index_B % 3 + 90, (index_B + view) % 4 + 80], axis=1)
+    def boxes(index_B1: np.ndarray, view_V: np.ndarray) -> np.ndarray:
+        both_BV, index_BV = index_B1 + view_V, index_B1 + 0 * view_V
+        return np.stack([index_BV % 7, both_BV % 5, index_BV % 3 + 90, both_BV % 4 + 80], axis=2)
 
     labels_N = np.arange(images) % classes
     return Table(
@@ -87,13 +86,13 @@ def _table(split: str, images: int, views: int, classes: int) -> Table:
         sha256_N32=np.random.default_rng(len(split)).integers(0, 256, (images, 32), dtype=np.uint8),
         teacher_N=np.zeros(images, np.int16),
         box_NV4=Made((images, views, 4), np.dtype("<i2"), boxes),
-        flip_NV=Made((images, views), np.dtype("u1"), lambda start, stop, view: (np.arange(start, stop) + view) % 2),
+        flip_NV=Made((images, views), np.dtype("u1"), lambda index_B1, view_V: (index_B1 + view_V) % 2),
     )
 
 
 def _rows(header: Header, tables: dict[str, Table], block: Block) -> tuple[np.ndarray, ...]:
     """What a teacher might have said of a block: a function of its place alone."""
-    rng = np.random.default_rng([SPLITS.index(block.split), block.view, block.start // CHUNK_SAMPLES])
+    rng = np.random.default_rng([SPLITS.index(block.split), block.view, block.start // BLOCK_SAMPLES])
     logits_BK = 2 * rng.standard_normal((len(block), len(header.classes)), np.float32)
     logits_BK[np.arange(len(block)), tables[block.split].labels_N[block.start : block.stop]] += 4
     logits_BK = logits_BK.astype(np.float16)

@@ -103,16 +103,17 @@ class Bench:
         """A cache of this data, complete and checked like any other, whose logits are drawn instead of computed."""
         dtype = compute_dtype(self.runtime.device)
         teacher = self.untrained
-        header, tables = label.plan(teacher, self.data, CACHED_VIEWS, self.teacher.augmentation.crop_scale, 0, dtype)
+        rule = label.ViewRule(CACHED_VIEWS, self.teacher.augmentation.crop_scale, seed=0)
+        plan = label.plan([teacher], self.data, rule, dtype)
         name = f"{self.data.samples.train.fingerprint[:12]}-{teacher.row.sha256[:12]}"
-        target = self.folder / f"drawn-{name}-{header.created[:19].replace(':', '')}.h5"
+        target = self.folder / f"drawn-{name}-{plan.header.created[:19].replace(':', '')}.h5"
         if not target.exists():
             rng = np.random.default_rng(0)
-            writer = BlockWriter(target, header, tables)
+            writer = BlockWriter(target, plan)
             for block in writer.missing():
                 writer.put(block, (4 * rng.standard_normal((len(block), self.classes))).astype(np.float16))
             writer.publish()
-        return distill.open_for(self.student.changed(cache=str(target)))
+        return distill.open_for(self.student.changed(cache=str(target)), self.runtime)
 
     def trainer(self, settings: JobConfig, model: nn.Module, terms: LossTerms, crops, soft_labels=None) -> Trainer:
         """The jobs' own trainer under these settings."""

@@ -116,11 +116,11 @@ class OurJob:
         bench, teacher = self.bench, self.bench.untrained
         teacher = replace(teacher, row=replace(teacher.row, image_size=bench.student.augmentation.image_size))
         dtype = compute_dtype(bench.runtime.device, bench.teacher.run.precision)
-        plan = label.plan(teacher, self.data, 1, bench.teacher.augmentation.crop_scale, 0, dtype)
+        rule = label.ViewRule(1, bench.teacher.augmentation.crop_scale, seed=0)
+        plan = label.plan([teacher], self.data, rule, dtype)
+        labeller = label.Labeller([teacher], self.data, plan.header, bench.runtime.device)
         with StopRequest() as stop:
-            label.write_cache(
-                self.folder / "logits.h5", [teacher], self.data, *plan, bench.runtime, stop, lambda done, total: None
-            )
+            label.write_cache(self.folder / "logits.h5", plan, labeller, bench.runtime, stop, lambda done, total: None)
 
     def _train(self) -> None:
         bench = replace(self.bench, data=self.data)

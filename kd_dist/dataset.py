@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import stat
-import struct
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from kd_dist import fetch, generated
 from kd_dist.errors import UserError, exit_code_of
 from kd_dist.fetch import Progress
 from kd_dist.files import write_atomically
+from kd_dist.fingerprint import fingerprint_of
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -115,19 +115,6 @@ class Dataset:
     def split(self, name: str) -> SampleList:
         """The sample list of "train" or "val"."""
         return {"train": self.train, "val": self.val}[name]
-
-
-def fingerprint_of(paths: Sequence[str], labels_N: np.ndarray, sha256_N32: np.ndarray) -> str:
-    """Hex SHA-256 over the samples in order, each as four fields without gaps:
-
-    the path's length in bytes (unsigned 64 bit), the path in UTF-8, the label (signed 64 bit), the 32 bytes of the
-    content's SHA-256; integers little-endian. The length in front keeps two lists from giving the same bytes.
-    """
-    digest = hashlib.sha256()
-    for path, label, sha256_32 in zip(paths, labels_N, sha256_N32, strict=True):
-        name = path.encode()
-        digest.update(struct.pack("<Q", len(name)) + name + struct.pack("<q", label) + sha256_32.tobytes())
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -62,11 +62,11 @@ def require_known(distillation: DistillationConfig) -> None:
 
 def open_inputs(config: StudentConfig, runtime: Runtime) -> tuple[Cache | None, Data]:
     """The cache that is read, if any, and the data that it was made of. Raises UserError where one cannot be used."""
-    cache = open_for(config)
+    cache = open_for(config, runtime)
     data = job.open_data(config.data, runtime)
     if cache is not None:
         require_cache_fits(config, data, cache)
-        tell_unnoted(cache, runtime)
+        warn_missing_checksum(cache, runtime)
     return cache, data
 
 
@@ -77,10 +77,10 @@ def require_cache_fits(config: StudentConfig, data: Data, cache: Cache) -> None:
     require_own_partners(config, data, cache)
 
 
-def tell_unnoted(cache: Cache, runtime: Runtime) -> None:
-    """Say of a cache that its digest file is not there."""
-    if not cache.noted:
-        job.say(runtime, f"{cache.path} came without its digest file; its own checks hold")
+def warn_missing_checksum(cache: Cache, runtime: Runtime) -> None:
+    """Print a warning where a cache has no checksum file beside it."""
+    if not cache.has_checksum:
+        job.say(runtime, f"{cache.path} came without its .sha256 file; its own checksums hold")
 
 
 def run(
@@ -121,11 +121,11 @@ def learned_from(config: StudentConfig, cache: Cache | None) -> dict[str, str]:
     return {} if config.uses_fresh_crops else {"cache digest": cache.digest}
 
 
-def open_for(config: StudentConfig) -> Cache | None:
-    """The cache this run reads, checked; None where it reads none. Raises UserError where it cannot be used."""
+def open_for(config: StudentConfig, runtime: Runtime) -> Cache | None:
+    """The cache this run reads, verified; None where it reads none. Raises UserError where it cannot be used."""
     if config.distillation.cache is None:
         return None
-    cache = open_cache(Path(config.distillation.cache), config.distillation.cache_memory_bytes)
+    cache = open_cache(Path(config.distillation.cache), runtime.once_a_node)
     require_use(config, cache)
     return cache
 
@@ -227,6 +227,7 @@ def train(
         labels=config.distillation.labels,
         stop=stop,
         cache=cache,
+        after_epoch=None if cache is None else lambda epoch, model, metrics: cache.require_unchanged(),
     )
     model, logits_MK = training.run()
     facts = {"cache": described(cache)} if cache else {}
@@ -236,25 +237,13 @@ def train(
 def _made_of_members(rows: Rows, logits_NVK: SoftLabels, data: Data, config: StudentConfig) -> np.ndarray:
     """Soft labels [N, V, K] made from the rows that are trained on; a part of train that is left out has zeros."""
     labels_N, fold = data.samples.train.labels_N, job.fold_for(config.split, data)
-    logits_NVK = in_memory(logits_NVK)
+    logits_NVK = logits_NVK[:]  # of the top k all logits are made
     if fold is None:
         return rows(logits_NVK, labels_N, config)
     made_MVK = rows(logits_NVK[fold.train_M], labels_N[fold.train_M], config)
     all_NVK = np.zeros((len(labels_N), *made_MVK.shape[1:]), made_MVK.dtype)
     all_NVK[fold.train_M] = made_MVK
     return all_NVK
-
-
-def in_memory(logits_NVK: SoftLabels) -> np.ndarray:
-    """Soft labels [N, V, K] that stay on file or are made as they are read, whole: other rows are made from all of
-    them.
-    """
-    if isinstance(logits_NVK, np.ndarray):
-        return logits_NVK
-    whole_NVK = np.empty(logits_NVK.shape, logits_NVK.dtype)
-    for view in range(logits_NVK.shape[1]):
-        whole_NVK[:, view] = logits_NVK[:, view]
-    return whole_NVK
 
 
 def loss_of(config: StudentConfig, classes: int) -> LossTerms:

@@ -1,7 +1,8 @@
-"""Parts of the training images: K folds, of which one is held out, and the share whose labels are used.
+"""The K folds of the training images, of which one is held out, and the share of images whose labels are used.
 
-A part is a function of the images alone (labels and contents), not of a seed or of names. Every class is spread evenly
-over the parts, and files of the same content stay together: a teacher that never saw a part saw no copy of its images.
+The folds are a function of the images alone (labels and contents), not of a seed or of names. Every class is spread
+evenly over the folds, and files of the same content stay together: a teacher that was not trained on a fold was trained
+on no copy of its images.
 """
 
 import math
@@ -16,7 +17,7 @@ ROUNDING = 1e-9  # 0.07 * 100 is a little over 7 in floating point
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Part `number` of `folds` (counted from 0) is held out of train.
+    """Fold `number` of `folds` (counted from 0) is held out of train.
 
     train_M: the rows that are trained on; held_out_M: those that are not; both int64, in the order of the split.
     """
@@ -28,36 +29,36 @@ class Fold:
 
     @property
     def name(self) -> str:
-        """What the held-out rows are, in words: "part 0 of 10 of train"."""
-        return f"part {self.number} of {self.folds} of train"
+        """What the held-out rows are, in words: "fold 0 of 10 of train"."""
+        return f"fold {self.number} of {self.folds} of train"
 
 
 def fold_of(labels_N: np.ndarray, sha256_N32: np.ndarray, number: int, folds: int) -> Fold:
-    """Hold part `number` out. Raises UserError as parts_of does."""
-    part_N = parts_of(labels_N, sha256_N32, folds)
-    return Fold(number, folds, np.flatnonzero(part_N != number), np.flatnonzero(part_N == number))
+    """Hold fold `number` out. Raises UserError as fold_numbers does."""
+    fold_N = fold_numbers(labels_N, sha256_N32, folds)
+    return Fold(number, folds, np.flatnonzero(fold_N != number), np.flatnonzero(fold_N == number))
 
 
-def parts_of(labels_N: np.ndarray, sha256_N32: np.ndarray, folds: int) -> np.ndarray:
-    """The part of every image: int64 [N] in 0..folds-1.
+def fold_numbers(labels_N: np.ndarray, sha256_N32: np.ndarray, folds: int) -> np.ndarray:
+    """The fold of every image: int64 [N] in 0..folds-1.
 
     Images of the same content form a group. The groups, the largest first and then by the digest of their content,
-    which is as good as a shuffle, each go to the part that has the fewest images of their classes so far; of equal
-    ones to the smallest, then to the first. Raises UserError where a class has fewer groups than there are parts.
+    which is as good as a shuffle, each go to the fold that has the fewest images of their classes so far; of equal
+    ones to the smallest, then to the first. Raises UserError where a class has fewer groups than there are folds.
     """
     group_N, groups = _groups(sha256_N32)
     _require_groups(labels_N, group_N, folds)
     rows = np.split(np.argsort(group_N, kind="stable"), np.cumsum(np.bincount(group_N))[:-1])
-    of_class_KP = np.zeros((int(labels_N.max()) + 1, folds), np.int64)
-    in_all_P = np.zeros(folds, np.int64)
-    part_N = np.empty(len(labels_N), np.int64)
+    of_class_KF = np.zeros((int(labels_N.max()) + 1, folds), np.int64)
+    in_all_F = np.zeros(folds, np.int64)
+    fold_N = np.empty(len(labels_N), np.int64)
     for group in sorted(range(groups), key=lambda group: -len(rows[group])):  # stable: by digest among equals
         labels_G = labels_N[rows[group]]
-        part = np.lexsort((in_all_P, of_class_KP[labels_G].sum(axis=0)))[0]
-        part_N[rows[group]] = part
-        np.add.at(of_class_KP[:, part], labels_G, 1)
-        in_all_P[part] += len(labels_G)
-    return part_N
+        fold = np.lexsort((in_all_F, of_class_KF[labels_G].sum(axis=0)))[0]
+        fold_N[rows[group]] = fold
+        np.add.at(of_class_KF[:, fold], labels_G, 1)
+        in_all_F[fold] += len(labels_G)
+    return fold_N
 
 
 def labelled_rows(labels_N: np.ndarray, sha256_N32: np.ndarray, share: float) -> np.ndarray:

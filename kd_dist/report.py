@@ -117,7 +117,7 @@ def table_of(runs: Sequence[Run], caches: Caches) -> tuple[list[tuple[str, ...]]
     for run in runs:
         agreement = None
         if run.head == "tune":
-            part = f"part {run.settings['fold']} of {run.settings['folds']} of train"
+            part = f"fold {run.settings['fold']} of {run.settings['folds']} of train"
             notes.append(f"{run.name}: top-1 and agreement are those on {part} (--tune), not on val")
         elif run.kind == "student" and run.folder.val_logits.exists():
             try:

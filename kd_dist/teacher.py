@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kd_dist import job, label, objectives, views
-from kd_dist.cache import open_cache
-from kd_dist.cache.format import parts_folder_of
+from kd_dist import job, label, objectives
+from kd_dist.cache import check_top_k, open_cache
+from kd_dist.cache.format import shards_folder_of
 from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
 from kd_dist.config import OF_DATA, TeacherConfig, carried, command
 from kd_dist.errors import UserError
@@ -41,7 +41,7 @@ def main() -> None:
         job.require_trainable(config, data, model, runtime)
         initial = job.start_from(model, config.init)
         if config.labelling.views:
-            label.check_top_k(config.labelling.top_k, len(data.samples.classes))
+            check_top_k(config.labelling.top_k, len(data.samples.classes))
             runtime.on_main(lambda: require_own_cache(config, target, data))
             if target.parent != Path(config.out):  # that folder is checked as it is claimed
                 runtime.on_main(lambda: require_writable(target))
@@ -97,11 +97,10 @@ def require_own_cache(config: TeacherConfig, target: Path, data: Data) -> None:
         )
         how = f"`{extend}` writes a longer one" if wanted.views > cache.views else "name another --cache"
         raise UserError(f"{target} holds {cache.views} views, --views asks for {wanted.views}; {how}.")
-    share = views.mixed_share_of(cache.header.view_sampler)
-    if share != wanted.mixed_views:
+    if cache.header.mixed_share != wanted.mixed_views:
         raise UserError(
-            f"{target} was written with --mixed-views {share}, this is --mixed-views {wanted.mixed_views}; name "
-            "another --cache."
+            f"{target} was written with --mixed-views {cache.header.mixed_share}, this is --mixed-views "
+            f"{wanted.mixed_views}; name another --cache."
         )
 
 
@@ -157,11 +156,12 @@ def write(
     )
     dtype = compute_dtype(runtime.device, config.run.precision)
     own, crop_scale = config.labelling, config.augmentation.crop_scale
-    header, tables = label.plan(teacher, data, own.views, crop_scale, config.seed, dtype)
-    header, tables = label.mixed(label.shortened(header, own.top_k), tables, own.mixed_views)
+    rule = label.ViewRule(own.views, crop_scale, config.seed, own.mixed_views)
+    plan = label.plan([teacher], data, rule, dtype, own.top_k)
+    labeller = label.Labeller([teacher], data, plan.header, runtime.device)
     progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
     with clocked(folder, target, runtime, progress) as progress:
-        label.write_cache(target, [teacher], data, header, tables, runtime, stop, progress)
+        label.write_cache(target, plan, labeller, runtime, stop, progress)
     job.say(runtime, f"wrote {target}. Next: {command('kd_dist.distill', cache=target, **carried(config))}")
 
 
@@ -173,7 +173,7 @@ def clocked(
     how many students it pays. Gives `progress` as a function that notes it now and then: a kill costs that little.
     """
     begun = runtime.on_main(
-        lambda: read_costs(folder).get(CACHE_SECONDS, 0.0) if parts_folder_of(target).exists() else 0.0
+        lambda: read_costs(folder).get(CACHE_SECONDS, 0.0) if shards_folder_of(target).exists() else 0.0
     )
     started = noted_at = time.monotonic()
 

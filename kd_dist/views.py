@@ -27,28 +27,9 @@ LOG_RATIO = np.log([3 / 4, 4 / 3])
 MIXUP_BETA = 0.2
 
 
-def sampler_name(crop_scale: tuple[float, float], mixed: float = 0.0) -> str:
-    """How views are drawn, in the words that a cache stores: the rule, its area shares, and the share of mixed views
-    where there are any.
-    """
-    low, high = crop_scale
-    return f"{SAMPLER} scale {low} {high}" + (f" mixed {mixed}" if mixed else "")
-
-
-def crop_scale_of(name: str) -> tuple[float, float] | None:
-    """The area shares in a stored sampler name, None for a rule that is not ours."""
-    rule, _, scale = name.partition(" mixed ")[0].partition(" scale ")
-    return tuple(map(float, scale.split())) if rule == SAMPLER else None
-
-
 def draw_alike(one: str, other: str) -> bool:
     """Whether two renderers, by the names that caches hold, give the same pictures but for a grey level."""
     return one == other or {one, other} == {RENDERER, DEVICE_RENDERER}
-
-
-def mixed_share_of(name: str) -> float:
-    """The share of mixed views in a stored sampler name of ours, 0 where it tells of none."""
-    return float(name.partition(" mixed ")[2] or 0)
 
 
 def require_renderer(name: str, path: Path) -> None:

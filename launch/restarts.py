@@ -88,7 +88,7 @@ def progress_of(run: Path, cache: Path | None) -> tuple[int, int]:
     blocks = 0
     if cache is not None:
         # kd_dist.cache spells this name too, but importing that takes torch, which a supervisor does without.
-        blocks = -1 if cache.exists() else len(list(cache.with_name(cache.name + ".parts").glob("*")))
+        blocks = -1 if cache.exists() else len(list(cache.with_name(cache.name + ".shards").glob("*")))
     return (steps[-1] if steps else 0), blocks
 
 

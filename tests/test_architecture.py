@@ -15,7 +15,7 @@ MOST_LINES = 50
 
 LEAVES = {
     *("errors", "files", "fetch", "generated", "dataset", "folds", "pixels", "resident", "views", "models", "losses"),
-    *("cache", "checkpoint", "monitor", "runtime", "batches", "inference"),
+    *("cache", "checkpoint", "monitor", "runtime", "batches", "inference", "fingerprint", "version"),
     *("cores", "watch", "endings", "rendezvous"),
 }
 """They take plain arguments: no settings, no training, no job. Everything else puts them together."""
@@ -103,6 +103,11 @@ def test_the_jobs_name_the_group_of_a_flag(module):
 
 def test_training_knows_no_settings_and_no_job():
     assert not needed("training") & {"config", "job", "label", "report", *ENTRIES}
+
+
+def test_labelling_knows_no_settings_and_no_job_but_in_its_commands():
+    assert not needed("label") & {"config", "job", "engine", *ENTRIES}
+    assert "job" in needed("label.commands")
 
 
 def test_nobody_imports_an_entry_but_the_study_that_is_made_of_students():

@@ -1,9 +1,12 @@
-"""Rows that stay on file, and rows of the top k: the same as those in memory, or as near as the document says."""
+"""Columns that are mapped into memory, and logits of the top k: as near to all logits as the document says."""
 
+import gc
+import json
 import math
+import mmap
 import os
-import pickle
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +14,20 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_cache_format import CLASSES, HEADER, edited, logits_of, note_digest, refusal, table_of
+from test_cache_format import CLASSES, HEADER, edited, logits_of, refusal, table_of, write_checksum
 
 from benchmarks import generated_cache
 from kd_dist.batches import CachedCrops, TrainData
-from kd_dist.cache import TOP_K, BlockWriter, TopK, card_of, open_cache, render_info, require_temperature
+from kd_dist.cache import (
+    TOP_K,
+    BlockWriter,
+    CachePlan,
+    TopK,
+    open_cache,
+    render_info,
+    require_temperature,
+    statistics_of,
+)
 from kd_dist.cache.topk import shorten
 from kd_dist.losses import kl, logit_mse, soft_cross_entropy
 
@@ -48,43 +60,21 @@ def some_rows(count: int = 700) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 2100, count), rng.integers(0, VIEWS, count)
 
 
-# ------------------------------------------------------------------------------------------------------------- on file
+# -------------------------------------------------------------------------------------------------------------- mapped
 
 
-@pytest.mark.parametrize("kind", ["dense", "short"])
-def test_a_cache_on_file_gives_what_one_in_memory_gives(kind, request):
-    path = request.getfixturevalue(kind)
-    memory, file = open_cache(path), open_cache(path, memory=0)
-    assert (file.header, file.digest, file.val_top1) == (memory.header, memory.digest, memory.val_top1)
-    for name in ("logits_NVK", "box_NV4", "flip_NV"):
-        whole, lazy = getattr(memory.split("train"), name), getattr(file.split("train"), name)
-        assert isinstance(whole, np.ndarray) == (kind == "dense" or name != "logits_NVK")
-        assert not isinstance(lazy, np.ndarray)
-        assert (lazy.shape, lazy.dtype) == (whole.shape, whole.dtype)
-        for key in (some_rows(), (slice(1000, 1100), 2), (slice(None), 4)):
-            assert lazy[key].dtype == whole.dtype
-            np.testing.assert_array_equal(lazy[key], whole[key])
-        np.testing.assert_array_equal(lazy[:, :2][7:9, 1], whole[7:9, 1])
-        assert lazy[:, :2].shape[1] == 2
+def test_columns_are_the_files_own_bytes(dense):
+    """Not a copy: all processes of a node share the same pages. Nobody can write into them."""
+    train = open_cache(dense).split("train")
+    with h5py.File(dense) as file:
+        for name, column in (("logits", train.logits_NVK), ("view/box", train.box_NV4), ("view/flip", train.flip_NV)):
+            assert isinstance(column.base, mmap.mmap) and not column.flags.writeable
+            assert column.ctypes.data % column.itemsize == 0
+            np.testing.assert_array_equal(column, file[f"train/{name}"][()])
 
 
-def test_rows_outside_are_not_those_of_another_view(dense):
-    lazy = open_cache(dense, memory=0).split("train").logits_NVK
-    for key in (([2100], [0]), ([0], [VIEWS]), ([-1], [0])):
-        with pytest.raises(IndexError):
-            lazy[np.array(key[0]), np.array(key[1])]
-    with pytest.raises(IndexError):
-        lazy[:, :2][np.array([0]), np.array([2])]
-
-
-def test_a_file_of_just_the_memory_is_loaded(dense):
-    size = dense.stat().st_size
-    assert isinstance(open_cache(dense, size).split("train").logits_NVK, np.ndarray)
-    assert not isinstance(open_cache(dense, size - 1).split("train").logits_NVK, np.ndarray)
-
-
-def batches_of(path: Path, memory: int, pixels_of, runtime, workers: int = 0) -> list:
-    train = open_cache(path, memory).split("train")
+def mapped_batches(path: Path, pixels_of, runtime, workers: int = 0) -> list:
+    train = open_cache(path).split("train")
     n = 60
     pixels = pixels_of([np.full((9, 9, 3), i, np.uint8) for i in range(n)])
     crops = CachedCrops(np.zeros((n, VIEWS, 4), np.int16) + np.int16(4), np.zeros((n, VIEWS), np.uint8), seed=3)
@@ -92,11 +82,11 @@ def batches_of(path: Path, memory: int, pixels_of, runtime, workers: int = 0) ->
     return [batch for epoch in (0, 5) for batch in data.epoch(epoch, runtime, workers, first_step=2)]
 
 
-def test_training_sees_the_same_rows_from_file_and_in_worker_processes(dense, pixels_of, one_process, monkeypatch):
-    expected = batches_of(dense, 1 << 30, pixels_of, one_process)
+def test_worker_processes_see_the_same_rows(dense, pixels_of, one_process, monkeypatch):
+    expected = mapped_batches(dense, pixels_of, one_process)
     monkeypatch.setattr("kd_dist.batches.AHEAD_BYTES", 2 * K * 15)  # two or three steps at once
-    for memory, workers in ((0, 0), (0, 2)):
-        found = batches_of(dense, memory, pixels_of, one_process, workers)
+    for workers in (0, 2):
+        found = mapped_batches(dense, pixels_of, one_process, workers)
         assert len(found) == len(expected) == 2 * 7
         for batch, other in zip(found, expected, strict=True):
             assert torch.equal(batch.index_B, other.index_B)
@@ -111,31 +101,25 @@ def test_views_are_chosen_as_they_were_at_once(monkeypatch):
     np.testing.assert_array_equal(whole, pieces)
 
 
-def test_a_column_on_file_goes_to_other_processes_by_pickle(copy):
-    lazy = open_cache(copy, memory=0).split("train").logits_NVK
-    content = pickle.dumps(lazy)
-    np.testing.assert_array_equal(pickle.loads(content)[some_rows()], lazy[some_rows()])
+def test_a_file_that_takes_the_place_does_not_mix_in(copy):
+    cache = open_cache(copy)
+    expected = cache.split("train").logits_NVK[some_rows()]
     generated_cache.write(copy, 2100, VIEWS, K, top_k=3)
-    assert "was changed while it was being read" in refusal(pickle.loads, content)
-
-
-def test_a_file_that_takes_the_place_does_not_mix_in(copy, dense):
-    lazy = open_cache(copy, memory=0).split("train").logits_NVK
-    expected = lazy[some_rows()]
-    generated_cache.write(copy, 2100, VIEWS, K, top_k=3)
-    np.testing.assert_array_equal(lazy[some_rows()], expected)
+    np.testing.assert_array_equal(cache.split("train").logits_NVK[some_rows()], expected)
+    cache.require_unchanged()
 
 
 def test_a_file_changed_in_place_is_refused_and_a_touched_one_is_not(copy):
-    lazy = open_cache(copy, memory=0).split("train").logits_NVK
-    expected = lazy[some_rows()]
+    cache = open_cache(copy)
     os.utime(copy, ns=(1, 1))
-    np.testing.assert_array_equal(lazy[some_rows()], expected)
+    cache.require_unchanged()
+    with h5py.File(copy) as file:
+        place = file["train/logits"].id.get_offset()
     with open(copy, "r+b") as file:
-        file.seek(int(lazy.starts[1, 2]))
+        file.seek(place)
         file.write(b"\x01\x02")
     os.utime(copy, ns=(2, 2))
-    assert f"{copy} was changed while it was being read" in refusal(lambda: lazy[some_rows()])
+    assert f"{copy} was changed while this run was reading it" in refusal(cache.require_unchanged)
 
 
 def test_a_file_replaced_while_it_is_opened_is_refused(copy, monkeypatch):
@@ -151,6 +135,25 @@ def test_a_file_replaced_while_it_is_opened_is_refused(copy, monkeypatch):
     assert "was replaced while it was being opened" in refusal(open_cache, copy)
 
 
+def test_one_process_of_a_node_verifies_and_the_others_rely_on_it(copy, monkeypatch):
+    results = {}
+
+    def first(task, work):
+        results[task] = json.loads(json.dumps(work()))
+        return results[task]
+
+    cache = open_cache(copy, first)
+    assert list(results) == [f"verify {copy}"]
+    monkeypatch.setattr("kd_dist.cache.reader.sha256_of", None)  # the others hash nothing
+    monkeypatch.setattr("kd_dist.cache.reader.digest_of", None)
+    other = open_cache(copy, lambda task, work: results[task])
+    assert (other.digest, other.header, other.identity) == (cache.digest, cache.header, cache.identity)
+    assert other.has_checksum
+    np.testing.assert_array_equal(other.split("train").logits_NVK, cache.split("train").logits_NVK)
+    os.utime(copy, ns=(1, 1))
+    assert "was replaced" in refusal(open_cache, copy, lambda task, work: results[task])
+
+
 def put(name: str, place, value):
     """An edit of a file: values of a dataset, made of the dataset where `value` is a function."""
 
@@ -161,39 +164,43 @@ def put(name: str, place, value):
 
 
 SPOILT = {
-    "a row elsewhere": (put("train/logits", (5, 1), lambda rows: rows[6, 1]), "the rows of train"),
+    "a row elsewhere": (put("train/logits", (5, 1), lambda rows: rows[6, 1]), "the columns of train"),
     "NaN": (put("train/logits", (2050, 4, 0), np.nan), "train/logits of row 2050 are not all finite"),
     "an empty box": (put("train/view/box", (1500, 3, 2), 0), "train/view/box of row 1500 is"),
     "labels": (put("val/label", ..., lambda labels_N: np.roll(labels_N, 1)), "do not belong together"),
+    "sizes of files": (put("train/bytes", 7, 1), "the columns of train"),
 }
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_a_cache_on_file_is_checked_as_one_in_memory(case, copy):
+def test_spoilt_columns_are_refused(case, copy):
     edit, named = SPOILT[case]
     with edited(copy) as file:
         edit(file)
-    assert named in refusal(open_cache, copy, 0)
-    assert refusal(open_cache, copy, 0) == refusal(open_cache, copy)
+    assert named in refusal(open_cache, copy)
 
 
-def test_chunks_that_cut_rows_are_loaded_but_not_left_on_file(copy):
-    with edited(copy) as file:
-        rows = file["train/logits"][()]
-        del file["train/logits"]
-        file.create_dataset("train/logits", data=rows, chunks=(1024, 1, K // 2), fletcher32=True)
-    assert isinstance(open_cache(copy).split("train").logits_NVK, np.ndarray)
-    assert "which cut rows" in refusal(open_cache, copy, 0)
-
-
-def test_the_card_is_the_same_in_one_piece(dense, monkeypatch):
-    cache = open_cache(dense, memory=0)
+def test_statistics_are_the_same_in_one_piece(dense, monkeypatch):
+    cache = open_cache(dense)
     train = cache.split("train")
-    pieces = card_of(train.logits_NVK, train.labels_N)
-    monkeypatch.setattr("kd_dist.cache.card.CHUNK_SAMPLES", 5000)
-    whole = card_of(open_cache(dense).split("train").logits_NVK, train.labels_N)
+    whole = statistics_of(train.logits_NVK, train.labels_N)
+    monkeypatch.setattr("kd_dist.cache.statistics.PIECE_BYTES", 8 * VIEWS * K * 700)
+    pieces = statistics_of(train.logits_NVK, train.labels_N)
     assert vars(pieces) == pytest.approx(vars(whole))
     assert "80 bytes of logits per (image, view)" in render_info(cache)
+
+
+def test_no_file_is_left_open(dense, tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        for path in (dense, generated_cache.write(tmp_path / "logits.h5", 30, 2)):
+            cache = open_cache(path)
+            render_info(cache)
+            del cache
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # --------------------------------------------------------------------------------------------------------------- top k
@@ -249,6 +256,15 @@ def test_what_a_student_learns_of_the_top_classes_is_the_same(loss, temperature,
     torch.testing.assert_close(*sums, atol=5e-3, rtol=0.01)
 
 
+def test_rows_of_all_shapes_are_those_of_the_top_k(short):
+    logits = open_cache(short).split("train").logits_NVK
+    whole_NVK = logits[:]
+    assert whole_NVK.shape == logits.shape == (2100, VIEWS, K)
+    np.testing.assert_array_equal(logits[some_rows()], whole_NVK[some_rows()])
+    np.testing.assert_array_equal(logits[40:50, 2], whole_NVK[40:50, 2])
+    np.testing.assert_array_equal(logits[:, :2][7:9], whole_NVK[7:9, :2])
+
+
 def test_a_top_k_file_requires_the_feature_and_is_smaller(dense, short):
     with h5py.File(short) as file:
         assert file.attrs["required_features"].tolist() == [b"top_k"]
@@ -268,24 +284,24 @@ def test_blocks_of_the_top_k_survive_a_stop_and_grow_by_views(tmp_path):
         return {"train": table_of("train", 30, views), "val": table_of("val", 40, views)}
 
     def written(target: Path, views: int, known=None) -> Path:
+        plan = CachePlan(header, tables(views))
         for stop in (1, 99):
-            writer = BlockWriter(target, header, tables(views))
+            writer = BlockWriter(target, plan.beginning_with(known) if known else plan)
             for block in writer.missing()[:stop]:
-                if known and block.view < known.views:
-                    columns = known.split(block.split).row_columns
-                    writer.put_rows(block, [column[block.start : block.stop, block.view] for column in columns])
+                if writer.is_known(block):
+                    writer.take_known(block)
                 else:
                     writer.put(block, logits_of(block))
         return writer.publish()
 
     first = written(tmp_path / "first.h5", 2)
-    grown = written(tmp_path / "grown.h5", 3, known=open_cache(first, memory=0))
+    grown = written(tmp_path / "grown.h5", 3, known=open_cache(first))
     assert grown.read_bytes() == written(tmp_path / "at_once.h5", 3).read_bytes()
     table = open_cache(first).split("val")
     assert isinstance(table.logits_NVK, TopK)
-    writer = BlockWriter(tmp_path / "other.h5", header, tables(2))
+    writer = BlockWriter(tmp_path / "other.h5", CachePlan(header, tables(2)))
     with pytest.raises(ValueError, match="instead of"):
-        writer.put_rows(writer.missing()[0], [logits_of(writer.missing()[0])])
+        writer.put_columns(writer.missing()[0], [logits_of(writer.missing()[0])])
 
 
 def set_temperatures(file):
@@ -308,7 +324,7 @@ TOP_REFUSALS = {
     "a class out of range": (put("train/top/index", (9, 1, 0), K), "top/index of row 9 is"),
     "a class twice": (put("val/top/index", (4, 0, 1), lambda index: index[4, 0, 0]), "top/index of row 4 is"),
     "NaN in the tail": (put("train/top/tail", (3, 2, 5), np.nan), "top/tail of row 3 are not all finite"),
-    "another tail": (put("train/top/tail", (3, 2, 5), 1), "the rows of train"),
+    "another tail": (put("train/top/tail", (3, 2, 5), 1), "the columns of train"),
     "other temperatures": (set_temperatures, "tail_temperatures"),
     "no tail": (drop_tail, "val/top/tail is missing"),
     "a link": (add_link, "more in train/top is a link"),
@@ -322,7 +338,7 @@ def test_refused(case, short, tmp_path):
     path = Path(shutil.copy(short, tmp_path))
     with h5py.File(path, "r+") as file:
         edit(file)
-    note_digest(path)
+    write_checksum(path)
     assert named in refusal(open_cache, path)
 
 
@@ -336,4 +352,4 @@ def test_a_header_that_contradicts_itself_is_a_defect(tmp_path):
     tables = {"train": table_of("train", 30, 1), "val": table_of("val", 40, 1)}
     for changes in ({"top_k": 1}, {"features": (TOP_K,)}, {"features": (TOP_K,), "top_k": len(CLASSES)}):
         with pytest.raises(ValueError, match="top_k is"):
-            BlockWriter(tmp_path / "logits.h5", replace(HEADER, **changes), tables)
+            BlockWriter(tmp_path / "logits.h5", CachePlan(replace(HEADER, **changes), tables))

@@ -412,7 +412,7 @@ def fill(folder):
     write_state(folder, "finished")
     append_metrics(folder, {"step": 1})
     write_val_logits(folder.val_logits, np.ones((1, 2)), np.ones(1), ["a"], "f")
-    parts = folder.path / "logits.h5.parts"
+    parts = folder.path / "logits.h5.shards"
     parts.mkdir()
     for path in (folder.cache, folder.path / "logits.h5.sha256", parts / "0", folder.path / "events.out.tfevents.1.h"):
         path.write_text("x")
@@ -428,7 +428,7 @@ def test_start_over_removes_the_run_and_nothing_else(folder):
     mine = {"notes.txt", "checkpoints/step-best.pt", "model-epoch-best.pt"}
     assert set(contents(folder.path)) == {"settings.json", ".lock", *mine}
     assert read_settings(folder)[1]["lr"] == 0.5
-    assert newest_checkpoint(folder) is None and not (folder.path / "logits.h5.parts").exists()
+    assert newest_checkpoint(folder) is None and not (folder.path / "logits.h5.shards").exists()
 
 
 def test_a_resume_removes_nothing_but_what_killed_writers_left(folder):

@@ -122,10 +122,11 @@ def small_teacher(classes) -> label.Teacher:
 def write_and_predict(runtime, root, target):
     data = open_tiny(root)
     teacher = small_teacher(data.samples.classes)
-    header, tables = label.plan(teacher, data, 3, (0.4, 1.0), 5, "float32")
-    label.write_cache(target, [teacher], data, header, tables, runtime, StopRequest(), lambda done, total: None)
+    plan = label.plan([teacher], data, label.ViewRule(3, (0.4, 1.0), seed=5), "float32")
+    labeller = label.Labeller([teacher], data, plan.header, runtime.device)
+    label.write_cache(target, plan, labeller, runtime, StopRequest(), lambda done, total: None)
     forward = Forward(teacher.model, data.pixels["val"], 32, MEAN, STD, runtime.device)
-    table = tables["val"]
+    table = plan.tables["val"]
     shown = views.Shown.plain(np.arange(len(table)), table.box_NV4[:, 0], table.flip_NV[:, 0])
     return forward.all_logits(shown, K, runtime)
 

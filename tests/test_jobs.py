@@ -15,9 +15,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_dist import teacher as teacher_entry
+from kd_dist.cache import BlockWriter, CachePlan, open_cache
 from kd_dist.cache import __main__ as cache_entry
-from kd_dist.cache import open_cache
-from kd_dist.cache.format import parts_folder_of
+from kd_dist.cache.format import shards_folder_of
 from kd_dist.checkpoint import (
     CACHE_SECONDS,
     RunFolder,
@@ -82,7 +82,7 @@ def test_teacher_job_writes_a_cache_of_all_images(teacher_run):
     saved = load_model(teacher_run.model)
     assert cache.val_top1 == saved["val_top1"] == read_metrics(teacher_run)[-1]["val_top1"]
     assert read_state(teacher_run)["status"] == "finished"
-    assert not list(teacher_run.path.glob("logits.h5.parts*"))
+    assert not list(teacher_run.path.glob("logits.h5.shards*"))
 
 
 def test_teacher_job_notes_what_it_cost(teacher_run):
@@ -94,7 +94,7 @@ def test_teacher_job_notes_what_it_cost(teacher_run):
 def test_interrupted_writing_adds_up_and_a_new_cache_starts_anew(tmp_path, one_process, monkeypatch):
     folder, now, noted = RunFolder(tmp_path), 0.0, []
     monkeypatch.setattr("kd_dist.teacher.time.monotonic", lambda: now)
-    parts_folder_of(folder.cache).mkdir()
+    shards_folder_of(folder.cache).mkdir()
     for seconds in (30.0, 12.0):
         with pytest.raises(KeyboardInterrupt), clocked(folder, folder.cache, one_process, print) as progress:
             now += seconds
@@ -103,7 +103,7 @@ def test_interrupted_writing_adds_up_and_a_new_cache_starts_anew(tmp_path, one_p
             now += 1
             raise KeyboardInterrupt
     assert noted == [30, 31 + 12] and read_costs(folder) == {CACHE_SECONDS: 31 + 13}
-    parts_folder_of(folder.cache).rmdir()
+    shards_folder_of(folder.cache).rmdir()
     with clocked(folder, folder.cache, one_process, print):
         now += 5
     assert read_costs(folder) == {CACHE_SECONDS: 5}
@@ -154,7 +154,7 @@ def test_student_learns_from_the_cache_alone(data, teacher_run, tmp_path):
     cache_file.parent.mkdir()
     cache_file.write_bytes(teacher_run.cache.read_bytes())
     shown = run([*torchrun(2), *distill(data, tmp_path / "student", cache_file)]).stdout
-    assert "without its digest file" in shown
+    assert "without its .sha256 file" in shown
     saved, cache = load_model(RunFolder(tmp_path / "student").model), open_cache(cache_file)
     assert saved["cache"]["sha256"] == cache.digest
     assert saved["cache"]["teachers"] == [row.sha256 for row in cache.header.teachers]
@@ -261,7 +261,7 @@ class TestCacheCommands:
         shown = self.cache("verify", teacher_run.cache).stdout
         assert "all finite" in shown and "not checked" in shown
         shown = self.cache("verify", teacher_run.cache, "--data", data, "--teacher", teacher_run.model).stdout
-        assert "rows recomputed" in shown and "not checked" not in shown
+        assert "rows computed again" in shown and "not checked" not in shown
 
     def test_verify_refuses_another_teacher_and_other_data(self, data, teacher_run, tmp_path):
         run([sys.executable, "-m", *teacher(data, tmp_path / "other", "--seed", "1")[:-2], "--device", "cpu"])
@@ -274,11 +274,9 @@ class TestCacheCommands:
 
     def test_verify_finds_rows_that_are_not_the_teachers(self, data, teacher_run, tmp_path):
         """A cache written with rows of other images: digest, completeness and data fit all hold."""
-        from kd_dist.cache import BlockWriter, blocks
-
         cache = open_cache(teacher_run.cache)
-        writer = BlockWriter(tmp_path / "shuffled.h5", cache.header, cache.splits)
-        for block in blocks(cache.splits):
+        writer = BlockWriter(tmp_path / "shuffled.h5", CachePlan(cache.header, cache.splits))
+        for block in writer.plan.blocks:
             rows_BK = cache.split(block.split).logits_NVK[block.start : block.stop, block.view]
             writer.put(block, rows_BK if block.split == "val" else np.ascontiguousarray(rows_BK[::-1]))
         writer.publish()

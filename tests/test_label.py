@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from kd_dist import checkpoint, label, views
-from kd_dist.cache import TeacherRow, open_cache, render_info
+from kd_dist.cache import BlockWriter, CachePlan, TeacherRow, open_cache, render_info
 from kd_dist.cache.__main__ import main
 from kd_dist.checkpoint import RunFolder
 from kd_dist.dataset import scan
 from kd_dist.errors import UserError
-from kd_dist.folds import parts_of
+from kd_dist.folds import fold_numbers
 from kd_dist.generated import generate
 from kd_dist.inference import Forward
 from kd_dist.job import Data
@@ -63,8 +63,8 @@ def write_out_of_fold(runtime, root, target, stop_after=None) -> int:
     """Write an out-of-fold cache; gives how many blocks this rank did."""
     data = open_data(root)
     teachers = [make_teacher(data, fold) for fold in (2, 0, 1)]  # in any order
-    header, tables = label.plan(teachers[0], data, 3, (0.4, 1.0), 5, "float32")
-    header, tables = label.out_of_fold(header, tables, teachers, data)
+    plan = label.plan(teachers, data, label.ViewRule(3, (0.4, 1.0), seed=5), "float32")
+    labeller = label.Labeller(teachers, data, plan.header, runtime.device)
     stop, blocks = StopRequest(), []
 
     def progress(done, total):
@@ -72,7 +72,7 @@ def write_out_of_fold(runtime, root, target, stop_after=None) -> int:
         if done == stop_after:
             stop.signal = 15
 
-    label.write_cache(target, teachers, data, header, tables, runtime, stop, progress)
+    label.write_cache(target, plan, labeller, runtime, stop, progress)
     return len(blocks)
 
 
@@ -88,7 +88,7 @@ def written(root, tmp_path_factory) -> Path:
 def test_each_row_is_the_teachers_that_never_saw_the_image(root, written):
     cache, data = open_cache(written), open_data(root)
     train, val = cache.split("train"), cache.split("val")
-    part_N = parts_of(data.samples.train.labels_N, data.samples.train.sha256_N32, FOLDS)
+    part_N = fold_numbers(data.samples.train.labels_N, data.samples.train.sha256_N32, FOLDS)
     assert np.array_equal(train.teacher_N, part_N) and set(part_N) == {0, 1, 2}
     assert [(row.fold, row.folds, row.members) for row in cache.header.teachers] == [
         *((fold, FOLDS, "") for fold in range(FOLDS)),
@@ -164,26 +164,35 @@ def test_the_commands_write_verify_and_extend_it(written, command, run_folders, 
     command("write", "--teacher", *folds, "--like", written, "-o", again)
     assert np.array_equal(open_cache(again).split("train").logits_NVK, open_cache(written).split("train").logits_NVK)
     said = command("verify", again, "--rows", 9999, "--teacher", *folds)
-    assert f"{3 * (40 + 8)} rows recomputed" in said and "not checked" not in said
+    assert f"{3 * (40 + 8)} rows computed again" in said and "not checked" not in said
     said = command("verify", again, "--rows", 9999, "--teacher", folds[1])
     rows = 3 * int((open_cache(again).split("train").teacher_N == 1).sum())
-    assert f"{rows} rows recomputed" in said
-    assert "not checked are rows of the teachers trained without part 0 of 3 of train, without part 2" in said
+    assert f"{rows} rows computed again" in said
+    assert "not checked are rows of the teachers trained without fold 0 of 3 of train, without fold 2" in said
     command("extend", again, "--teacher", *reversed(folds), "--views", 4, "-o", more)
     command("write", "--teacher", *folds, "--views", 4, "--seed", 5, "-o", at_once)
     assert more.read_bytes() == at_once.read_bytes()
     with pytest.raises(UserError, match=r"not what labelled .* name the model.pt of each teacher"):
         command("extend", again, "--teacher", folds[0], "--views", 4, "-o", tmp_path / "none.h5")
-    assert "out-of-fold: each train image by the one teacher that never saw it" in render_info(open_cache(more))
+    assert "out-of-fold: each train image by the one teacher that was not trained on it" in render_info(
+        open_cache(more)
+    )
+
+
+def test_verify_finds_the_data_where_the_environment_names_it(root, written, run_folders, monkeypatch, capsys):
+    monkeypatch.setitem(TEACHERS, "small", small_network)
+    monkeypatch.setenv("KD_DIST_DATA", str(root))
+    main(["verify", str(written), "--device", "cpu", "--teacher", *run_folders[:3]])
+    said = capsys.readouterr().out
+    assert f"images in {root} are the cache's" in said and "rows computed again" in said
 
 
 def test_verify_sees_a_row_of_another_fold(written, command, run_folders, tmp_path):
-    from kd_dist.cache import BlockWriter, blocks
-
     cache = open_cache(written)
     shifted = replace(cache.split("train"), teacher_N=(cache.split("train").teacher_N + 1) % 3)
-    writer = BlockWriter(tmp_path / "wrong.h5", cache.header, {"train": shifted, "val": cache.split("val")})
-    for block in blocks(writer.tables):
+    plan = CachePlan(cache.header, {"train": shifted, "val": cache.split("val")})
+    writer = BlockWriter(tmp_path / "wrong.h5", plan)
+    for block in plan.blocks:
         writer.put(block, cache.split(block.split).logits_NVK[block.start : block.stop, block.view])
     writer.publish()
     with pytest.raises(UserError, match="does not hold what"):
@@ -198,10 +207,10 @@ def test_views_of_another_cache_can_be_labelled_and_combined(written, command, r
     for split in ("train", "val"):
         assert np.array_equal(one.split(split).box_NV4, two.split(split).box_NV4)
         assert not np.array_equal(one.split(split).logits_NVK, two.split(split).logits_NVK)
-    assert (two.header.seed, two.header.view_sampler) == (one.header.seed, one.header.view_sampler)
+    assert (two.header.seed, two.header.crop_scale) == (one.header.seed, one.header.crop_scale)
     main(["combine", str(written), str(other), "-o", str(mean)])
     main(["combine", str(written), str(other), "-o", str(soft), "--mean", "probabilities", "--temperature", "2"])
-    assert f"{3 * 48} rows recomputed" in command("verify", mean, "--rows", 9999, "--teacher", *run_folders)
+    assert f"{3 * 48} rows computed again" in command("verify", mean, "--rows", 9999, "--teacher", *run_folders)
     assert "not checked; each row is a mean of several" in command("verify", mean, "--teacher", run_folders[3])
     assert "means of probabilities at temperature 2" in command("verify", soft, "--teacher", *run_folders)
     with pytest.raises(UserError, match="leave out --views"):
@@ -213,8 +222,8 @@ def test_views_of_another_cache_can_be_labelled_and_combined(written, command, r
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda teachers: teachers[:2], "no teacher leaves out part 2 of 3: train it with --folds 3 --fold 2"),
-        (lambda teachers: [*teachers, teachers[0]], "F0/model.pt and F0/model.pt both leave out part 0 of 3"),
+        (lambda teachers: teachers[:2], "no teacher leaves out fold 2 of 3: train it with --folds 3 --fold 2"),
+        (lambda teachers: [*teachers, teachers[0]], "F0/model.pt and F0/model.pt both leave out fold 0 of 3"),
         (lambda teachers: [*teachers[:2], with_row(teachers[2], folds=5)], "has folds 3, F2/model.pt 5"),
         (lambda teachers: [*teachers[:2], with_row(teachers[2], image_size=32)], "has image size 24, F2/model.pt 32"),
         (lambda teachers: [*teachers[:2], replace(teachers[2], mean=(0.0,) * 3)], "has mean and std .* F2/model.pt"),
@@ -226,9 +235,8 @@ def test_views_of_another_cache_can_be_labelled_and_combined(written, command, r
 def test_an_incomplete_or_mixed_set_of_teachers_is_refused(root, change, message):
     data = open_data(root)
     teachers = change([make_teacher(data, fold) for fold in range(FOLDS)])
-    header, tables = label.plan(teachers[0], data, 1, (0.4, 1.0), 5, "float32")
     with pytest.raises(UserError, match=message):
-        label.out_of_fold(header, tables, teachers, data)
+        label.plan(teachers, data, label.ViewRule(1, (0.4, 1.0), seed=5), "float32")
 
 
 def with_row(teacher: label.Teacher, **facts) -> label.Teacher:

@@ -15,18 +15,19 @@ import torch
 
 from kd_dist import distill, label, teacher, views
 from kd_dist.batches import EpochBatches, TrainData
-from kd_dist.cache import BlockWriter, Cache, Mixed, card_of, open_cache, render_info
+from kd_dist.cache import BlockWriter, Cache, CachePlan, Mixed, open_cache, render_info, statistics_of
 from kd_dist.cache.__main__ import main as cache_main
-from kd_dist.cache.card import plain_views
 from kd_dist.cache.combine import check_same_views
-from kd_dist.cache.format import binding_of, digest_file_of
+from kd_dist.cache.format import checksum_file_of
 from kd_dist.cache.mixed import check_mixed
+from kd_dist.cache.statistics import unmixed_views
 from kd_dist.checkpoint import RunFolder, read_metrics
 from kd_dist.config import MEAN, STD, DistillConfig
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
-from kd_dist.folds import parts_of
+from kd_dist.folds import fold_numbers
 from kd_dist.job import Data
+from kd_dist.label.plans import require_partners_share
 from kd_dist.losses import hard_targets
 from kd_dist.runtime import StopRequest
 from kd_dist.study.arms import ARMS
@@ -43,17 +44,18 @@ MIXED = (2, 4, 6)
 SIZE, STUDENT_SIZE = 32, 21
 
 
-def plan(data: Data, views_V: int = V, mixed: float = 0.5, folds: int = 0):
+def plan(data: Data, views_V: int = V, mixed: float = 0.5, folds: int = 0) -> CachePlan:
     model = small_teacher(data.samples.classes)
     model = replace(model, row=replace(model.row, folds=folds, fold=0 if folds else -1))
-    return label.mixed(*label.plan(model, data, views_V, (0.4, 1.0), 5, "float32"), mixed)
+    return label.plan([model], data, label.ViewRule(views_V, (0.4, 1.0), 5, mixed), "float32")
 
 
 def write(runtime, root: Path, target: Path, views_V: int = V, mixed: float = 0.5) -> None:
     data = open_tiny(root)
     model = small_teacher(data.samples.classes)
-    tables = plan(data, views_V, mixed)
-    label.write_cache(target, [model], data, *tables, runtime, StopRequest(), lambda done, total: None)
+    own = plan(data, views_V, mixed)
+    labeller = label.Labeller([model], data, own.header, runtime.device)
+    label.write_cache(target, own, labeller, runtime, StopRequest(), lambda done, total: None)
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +159,12 @@ def test_partners_stay_in_their_group():
 
 def test_partners_share_the_part_that_a_teacher_left_out(data):
     train = data.samples.train
-    part_N = parts_of(train.labels_N, train.sha256_N32, 4)
-    _, tables = plan(data, folds=4)
+    part_N = fold_numbers(train.labels_N, train.sha256_N32, 4)
+    tables = plan(data, folds=4).tables
     mixed = tables["train"].mixed
     np.testing.assert_array_equal(part_N[mixed.partner_NV], np.broadcast_to(part_N[:, None], (21, V)))
     assert (mixed.partner_NV != np.arange(21)[:, None]).any()
-    assert (part_N[plan(data)[1]["train"].mixed.partner_NV] != part_N[:, None]).any()
+    assert (part_N[plan(data).tables["train"].mixed.partner_NV] != part_N[:, None]).any()
     assert tables["val"].mixed.mixed_views().size == 0
 
 
@@ -170,18 +172,12 @@ def test_views_are_appended_and_crops_do_not_depend_on_the_mixing(data):
     few, more = drawn(numbers=range(4)), drawn()
     for name, values in vars(few).items():
         np.testing.assert_array_equal(values, getattr(more, name)[:, :4])
-    with_mixed, without = plan(data)[1], plan(data, mixed=0.0)[1]
+    with_mixed, without = plan(data).tables, plan(data, mixed=0.0).tables
     for split in ("train", "val"):
         assert without[split].mixed is None
         np.testing.assert_array_equal(with_mixed[split].box_NV4, without[split].box_NV4)
         np.testing.assert_array_equal(with_mixed[split].flip_NV, without[split].flip_NV)
     assert not np.array_equal(few.partner_NV, Mixed(*views.mixed_views(4, "train", 3000, range(4), 0.5)).partner_NV)
-
-
-def test_sampler_name_tells_the_share():
-    name = views.sampler_name((0.25, 1.0), 0.5)
-    assert (views.crop_scale_of(name), views.mixed_share_of(name)) == ((0.25, 1.0), 0.5)
-    assert views.mixed_share_of(views.sampler_name((0.25, 1.0))) == 0
 
 
 # ------------------------------------------------------------------------------------------------ labelled and shown
@@ -238,31 +234,22 @@ def test_the_first_views_stand_alone(cache, data):
     assert any((epoch.weight_B < 1).any() for epoch in shown)
 
 
-def test_a_cache_that_stays_on_file_shows_the_same(cache, data):
-    on_file = open_cache(cache.path, memory=0)
-    assert not isinstance(on_file.split("train").mixed.weight_NV, np.ndarray)
-    settings = DistillConfig.of(alpha=0.9, views=5)
-    (crops, _), (crops_on_file, _) = (distill.crops_of(settings, data, each) for each in (cache, on_file))
-    for name, column in vars(crops(3).mixed_N).items():
-        np.testing.assert_array_equal(getattr(crops_on_file(3).mixed_N, name), column)
-
-
 def test_an_image_that_is_left_out_is_in_no_picture(cache, data):
     settings = DistillConfig.of(alpha=0.0, crops="cached", folds=4, fold=1)
-    with pytest.raises(UserError, match="mixed views that show images of part 1 of 4 of train, which is left out"):
+    with pytest.raises(UserError, match="mixed views that show images of fold 1 of 4 of train, which is left out"):
         distill.require_own_partners(settings, data, cache)
     distill.require_own_partners(DistillConfig.of(alpha=0.0, crops="cached"), data, cache)
-    apart = replace(cache, splits=plan(data, folds=4)[1])
+    apart = replace(cache, splits=plan(data, folds=4).tables)
     distill.require_own_partners(settings, data, apart)
 
 
 def test_out_of_fold_teachers_label_no_picture_of_two_parts(cache, data):
     train = data.samples.train
-    part_N = parts_of(train.labels_N, train.sha256_N32, 4)
-    with pytest.raises(UserError, match="mixed of images of different parts of train"):
-        label._require_partners_share(part_N, cache.split("train").mixed)
-    label._require_partners_share(part_N, plan(data, folds=4)[1]["train"].mixed)
-    label._require_partners_share(part_N, None)
+    part_N = fold_numbers(train.labels_N, train.sha256_N32, 4)
+    with pytest.raises(UserError, match="mixed of images of different folds of train"):
+        require_partners_share(part_N, cache.split("train").mixed)
+    require_partners_share(part_N, plan(data, folds=4).tables["train"].mixed)
+    require_partners_share(part_N, None)
 
 
 def test_means_are_taken_of_the_same_blends(cache, data):
@@ -324,12 +311,12 @@ def test_controls_whose_labels_know_one_image_are_refused(cache):
 def test_info_counts_mixed_views_and_leaves_them_out_of_its_figures(cache):
     train = cache.split("train")
     plain_NVK = train.logits_NVK[:, [0, 1, 3, 5]]
-    assert plain_views(train) == [0, 1, 3, 5]
-    assert card_of(train.logits_NVK, train.labels_N, [0, 1, 3, 5]) == card_of(plain_NVK, train.labels_N)
+    assert unmixed_views(train) == [0, 1, 3, 5]
+    assert statistics_of(train.logits_NVK, train.labels_N, [0, 1, 3, 5]) == statistics_of(plain_NVK, train.labels_N)
     text = render_info(cache)
-    assert "3 of 7 views of train are mixup or CutMix, and not in the figures below" in text
+    assert "3 of 7 views of train are mixup or CutMix, and not in the statistics below" in text
     assert "views of val" not in text
-    assert f"{card_of(plain_NVK, train.labels_N).top1_drawn:.2%}" in text
+    assert f"{statistics_of(plain_NVK, train.labels_N).top1_drawn:.2%}" in text
     assert max(map(len, text.splitlines()[2:])) <= 100
 
 
@@ -338,8 +325,7 @@ def test_info_counts_mixed_views_and_leaves_them_out_of_its_figures(cache):
 
 def test_bytes_are_the_same_at_two_ranks_after_an_interruption(cache, root, data, tmp_path):
     target = tmp_path / "logits.h5"
-    header, tables = plan(data)
-    writer = BlockWriter(target, header, tables)
+    writer = BlockWriter(target, plan(data))
     for block in writer.missing()[::4]:
         writer.put(block, cache.split(block.split).logits_NVK[block.start : block.stop, block.view])
     run_ranks(2, write, root, target)
@@ -352,13 +338,13 @@ def test_a_file_without_mixed_views_knows_nothing_of_them(root, one_process, tmp
     with h5py.File(target) as file:
         assert list(file.attrs["required_features"]) == []
         assert sorted(file["train/view"]) == ["box", "flip"]
-        assert file.attrs["view_sampler"].decode().endswith("scale 0.4 1.0")
+        assert (file.attrs["crop_scale"].tolist(), file.attrs["mixed_share"]) == ([0.4, 1.0], 0)
     table = open_cache(target).split("train")
     assert table.mixed is None
-    logits = [table.logits_NVK[:, view] for view in range(2)]
-    of_views = [(table.box_NV4[:, view], table.flip_NV[:, view], logits[view]) for view in range(2)]
-    bound = table.fingerprint.encode() + b"".join(values.tobytes() for view in of_views for values in view)
-    assert binding_of(table, 1, table.pieces) == hashlib.sha256(bound).hexdigest()
+    whose = (table.bytes_N, table.sha256_N32, table.labels_N, table.teacher_N)
+    columns = (*whose, table.box_NV4, table.flip_NV, table.logits_NVK)
+    texts = table.fingerprint + "".join(hashlib.sha256(values.tobytes()).hexdigest() for values in columns)
+    assert table.checksum == hashlib.sha256(texts.encode()).hexdigest()
 
 
 def first(mixed: Mixed, kind: int) -> tuple[int, int]:
@@ -425,7 +411,7 @@ def spoilt(cache: Cache, tmp_path: Path, change) -> str:
     target = Path(shutil.copy(cache.path, tmp_path / "logits.h5"))
     with h5py.File(target, "r+") as file:
         change(file)
-    digest_file_of(target).write_text(f"{sha256_of(target)}  logits.h5\n")
+    checksum_file_of(target).write_text(f"{sha256_of(target)}  logits.h5\n")
     with pytest.raises(UserError) as caught:
         open_cache(target)
     return str(caught.value)
@@ -434,7 +420,7 @@ def spoilt(cache: Cache, tmp_path: Path, change) -> str:
 def cut_box(file):
     values = file["train/view/paste"][:, :, :3]
     del file["train/view/paste"]
-    file.create_dataset("train/view/paste", data=values, chunks=True, fletcher32=True)
+    file.create_dataset("train/view/paste", data=values)
 
 
 def swap_partners(file):
@@ -460,8 +446,8 @@ def unlist(file):
             lambda file: file["val/view/weight"].write_direct(np.full((9, 7), 0.5, "f4")),
             "val/view/partner_view of row 0",
         ),
-        (swap_partners, "the rows of train have digest"),
-        (unlist, "the rows of train have digest"),
+        (swap_partners, "the columns of train have checksum"),
+        (unlist, r"mixed_share is 0.5 with the features \[\]"),
     ],
     ids=["missing", "shape", "values", "partners", "feature not listed"],
 )
@@ -470,9 +456,9 @@ def test_a_spoilt_file_is_refused(change, named, cache, tmp_path):
 
 
 def test_a_table_and_its_header_have_to_agree(data, tmp_path):
-    header, tables = plan(data)
+    header, tables = plan(data).header, plan(data).tables
     with pytest.raises(ValueError, match="columns of mixed views in train"):
-        BlockWriter(tmp_path / "logits.h5", replace(header, features=()), tables)
+        BlockWriter(tmp_path / "logits.h5", CachePlan(replace(header, features=(), mixed_share=0.0), tables))
 
 
 def test_the_documents_example_refuses_what_it_does_not_read(cache):
@@ -497,7 +483,7 @@ def test_from_teacher_to_student_on_the_command_line(root, tmp_path, capsys):
         cache_main(["extend", str(out / "logits.h5"), *told, "--views", "5", "-o", str(longer)])
         assert longer.read_bytes() == at_once.read_bytes()
         cache_main(["verify", str(longer), *told, "--rows", "4096"])
-    assert "teacher: 150 rows recomputed" in capsys.readouterr().out
+    assert "teacher: 150 rows computed again" in capsys.readouterr().out
     call(distill.main, *tiny, "--out", tmp_path / "student", "--cache", longer, "--epochs", 2)
     assert read_metrics(RunFolder(tmp_path / "student"))[-1]["train_soft"] > 0
     again = refused(teacher.main, *tiny, "--out", out, "--views", 3)

@@ -113,8 +113,9 @@ def teacher_of(data: Data) -> label.Teacher:
 def written(data: Data, target: Path, runtime: Runtime, threads: int = 0):
     data = Data(data.samples, data.pixels, threads)
     teacher = teacher_of(data)
-    header, tables = label.plan(teacher, data, 3, (0.4, 1.0), 5, "float32")
-    label.write_cache(target, [teacher], data, header, tables, runtime, StopRequest(), lambda done, total: None)
+    plan = label.plan([teacher], data, label.ViewRule(3, (0.4, 1.0), seed=5), "float32")
+    labeller = label.Labeller([teacher], data, plan.header, runtime.device)
+    label.write_cache(target, plan, labeller, runtime, StopRequest(), lambda done, total: None)
     return open_cache(target)
 
 

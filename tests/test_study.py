@@ -137,18 +137,6 @@ def test_a_class_of_one_image_has_no_other(rows):
         ARMS["shuffled-within"].rows(logits_NVK, np.where(np.arange(N) == 4, 9, labels_N), ROWS)
 
 
-def test_rows_that_stay_on_file_are_read_whole_for_other_rows(made):
-    cache = open_cache(made / "teacher" / "logits.h5", 0)
-    on_file, labels_N = cache.split("train").logits_NVK, cache.split("train").labels_N
-    assert not isinstance(on_file, np.ndarray)
-    in_memory = distill.in_memory(on_file[:, :3])
-    dense_NVK = open_cache(made / "teacher" / "logits.h5").split("train").logits_NVK[:, :3]
-    assert np.array_equal(in_memory, dense_NVK) and in_memory.dtype == dense_NVK.dtype
-    for arm in ARMS.values():
-        if arm.rows is not None:
-            assert np.array_equal(arm.rows(in_memory, labels_N, ROWS), arm.rows(dense_NVK, labels_N, ROWS))
-
-
 # ---- settings and losses
 
 
@@ -353,21 +341,17 @@ def test_a_study_of_an_older_version_is_gone_on_with(made, whole, tmp_path, caps
     assert "--lr was 0.2, now 0.02" in refused(entry.main, *command)
 
 
-def test_the_memory_for_caches_is_shared_out_before_the_first_is_opened(
-    made, other_cache, tmp_path, monkeypatch, capsys
-):
-    """Each file has a third: what fits in it is loaded whole, the cache of the study like the others."""
-    sizes = {path: path.stat().st_size for path in (made / "teacher" / "logits.h5", other_cache)}
-    opened = {}
+def test_each_cache_is_opened_once(made, other_cache, tmp_path, monkeypatch, capsys):
+    opened = []
     for module in (distill, entry):
         original = module.open_cache
-        keep = lambda path, memory, original=original: opened.setdefault(Path(path), memory) and original(path, memory)  # noqa: E731
+        keep = lambda path, once, original=original: opened.append(Path(path)) or original(path, once)  # noqa: E731
         monkeypatch.setattr(module, "open_cache", keep)
-    command = words(made, tmp_path / "study", "--epochs", "1", "--cache-memory", "1M", "--arms", "cached-V")
+    command = words(made, tmp_path / "study", "--epochs", "1", "--arms", "cached-V")
     monkeypatch.chdir(made)
     command[command.index("--cache") + 1] = "teacher/logits.h5"
     call(entry.main, *command, f"other=cached-V,cache={other_cache}")
-    assert set(opened.values()) == {2**19} and len(opened) == len(sizes)
+    assert sorted(path.name for path in opened) == sorted(["logits.h5", other_cache.name])
     document = json.loads((tmp_path / "study" / "study.json").read_text())
     assert document["cache"] == str(made / "teacher" / "logits.h5")
 
@@ -500,7 +484,7 @@ def test_two_ranks_do_a_study_together(made, tmp_path):
     command = [
         *launcher,
         "kd_dist.study",
-        *map(str, words(made, out, "--arms", "hard-fresh", "smooth", "--epochs", "1", "--cache-memory", "0")),
+        *map(str, words(made, out, "--arms", "hard-fresh", "smooth", "--epochs", "1")),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     how = {"env": environment, "cwd": Path(__file__).parent.parent, "text": True, "timeout": 240}

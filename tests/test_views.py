@@ -11,13 +11,11 @@ from kd_dist.views import (
     Normalise,
     Shown,
     cached_views,
-    crop_scale_of,
     draw_blends,
     draw_boxes,
     draw_flips,
     evaluation_boxes,
     render,
-    sampler_name,
 )
 
 ODD_SIZES_N2 = np.array(
@@ -173,18 +171,6 @@ def test_views_are_those_of_the_first_version():
         [[58, 95, 314, 329], [31, 44, 336, 427]],
     ]
     assert flip_NV.tolist() == [[1, 0], [0, 0], [0, 1], [1, 1], [0, 1]]
-
-
-@pytest.mark.parametrize("crop_scale", [(0.35, 1.0), (0.08, 1.0), (1 / 3, 0.9999999999999999), (1.0, 1.0)])
-def test_sampler_name_tells_its_crop_scale(crop_scale):
-    assert crop_scale_of(sampler_name(crop_scale)) == crop_scale
-
-
-@pytest.mark.parametrize(
-    "name", ["random-resized-crop/2 scale 0.35 1.0", "", "another rule", "five-crop scale 0.3 1.0"]
-)
-def test_unknown_sampler_has_no_crop_scale(name):
-    assert crop_scale_of(name) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- rendering

@@ -1,11 +1,11 @@
-"""The cache of soft labels: one HDF5 file that describes itself, proves itself complete and refuses the wrong data."""
+"""The cache of soft labels: one HDF5 file that describes itself, carries its checksums and refuses the wrong data."""
 
-from kd_dist.cache.card import LabelCard, card_of, render_info
-from kd_dist.cache.combine import bare, combine
-from kd_dist.cache.format import TOP_K, VIEW_FEATURES, Header, Table, TeacherRow, mean_of, rows_of
+from kd_dist.cache.combine import combine
+from kd_dist.cache.format import TOP_K, VIEW_FEATURES, Header, Table, TeacherRow, mean_of
 from kd_dist.cache.mixed import MIXED_VIEWS, Mixed
-from kd_dist.cache.parts import BLOCK_SAMPLES, Block, blocks
+from kd_dist.cache.plan import BLOCK_SAMPLES, Block, CachePlan, check_top_k
 from kd_dist.cache.reader import Cache, LabelledTable, SoftLabels, open_cache
+from kd_dist.cache.statistics import LabelStatistics, render_info, statistics_of
 from kd_dist.cache.topk import TopK, require_temperature
 from kd_dist.cache.writer import BlockWriter
 
@@ -17,21 +17,20 @@ __all__ = [
     "Block",
     "BlockWriter",
     "Cache",
+    "CachePlan",
     "Header",
-    "LabelCard",
+    "LabelStatistics",
     "LabelledTable",
     "Mixed",
     "SoftLabels",
     "Table",
     "TeacherRow",
     "TopK",
-    "bare",
-    "blocks",
-    "card_of",
+    "check_top_k",
     "combine",
     "mean_of",
     "open_cache",
     "render_info",
     "require_temperature",
-    "rows_of",
+    "statistics_of",
 ]

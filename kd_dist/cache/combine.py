@@ -6,7 +6,7 @@ no other, it is.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,13 +18,12 @@ from kd_dist.cache.format import (
     ONE_TEMPERATURE,
     SPLITS,
     VIEW_FEATURES,
-    Header,
     Table,
     TeacherRow,
     first_true,
     mean_of,
 )
-from kd_dist.cache.parts import Block
+from kd_dist.cache.plan import Block, CachePlan
 from kd_dist.cache.reader import Cache
 from kd_dist.cache.writer import BlockWriter
 from kd_dist.errors import UserError
@@ -39,11 +38,10 @@ def combine(caches: Sequence[Cache], target: Path, temperature: float | None, so
     One process does it, a block at a time; interrupted, it goes on with the missing blocks.
     """
     for cache in caches:
-        _require_plain_rows(cache)
+        _require_logits(cache)
     for one, other in pairwise(caches):
         check_same_views(one, other)
-    header, tables = _plan(caches, temperature, software)
-    writer = BlockWriter(target, header, tables)
+    writer = BlockWriter(target, _plan(caches, temperature, software))
     for block in writer.missing():
         writer.put(block, _mean(caches, block, temperature))
     writer.publish()
@@ -51,12 +49,10 @@ def combine(caches: Sequence[Cache], target: Path, temperature: float | None, so
 
 def check_same_views(one: Cache, other: Cache) -> None:
     """Raise UserError, naming both values, unless two caches are of the same views of the same images."""
-    from kd_dist import views  # needs torch, which opening and describing a cache does not
-
     names = Pair(f"the cache {one.path}", str(other.path), MEND)
     check_classes(names, one.classes, other.classes)
-    if not views.draw_alike(one.header.renderer, other.header.renderer):
-        names.refuse(f"pictures by {one.header.renderer}", other.header.renderer)
+    if renderer_rule(one.header.renderer) != renderer_rule(other.header.renderer):
+        names.refuse(f"images rendered by {one.header.renderer}", other.header.renderer)
     for split in SPLITS:
         ours, theirs = one.split(split), other.split(split)
         check_samples(names, split, ours, theirs)
@@ -77,7 +73,12 @@ def _check_column(names: Pair, table: Table, name: str, ours: np.ndarray, theirs
             names.refuse(where, str(theirs[row, view].tolist()))
 
 
-def _require_plain_rows(cache: Cache) -> None:
+def renderer_rule(renderer: str) -> str:
+    """The rule of a renderer's name; "RULE batched" gives the images of RULE, a grey level here and there aside."""
+    return renderer.removesuffix(" batched")
+
+
+def _require_logits(cache: Cache) -> None:
     other = sorted(set(cache.header.features) - VIEW_FEATURES)
     if other:
         raise UserError(
@@ -86,31 +87,42 @@ def _require_plain_rows(cache: Cache) -> None:
         )
 
 
-def _plan(caches: Sequence[Cache], temperature: float | None, software: str) -> tuple[Header, dict[str, Table]]:
-    """Header and tables: the first cache's, with the teachers of all, and a row for each mean that occurs."""
+def _plan(caches: Sequence[Cache], temperature: float | None, software: str) -> CachePlan:
+    """The first cache's header and tables, with the teachers of all, and a row for each mean that occurs."""
     rows, numbers = _all_teachers(caches)
     of_splits = {split: _members(caches, numbers, split) for split in SPLITS}
     means, mean_M = np.unique(np.concatenate(list(of_splits.values())), axis=0, return_inverse=True)
+    for members in means:
+        _require_distinct(rows, members.tolist(), caches)
     how = "" if temperature is None else f" of probabilities at T={temperature:g}"
     teachers = (*rows, *(mean_of(rows, members.tolist(), how) for members in means))
-    column_M = (len(rows) + mean_M.reshape(-1)).astype(np.int16)
-    train = len(of_splits["train"])
-    tables = {
-        split: replace(bare(caches[0].split(split)), teacher_N=teacher_N)
-        for split, teacher_N in (("train", column_M[:train]), ("val", column_M[train:]))
-    }
-    header = caches[0].header
+    column_M = len(rows) + mean_M.reshape(-1)
+    types = sorted({cache.header.compute_dtype for cache in caches})
+    header = replace(caches[0].header, software=software, compute_dtype=" and ".join(types))
     if temperature is not None:
         header = replace(header, features=(*header.features, ONE_TEMPERATURE), temperature=temperature)
-    types = sorted({cache.header.compute_dtype for cache in caches})
+    plan = CachePlan(header, {split: table.without_logits() for split, table in caches[0].splits.items()})
+    train = len(of_splits["train"])
     created = max(cache.header.created for cache in caches)
-    header = replace(header, teachers=teachers, software=software, created=created, compute_dtype=" and ".join(types))
-    return header, tables
+    return plan.labelled_by(teachers, created, train=column_M[:train], val=column_M[train:])
 
 
-def bare(table: Table) -> Table:
-    """A cache's table without its logits."""
-    return Table(**{field.name: getattr(table, field.name) for field in fields(Table)})
+def _require_distinct(rows: Sequence[TeacherRow], members: Sequence[int], caches: Sequence[Cache]) -> None:
+    """Raise UserError where one teacher would count twice in a mean."""
+    singles = [rows[single].sha256 for member in members for single in _singles(rows, member)]
+    twice = next((digest for digest in singles if singles.count(digest) > 1), None)
+    if twice is not None:
+        files = dict.fromkeys(str(cache.path) for cache in caches if twice in cache.teacher_digests)
+        raise UserError(
+            f"{', '.join(files)}: logits of the same teacher (SHA-256 {twice[:16]}...) would count twice in the mean; "
+            "name caches of different teachers."
+        )
+
+
+def _singles(rows: Sequence[TeacherRow], number: int) -> list[int]:
+    """The single teachers that a row stands for."""
+    members = rows[number].member_rows
+    return [single for member in members for single in _singles(rows, member)] if members else [number]
 
 
 def _all_teachers(caches: Sequence[Cache]) -> tuple[list[TeacherRow], list[np.ndarray]]:

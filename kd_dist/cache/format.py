@@ -1,12 +1,12 @@
-"""What a cache file holds: its names, types and shapes, and the checks that its writer and its reader share.
+"""What a cache file holds: names, types and shapes, and the checks that the writer and the reader share.
 
-docs/cache-format.md describes the same file for people who read it without this package.
+docs/cache-format.md describes the same file for people who read it without this package. Nothing here knows of images,
+networks or training.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -15,20 +15,16 @@ from typing import Any
 import numpy as np
 
 from kd_dist.cache.mixed import MIXED_VIEWS, Mixed, check_mixed
-from kd_dist.dataset import fingerprint_of
+from kd_dist.fingerprint import fingerprint_of
 
 FORMAT = "kd_dist.teacher_cache"
-VERSION = 1
+VERSION = 2
 ONE_TEMPERATURE = "one_temperature"
 TOP_K = "top_k"  # of each row the k largest logits and the mass of the others, see kd_dist.cache.topk
-KNOWN_FEATURES: frozenset[str] = frozenset(
-    {MIXED_VIEWS, ONE_TEMPERATURE, TOP_K}
-)  # what is understood here beyond version 1
-VIEW_FEATURES: frozenset[str] = frozenset(
-    {MIXED_VIEWS}
-)  # those of KNOWN_FEATURES that are about views, and go along with them
+VIEW_FEATURES: frozenset[str] = frozenset({MIXED_VIEWS})  # those that describe views, and are kept with them
+KNOWN_FEATURES: frozenset[str] = VIEW_FEATURES | {ONE_TEMPERATURE, TOP_K}
 SPLITS = ("train", "val")
-CHUNK_SAMPLES = 1024
+PIECE_BYTES = 1 << 22  # of a column that is looked at from end to end
 
 INT, FLOAT, FLAG = np.dtype("<i8"), np.dtype("<f8"), np.dtype("u1")
 TEXT = None  # fixed-length UTF-8, as long as its longest value needs
@@ -39,12 +35,14 @@ HEADER_ATTRIBUTES = {  # field of Header -> type and shape of the file's attribu
     "std": (FLOAT, (3,)),
     "renderer": (TEXT, ()),
     "compute_dtype": (TEXT, ()),
-    "view_sampler": (TEXT, ()),
+    "view_rule": (TEXT, ()),
+    "crop_scale": (FLOAT, (2,)),
+    "mixed_share": (FLOAT, ()),
     "seed": (INT, ()),
     "created": (TEXT, ()),
     "software": (TEXT, ()),
 }
-PROOF_ATTRIBUTES = {"val_top1": FLOAT, "train_rows": TEXT, "val_rows": TEXT}  # computed again by each reader
+CHECK_ATTRIBUTES = {"val_top1": FLOAT, "train_checksum": TEXT, "val_checksum": TEXT}  # recomputed on opening
 TEMPERATURE = ("temperature", FLOAT)  # an attribute of files that require ONE_TEMPERATURE
 TEACHER_COLUMNS = {  # field of TeacherRow -> type of /teachers/<field>
     "sha256": TEXT,
@@ -53,8 +51,9 @@ TEACHER_COLUMNS = {  # field of TeacherRow -> type of /teachers/<field>
     "fold": INT,
     "image_size": INT,
     "val_top1": FLOAT,
+    "folds": INT,
+    "members": TEXT,
 }
-LATER_TEACHER_COLUMNS = {"folds": INT, "members": TEXT}  # as TEACHER_COLUMNS; files of earlier writers lack them
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,12 @@ def top_index(classes: int) -> Column:
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """One teacher whose labels stand in the cache, or a mean of several.
+    """One teacher whose logits stand in the cache, or a mean of several.
 
-    sha256: hex, over its weights; fold: the part of train it never saw, -1 when it was trained on all of
-    train; image_size: its render size in pixels; val_top1 in [0, 1], None to have the writer put in that of the val
-    rows it writes; folds: how many parts train was cut into, 0 where it was not, or nobody noted it; members: of a
-    mean, the rows it is the mean of, "0 1 2", all before its own.
+    sha256: hex, over its weights; fold: the fold of train that it was not trained on, -1 when it was trained on all of
+    train; image_size: its render size in pixels; val_top1 in [0, 1], None to have the writer fill in the cache's own;
+    folds: how many folds train was cut into, 0 where it was not; members: of a mean, the rows it is the mean of,
+    "0 1 2", all before its own.
     """
 
     sha256: str
@@ -123,19 +122,19 @@ class TeacherRow:
 
     @property
     def trained_on(self) -> str:
-        """On what part of train, in words."""
-        return "on all of train" if self.fold < 0 else f"without part {self.fold} of {self.folds or '?'} of train"
+        """The images it was trained on, in words."""
+        return "on all of train" if self.fold < 0 else f"without fold {self.fold} of {self.folds or '?'} of train"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What holds for a whole cache: the classes, how views were drawn and rendered, who labelled them.
+    """What holds for a whole cache: the classes, how views were drawn and rendered, which teachers labelled them.
 
     image_size: the teachers' render size in pixels; mean, std: by RGB channel, on pixels in [0, 1]; renderer,
-    view_sampler: names of rules, so that a reader can refuse one it does not know; created: ISO 8601, chosen by
-    the caller, since the writer reads no clock; features: what a reader of this very file has to understand beyond
-    version 1, of KNOWN_FEATURES; temperature: the only one at which the rows mean anything, for ONE_TEMPERATURE;
-    top_k: how many logits of a row are stored, 0 for all of them.
+    view_rule: names of rules, so that a reader can refuse one it does not know; crop_scale: least and largest share of
+    an image's area in a drawn crop; mixed_share: of the drawn views of train; created: ISO 8601, chosen by the caller,
+    since the writer reads no clock; features: of KNOWN_FEATURES, what a reader has to understand; temperature: the only
+    one at which the logits mean anything, for ONE_TEMPERATURE; top_k: how many logits of a row are stored, 0 for all.
     """
 
     classes: tuple[str, ...]
@@ -145,34 +144,36 @@ class Header:
     std: tuple[float, float, float]
     renderer: str
     compute_dtype: str
-    view_sampler: str
+    view_rule: str
+    crop_scale: tuple[float, float]
     seed: int
     created: str
     software: str
     teachers: tuple[TeacherRow, ...]
+    mixed_share: float = 0.0
     features: tuple[str, ...] = ()
     temperature: float | None = None
     top_k: int = 0
 
     @property
-    def row_columns(self) -> tuple[Column, ...]:
-        """The columns that hold what a teacher said of each image in each view."""
+    def logit_columns(self) -> tuple[Column, ...]:
+        """The columns that hold a teacher's logits of each image in each view."""
         return (top_index(len(self.classes)), TOP_LOGITS, TAIL) if self.top_k else (LOGITS,)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The lengths of the axes that rows have besides N and V."""
+        """The lengths of the axes that logits have besides N and V."""
         return {"K": len(self.classes), "k": self.top_k}
 
 
 def mean_of(rows: Sequence[TeacherRow], members: Sequence[int], how: str = "") -> TeacherRow:
-    """The row of a mean of the teachers in these rows; `how` tells a mean of other things than logits.
+    """The row of a mean of the teachers in these rows; `how` names a mean of anything but logits.
 
     Its digest is the SHA-256 over those of its members, in hex, in order.
     """
     of = [rows[member] for member in members]
-    parts = {(row.fold, row.folds) for row in of}
-    fold, folds = parts.pop() if len(parts) == 1 else (-1, 0)
+    fold_pairs = {(row.fold, row.folds) for row in of}
+    fold, folds = fold_pairs.pop() if len(fold_pairs) == 1 else (-1, 0)
     return TeacherRow(
         sha256=sha256("".join(row.sha256 for row in of).encode()).hexdigest(),
         arch=f"mean{how} of {len(of)}: {', '.join(row.arch for row in of)}",
@@ -185,17 +186,11 @@ def mean_of(rows: Sequence[TeacherRow], members: Sequence[int], how: str = "") -
     )
 
 
-def with_val_top1(header: Header, val_top1: float) -> Header:
-    """The header with this for the teachers that lack one."""
-    rows = (replace(row, val_top1=val_top1) if row.val_top1 is None else row for row in header.teachers)
-    return replace(header, teachers=tuple(rows))
-
-
 @dataclass(frozen=True, eq=False)
 class Table:
     """Everything of one split but the logits; row i is sample i in the data's own order.
 
-    A column over N and V is an array, or anything with shape, dtype and an array's [start:stop, view].
+    A column over N and V is an array, or anything with shape, dtype and an array's [start:stop].
     """
 
     paths: tuple[str, ...]  # relative to the data folder
@@ -218,7 +213,7 @@ class Table:
 
     @property
     def of_views(self) -> dict[Column, np.ndarray]:
-        """Those of the columns of numbers that say what is seen in each view."""
+        """Those of the columns of numbers that describe each view."""
         return {column: values for column, values in self.numbers.items() if "V" in column.axes}
 
     @property
@@ -228,63 +223,65 @@ class Table:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest that binds these rows to paths, labels and file contents in this order."""
+        """Hex digest of paths, labels and file contents in this order."""
         return fingerprint_of(self.paths, self.labels_N, self.sha256_N32)
 
-
-def pieces_of(column: Any, view: int) -> Iterator[np.ndarray]:
-    """A column over N and V in one view, a chunk of rows at a time."""
-    for start in range(0, column.shape[0], CHUNK_SAMPLES):
-        yield column[start : min(start + CHUNK_SAMPLES, column.shape[0]), view]
+    def without_logits(self, **changes: Any) -> "Table":
+        """The table alone of what may be a cache's split, with changes."""
+        return replace(Table(**{each.name: getattr(self, each.name) for each in fields(Table)}), **changes)
 
 
-def rows_of(column: Any, start: int, stop: int, views: Iterable[int] | None = None) -> np.ndarray:
-    """All views (or these) of some rows of a column over N and V."""
-    views = range(column.shape[1]) if views is None else views
-    return np.stack([column[start:stop, view] for view in views], axis=1)
+def pieces_of(column: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of a column from end to end, a few megabytes at a time."""
+    row_bytes = math.prod(column.shape[1:]) * column.dtype.itemsize
+    rows = max(1, PIECE_BYTES // row_bytes)
+    for start in range(0, column.shape[0], rows):
+        yield start, column[start : min(start + rows, column.shape[0])]
 
 
-RowPieces = Callable[[int, int], Iterable[np.ndarray]]
-"""(position in Header.row_columns, view) -> what that column holds in that view, in pieces, in row order."""
+def little_endian(values: np.ndarray) -> np.ndarray:
+    """The bytes of an array as a file holds them: uint8 [bytes]."""
+    values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    return values.reshape(-1).view(np.uint8)
 
 
-def binding_of(table: Table, row_columns: int, pieces: RowPieces) -> str:
-    """Hex SHA-256 over a split's fingerprint and, view by view, all boxes, flips, blends (where the table has mixed
-    views) and row columns in row order.
-
-    It ties rows to images: rows that were put in another order, or under other views, do not give it again.
-    """
-    digest = sha256(table.fingerprint.encode())
-    for view in range(table.views):
-        own = [pieces_of(values, view) for values in table.of_views.values()]
-        for values in itertools.chain(*own, *(pieces(position, view) for position in range(row_columns))):
-            digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")))
+def digest_of(column: Any) -> str:
+    """Hex SHA-256 of a column's bytes, row after row."""
+    digest = sha256()
+    for _, rows in pieces_of(column):
+        digest.update(little_endian(rows))
     return digest.hexdigest()
 
 
-def parts_folder_of(target: Path) -> Path:
-    """The folder in which the blocks of an unfinished cache wait."""
-    return target.with_name(target.name + ".parts")
+def checksum_of(fingerprint: str, digests: Iterable[str]) -> str:
+    """A split's checksum: hex SHA-256 over its fingerprint and the digests of all its columns but the paths, in hex, in
+    the order of Table.numbers and Header.logit_columns.
+
+    It ties logits to images: rows in another order, or under other views, have another checksum.
+    """
+    return sha256("".join((fingerprint, *digests)).encode()).hexdigest()
 
 
-def digest_file_of(target: Path) -> Path:
+def shards_folder_of(target: Path) -> Path:
+    """The folder that holds the blocks of an unfinished cache."""
+    return target.with_name(target.name + ".shards")
+
+
+def checksum_file_of(target: Path) -> Path:
     """The file beside a cache that holds its SHA-256, as `sha256sum` writes it."""
     return target.with_name(target.name + ".sha256")
 
 
-def share_of(classes: Iterable[np.ndarray], labels_N: np.ndarray) -> float:
-    """Share of rows, in [0, 1], whose class is the label; the classes come in pieces, in the order of the rows."""
-    hits = start = 0
-    for class_B in classes:
-        hits += int((class_B == labels_N[start : start + len(class_B)]).sum())
-        start += len(class_B)
-    return hits / len(labels_N)
+def hits_of(top: np.ndarray, labels_B: np.ndarray, header: Header) -> int:
+    """How many rows have their label as the first class, from the first logit column [B, K or k] of one view."""
+    class_B = top[:, 0] if header.top_k else top.argmax(axis=1)
+    return int((class_B == labels_B).sum())
 
 
-def val_top1_of(header: Header, pieces: RowPieces, labels_N: np.ndarray) -> float:
-    """Top-1 in [0, 1] of val's view 0, from pieces of its first row column."""
-    first = pieces(0, 0)
-    return share_of((rows[:, 0] if header.top_k else rows.argmax(axis=1) for rows in first), labels_N)
+def val_top1_of(header: Header, column: Any, labels_N: np.ndarray) -> float:
+    """Top-1 in [0, 1] of val's view 0, from its first logit column."""
+    hits = (hits_of(rows[:, 0], labels_N[start : start + len(rows)], header) for start, rows in pieces_of(column))
+    return sum(hits) / len(labels_N)
 
 
 def first_true(marks_N: np.ndarray) -> int | None:
@@ -319,6 +316,7 @@ def check_header(header: Header) -> None:
     for number, row in enumerate(header.teachers):
         _check_teacher(number, row)
     _check_temperature(header)
+    _check_views(header)
 
 
 def _check_teacher(number: int, row: TeacherRow) -> None:
@@ -336,6 +334,14 @@ def _check_temperature(header: Header) -> None:
         raise ValueError(f"temperature is {header.temperature} with the features {list(header.features)}")
 
 
+def _check_views(header: Header) -> None:
+    low, high = header.crop_scale
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"crop_scale is {header.crop_scale}")
+    if not 0 <= header.mixed_share <= 1 or (header.mixed_share > 0) != (MIXED_VIEWS in header.features):
+        raise ValueError(f"mixed_share is {header.mixed_share} with the features {list(header.features)}")
+
+
 def check_table(split: str, table: Table, header: Header) -> None:
     """Raise ValueError where columns have the wrong type or length, or hold values that cannot be."""
     sizes = {"N": len(table), "V": table.views}
@@ -347,26 +353,20 @@ def check_table(split: str, table: Table, header: Header) -> None:
         _check_shape(split, column, values, sizes)
     if len(set(table.paths)) < len(table):
         raise ValueError(f"{split}/path holds a path twice")
-    _check_range(split, "label", table.labels_N, len(header.classes))
-    _check_range(split, "teacher", table.teacher_N, len(header.teachers))
-    refuse_rows(split, "view/flip", table.flip_NV, lambda flip_B: flip_B >= 2)
-    refuse_rows(split, "view/box", table.box_NV4, lambda box_B4: (box_B4 < (0, 0, 1, 1)).any(axis=1))
+    refuse_rows(split, "label", table.labels_N, lambda label_B: (label_B < 0) | (label_B >= len(header.classes)))
+    refuse_rows(split, "teacher", table.teacher_N, lambda row_B: (row_B < 0) | (row_B >= len(header.teachers)))
+    refuse_rows(split, "view/flip", table.flip_NV, lambda flip_BV: flip_BV >= 2)
+    refuse_rows(split, "view/box", table.box_NV4, lambda box_BV4: box_BV4 < (0, 0, 1, 1))
     if table.mixed is not None:
         check_mixed(split, table.mixed, table.teacher_N)
 
 
 def refuse_rows(split: str, name: str, column: Any, is_bad: Callable[[np.ndarray], np.ndarray], what: str = "") -> None:
-    """Raise ValueError with the first row, of a column over N and V, that `is_bad` marks; `what` is wrong with it.
-
-    The column is looked at piece by piece, so that one on file needs no memory.
-    """
-    for view in range(column.shape[1]):
-        for piece, values in enumerate(pieces_of(column, view)):
-            place = first_true(is_bad(values))
-            if place is not None:
-                row = piece * CHUNK_SAMPLES + place
-                found = what or f"is {rows_of(column, row, row + 1)[0].tolist()}"
-                raise ValueError(f"{split}/{name} of row {row} {found}")
+    """Raise ValueError with the first row of a column in which `is_bad` marks a value; `what` is wrong with it."""
+    for start, rows in pieces_of(column):
+        place = first_true(is_bad(rows).reshape(len(rows), -1).any(axis=1))
+        if place is not None:
+            raise ValueError(f"{split}/{name} of row {start + place} {what or f'is {rows[place].tolist()}'}")
 
 
 def _check_shape(split: str, column: Column, values: np.ndarray, sizes: Mapping[str, int]) -> None:
@@ -374,9 +374,3 @@ def _check_shape(split: str, column: Column, values: np.ndarray, sizes: Mapping[
     if values.dtype != column.dtype or values.shape != shape:
         found = f"{values.dtype} {list(values.shape)}"
         raise ValueError(f"{split}/{column.name} is {found} instead of {column.dtype} {list(shape)}")
-
-
-def _check_range(split: str, name: str, values_N: np.ndarray, count: int) -> None:
-    row = first_true((values_N < 0) | (values_N >= count))
-    if row is not None:
-        raise ValueError(f"{split}/{name} of row {row} is {values_N[row]}")

@@ -1,4 +1,4 @@
-"""Mixed views in a cache, the required feature "mixed_views": pictures made of two samples by mixup or CutMix."""
+"""Mixed views in a cache, the required feature "mixed_views": images made of two samples by mixup or CutMix."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +11,14 @@ WEIGHT_TOLERANCE = 1e-6  # of a float32 weight against the area that its float32
 
 @dataclass(frozen=True, eq=False)
 class Mixed:
-    """With what each view of a split is blended: another sample in an earlier view, in which nothing is blended.
+    """What each view of a split is mixed with: another sample in an earlier view, in which nothing is mixed.
 
-    A picture that is not blended has weight 1, an empty box, and itself for a partner. The columns are arrays, or stay
-    on file as those of a Table may.
+    An image that is not mixed has weight 1, an empty box, and itself for a partner.
     """
 
     partner_NV: np.ndarray  # int32, row of the partner
     partner_view_NV: np.ndarray  # int16, the view whose crop and flip the partner is seen in
-    weight_NV: np.ndarray  # float32 in [0, 1], share of the own picture and label
+    weight_NV: np.ndarray  # float32 in [0, 1], share of the image itself and of its label
     paste_NV4: np.ndarray  # float32: CutMix's top, left, bottom, right as fractions of the side; all 0 for mixup
 
     def first(self, views: int | None) -> "Mixed":
@@ -28,16 +27,15 @@ class Mixed:
 
     def in_view(self, view: int) -> tuple[np.ndarray, ...]:
         """Partners [N], the views they are seen in [N], weights [N] and boxes [N, 4] of one view."""
-        return tuple(column[0 : column.shape[0], view] for column in vars(self).values())
+        return tuple(column[:, view] for column in vars(self).values())
 
     def mixed_views(self) -> np.ndarray:
-        """The numbers of the views in which some picture is blended, ascending."""
-        n, views = self.weight_NV.shape
-        return np.flatnonzero([(self.weight_NV[0:n, view] < 1).any() for view in range(views)])
+        """The numbers of the views in which some image is mixed, ascending."""
+        return np.flatnonzero((self.weight_NV < 1).any(axis=0))
 
 
 def check_mixed(split: str, mixed: Mixed, teacher_N: np.ndarray) -> None:
-    """Raise ValueError unless each picture is made of two crops in the file that one teacher may label, and its weight
+    """Raise ValueError unless each image is made of two crops in the file that one teacher may label, and its weight
     is what its box leaves of it.
     """
     plain_V = np.ones(mixed.weight_NV.shape[1], bool)

@@ -55,13 +55,11 @@ def require_temperature(temperature: float, path: object) -> None:
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """The logits [N, V, K] that shortened rows stand for at one temperature, indexed like `Stored`. The columns are
-    arrays or on file.
-    """
+    """The logits [N, V, K] that shortened rows stand for at one temperature, indexed like the array of all logits."""
 
-    index_NVk: Any
-    top_NVk: Any
-    tail_NVG: Any
+    index_NVk: np.ndarray
+    top_NVk: np.ndarray
+    tail_NVG: np.ndarray
     classes: int
     temperature: float = 1.0
 
@@ -76,25 +74,25 @@ class TopK:
         return TOP_LOGITS.dtype
 
     @property
-    def columns(self) -> tuple[Any, Any, Any]:
-        """What is stored, in the order of Header.row_columns."""
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What is stored, in the order of Header.logit_columns."""
         return self.index_NVk, self.top_NVk, self.tail_NVG
 
     def at(self, temperature: float) -> "TopK":
         """The same rows with the tail's mass at another temperature; infinity keeps its mean."""
         return replace(self, temperature=temperature)
 
-    def __getitem__(self, key: tuple[Any, Any]) -> Any:
+    def __getitem__(self, key: Any) -> Any:
         index, top, tail = (column[key] for column in self.columns)
-        if isinstance(key[1], slice):
+        if isinstance(key, tuple) and isinstance(key[1], slice):  # [:, :v]: the same with fewer views
             return replace(self, index_NVk=index, top_NVk=top, tail_NVG=tail)
-        tail_B = (tail.astype(np.float32) @ self._weights_G()).astype(TOP_LOGITS.dtype)
-        logits_BK = np.repeat(tail_B[:, None], self.classes, axis=1)
-        np.put_along_axis(logits_BK, index.astype(np.int64), top, axis=1)
-        return logits_BK
+        shared = (tail.astype(np.float32) @ self._weights_G()).astype(TOP_LOGITS.dtype)
+        logits = np.repeat(shared[..., None], self.classes, axis=-1)
+        np.put_along_axis(logits, index.astype(np.int64), top, axis=-1)
+        return logits
 
     def _weights_G(self) -> np.ndarray:
-        """How much each stored temperature has to say at this one: linear interpolation in 1 / T."""
+        """The weight of each stored temperature at this one: linear interpolation in 1 / T."""
         nodes_G = 1 / np.array(TAIL_TEMPERATURES)
         return np.array([np.interp(1 / self.temperature, nodes_G, unit_G) for unit_G in np.eye(len(nodes_G))], "f4")
 

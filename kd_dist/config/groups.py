@@ -207,12 +207,6 @@ class DistillationConfig:
         "FILE",
         may_change=True,
     )
-    cache_memory: str = flag(
-        "4G",
-        "Each rank loads a cache file of up to this size into memory, and reads a larger one from the file.",
-        "SIZE",
-        may_change=True,
-    )
     views: int | None = flag(None, "Use only the first V views of the cache [all].", "V")
     alpha: float = flag(
         0.9, "Weight of the soft loss: total = alpha * soft + (1 - alpha) * hard; 0 uses hard labels alone."
@@ -231,17 +225,11 @@ class DistillationConfig:
     )
 
     def __post_init__(self):
-        bytes_of("cache_memory", self.cache_memory)
         require(0 <= self.alpha <= 1, "alpha", self.alpha, "must lie in [0, 1]")
         require(0 < self.temperature < math.inf, "temperature", self.temperature, "must be above 0")
         require(self.views is None or self.views >= 1, "views", self.views, "must be at least 1")
         share = self.label_fraction
         require(0 < share <= 1, "label_fraction", share, "must be above 0 and at most 1")
-
-    @property
-    def cache_memory_bytes(self) -> int:
-        """The size up to which a cache is loaded whole."""
-        return bytes_of("cache_memory", self.cache_memory)
 
     @property
     def labels(self) -> LabelUse:
@@ -288,14 +276,6 @@ def require(holds: bool, name: str, value: Any, rule: str) -> None:
 def one_of(name: str, value: str, known: Sequence[str]) -> None:
     """Raise UserError unless a value is one of the known."""
     require(value in known, name, value, f"is not known; choose from {', '.join(known)}")
-
-
-def bytes_of(name: str, text: str) -> int:
-    """A size such as 512M or 4G, in bytes: powers of 1024. Raises UserError for any other text."""
-    units = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-    number, unit = (text[:-1], text[-1]) if text and text[-1].upper() in units else (text, "")
-    require(number.isdigit() and number.isascii(), name, text, "is not a size; write one such as 512M, 4G or 0")
-    return int(number) << units[unit.upper()]
 
 
 def check_seed(seed: int) -> None:

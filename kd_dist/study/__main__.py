@@ -52,10 +52,8 @@ def study(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime, stop: St
 
     Runs that another process is at are left to it: the same command on two machines shares the work.
     """
-    files = {Path(run_settings(settings, arm, 0).cache).absolute() for arm in arms} | {Path(settings.cache).absolute()}
-    share = settings.distillation.cache_memory_bytes // len(files)  # of what is loaded whole
-    cache, data = distill.open_inputs(settings.changed(cache_memory=str(share)), runtime)
-    caches = caches_of(settings, arms, data, cache, share, runtime)
+    cache, data = distill.open_inputs(settings, runtime)
+    caches = caches_of(settings, arms, data, cache, runtime)
     online = None
     if any(arm.needs_teacher for arm in arms):
         online = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)
@@ -74,10 +72,10 @@ def study(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime, stop: St
 
 
 def caches_of(
-    settings: StudyConfig, arms: Sequence[Arm], data: Data, cache: Cache, memory: int, runtime: Runtime
+    settings: StudyConfig, arms: Sequence[Arm], data: Data, cache: Cache, runtime: Runtime
 ) -> dict[str, Cache]:
-    """Each arm's cache by the arm's name; a file that several learn from is opened once, and loaded whole up to
-    `memory` bytes. Raises UserError, before anything is trained, where an arm cannot use its own.
+    """Each arm's cache by the arm's name; a file that several learn from is opened once. Raises UserError, before
+    anything is trained, where an arm cannot use its own.
     """
     of_arm = {arm.name: run_settings(settings, arm, settings.seeds[0]) for arm in arms}
     paths = {name: Path(own.cache).absolute() for name, own in of_arm.items()}
@@ -85,8 +83,8 @@ def caches_of(
     for arm in arms:
         own, path = of_arm[arm.name], paths[arm.name]
         if path not in opened:
-            opened[path] = open_cache(path, memory)
-            distill.tell_unnoted(opened[path], runtime)
+            opened[path] = open_cache(path, runtime.once_a_node)
+            distill.warn_missing_checksum(opened[path], runtime)
         distill.require_use(own, opened[path])
         distill.require_cache_fits(own, data, opened[path])
         distill.require_student(own, data, runtime)

@@ -157,8 +157,8 @@ def require_alike_crops(settings: StudentConfig, cache: Cache) -> None:
     """Raise UserError where an arm on fresh crops would see others than those of the study's cache: a difference to the
     arms on cached crops would have two causes.
     """
-    scale = views.crop_scale_of(cache.header.view_sampler)
-    if settings.uses_fresh_crops and scale is not None and scale != settings.crop_scale:
+    scale = cache.header.crop_scale
+    if settings.uses_fresh_crops and cache.header.view_rule == views.SAMPLER and scale != settings.crop_scale:
         cached, own = (f"{low:g} {high:g}" for low, high in (scale, settings.crop_scale))
         raise UserError(
             f"the crops of {cache.path} have area shares of {cached}, fresh crops would have {own}: use --crop-scale "

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_dist.cache import card_of
+from kd_dist.cache import statistics_of
 from kd_dist.checkpoint import RunFolder, ValLogits, read_state, read_val_logits
 from kd_dist.config import DistillConfig
 from kd_dist.errors import UserError
@@ -285,7 +285,7 @@ def _hits(val: ValLogits) -> np.ndarray:
 
 
 def _calibration_error(val: ValLogits) -> float:
-    return card_of(val.logits_NK[:, None], val.labels_N).calibration_error
+    return statistics_of(val.logits_NK[:, None], val.labels_N).calibration_error
 
 
 # ---- the table

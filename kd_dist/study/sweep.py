@@ -115,7 +115,7 @@ def _values(setting: str):
 
     @cache
     def opened(path: str) -> Cache:
-        return open_cache(Path(path), memory=0)
+        return open_cache(Path(path))
 
     def value(arm: Arm) -> float:
         run = next(iter(arm.finished.values()))

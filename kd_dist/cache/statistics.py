@@ -1,7 +1,7 @@
-"""What soft labels are worth: figures of a split's logits, and one screen of text about a whole cache.
+"""Label statistics: what soft labels are worth, and one screen of text about a whole cache.
 
 Probabilities are softmax at temperature 1, in float64. The drawn views are all but view 0, the evaluation view. Mixed
-views are counted but left out of the figures: two labels are right for them.
+views are counted but left out of the statistics: two labels are right for them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,19 +10,19 @@ from textwrap import shorten, wrap
 
 import numpy as np
 
-from kd_dist.cache.format import CHUNK_SAMPLES, LOGITS, Header, TeacherRow, row_bytes, rows_of
+from kd_dist.cache.format import LOGITS, PIECE_BYTES, Header, TeacherRow, row_bytes
 from kd_dist.cache.reader import Cache, LabelledTable, SoftLabels
 
 BINS = 15
-ONE_HOT = 0.99  # a row with a larger probability than this says little more than a class
+ONE_HOT = 0.99  # logits with a larger probability than this hold little more than a class
 WARNING_SHARE = 0.5  # of such rows
 WIDTH = 100
 TEACHERS_SHOWN = 3
 
 
 @dataclass(frozen=True)
-class LabelCard:
-    """Figures of one split: means over samples and drawn views (over view 0 where none was drawn)."""
+class LabelStatistics:
+    """Statistics of one split's soft labels: means over samples and drawn views (over view 0 where none was drawn)."""
 
     top1: float  # of view 0, in [0, 1]
     top1_drawn: float | None
@@ -48,26 +48,28 @@ class LabelCard:
         )
 
 
-def card_of(
+def statistics_of(
     logits_NVK: SoftLabels, labels_N: np.ndarray, views: Sequence[int] | None = None, temperature: float = 1.0
-) -> LabelCard:
-    """The figures of a split's logits over T in these views (all), a chunk of samples at a time, so that a cache on
-    file needs no memory.
+) -> LabelStatistics:
+    """The statistics of a split's logits over T in these views (all), some samples at a time, so that a large cache
+    needs no memory.
 
     The calibration error is Guo et al. 2017, equation 3: rows are binned by their largest probability into 15 bins of
     equal width ((m - 1) / 15, m / 15]; it is the mean over rows of the distance between their bin's accuracy and mean
     confidence.
     """
-    views = range(logits_NVK.shape[1]) if views is None else views
+    _, all_views, classes = logits_NVK.shape
+    views = range(all_views) if views is None else views
+    samples_at_once = max(1, PIECE_BYTES // (8 * all_views * classes))
     sums: dict[str, np.ndarray] = {}
-    for start in range(0, len(labels_N), CHUNK_SAMPLES):
-        piece = slice(start, min(start + CHUNK_SAMPLES, len(labels_N)))
-        logits_BVK = rows_of(logits_NVK, piece.start, piece.stop, views).astype(np.float64) / temperature
+    for start in range(0, len(labels_N), samples_at_once):
+        piece = slice(start, start + samples_at_once)
+        logits_BVK = logits_NVK[piece][:, list(views)].astype(np.float64) / temperature
         for name, value in _sums_of(logits_BVK, labels_N[piece]).items():
             sums[name] = sums.get(name, 0) + value
     mean = {name: value / sums["rows"] for name, value in sums.items()}
     samples, several = len(labels_N), len(views) > 2
-    return LabelCard(
+    return LabelStatistics(
         top1=float(sums["hits in view 0"]) / samples,
         top1_drawn=float(mean["hits"]) if len(views) > 1 else None,
         entropy=float(mean["entropy"]),
@@ -89,7 +91,7 @@ def _excess(confidence_R: np.ndarray, hit_R: np.ndarray) -> np.ndarray:
 
 
 def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarray]:
-    """What the figures are means of, summed over the drawn rows of some samples."""
+    """What the statistics are means of, summed over the drawn rows of some samples."""
     drawn_BVK = logits_BVK[:, 1:] if logits_BVK.shape[1] > 1 else logits_BVK
     shifted_BVK = drawn_BVK - drawn_BVK.max(axis=2, keepdims=True)
     log_p_BVK = shifted_BVK - np.log(np.exp(shifted_BVK).sum(axis=2, keepdims=True))
@@ -118,16 +120,18 @@ def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarr
 
 def render_info(cache: Cache) -> str:
     """One screen about a cache: what it is, what it fits, and what its labels are worth."""
-    at = cache.header.temperature or 1.0  # rows that hold at one temperature alone: figures are of what holds there
-    cards = [card_of(split.logits_NVK, split.labels_N, plain_views(split), at) for split in cache.splits.values()]
-    lines = [*_identity(cache), "", *_worth(list(cache.splits), cards)]
-    if cards[0].warning:
-        lines += ["", *wrap(cards[0].warning, WIDTH)]
+    at = cache.header.temperature or 1.0  # logits that hold at one temperature alone are described there
+    found = [
+        statistics_of(table.logits_NVK, table.labels_N, unmixed_views(table), at) for table in cache.splits.values()
+    ]
+    lines = [*_identity(cache), "", *_worth(list(cache.splits), found)]
+    if found[0].warning:
+        lines += ["", *wrap(found[0].warning, WIDTH)]
     return "\n".join(lines)
 
 
-def plain_views(split: LabelledTable) -> list[int]:
-    """The views in which no picture is blended; view 0 is one."""
+def unmixed_views(split: LabelledTable) -> list[int]:
+    """The views in which no image is mixed; view 0 is one."""
     mixed = set() if split.mixed is None else set(split.mixed.mixed_views())
     return [view for view in range(split.views) if view not in mixed]
 
@@ -142,8 +146,8 @@ def _identity(cache: Cache) -> list[str]:
         *((name, _describe_split(split)) for name, split in cache.splits.items()),
         ("rows", _describe_rows(header)),
         *(("teacher", _describe_teacher(row)) for row in shown[:TEACHERS_SHOWN]),
-        ("views", f"{header.view_sampler}, seed {header.seed}; view 0 is the evaluation view"),
-        ("pictures", f"{header.renderer} at {header.image_size} px, {_describe_scale(header.mean, header.std)}"),
+        ("views", _describe_views(header)),
+        ("images", f"{header.renderer} at {header.image_size} px, {_describe_scale(header.mean, header.std)}"),
         ("written", f"{header.created} in {header.compute_dtype} by {header.software}"),
         *(("labels", text) for text in _describe_labels(cache)),
     ]
@@ -161,12 +165,18 @@ def _describe_split(split: LabelledTable) -> str:
     return f"{len(split):,} images x {split.views} views, fingerprint {split.fingerprint[:32]}..."
 
 
+def _describe_views(header: Header) -> str:
+    low, high = header.crop_scale
+    mixed = f", {header.mixed_share:.0%} mixed" if header.mixed_share else ""
+    return f"{header.view_rule}, area {low:g} to {high:g}{mixed}, seed {header.seed}; view 0 is the evaluation view"
+
+
 def _describe_rows(header: Header) -> str:
     """What an image in one view takes, and what that is of."""
     dense = len(header.classes) * LOGITS.dtype.itemsize
     if not header.top_k:
         return f"{dense:,} bytes of logits per (image, view): all {len(header.classes)} of them in float16"
-    kept = sum(row_bytes(column, header) for column in header.row_columns)
+    kept = sum(row_bytes(column, header) for column in header.logit_columns)
     return (
         f"{kept:,} bytes per (image, view): the {header.top_k} largest logits of {len(header.classes)} and the tail's "
         f"mass; dense {dense:,}"
@@ -184,12 +194,12 @@ def _describe_labels(cache: Cache) -> Iterator[str]:
     """Lines on what a row is where it is not one teacher's logits."""
     if cache.header.temperature is not None:
         t = f"{cache.header.temperature:g}"
-        yield f"T * log of mean probabilities at T = {t}: of use at --temperature {t} alone, as are the figures below"
+        yield f"T * log of mean probabilities at T = {t}: for --temperature {t} alone, as are the statistics below"
     for name, split in cache.splits.items():
-        if mixed := split.views - len(plain_views(split)):
-            yield f"{mixed} of {split.views} views of {name} are mixup or CutMix, and not in the figures below"
+        if mixed := split.views - len(unmixed_views(split)):
+            yield f"{mixed} of {split.views} views of {name} are mixup or CutMix, and not in the statistics below"
     if cache.is_out_of_fold:
-        yield "out-of-fold: each train image by the one teacher that never saw it, val by the mean of all"
+        yield "out-of-fold: each train image by the one teacher that was not trained on it, val by the mean of all"
 
 
 def _describe_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
@@ -197,18 +207,18 @@ def _describe_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
     return f"mean {mean_text}, std {std_text}"
 
 
-def _worth(names: list[str], cards: list[LabelCard]) -> list[str]:
+def _worth(names: list[str], found: list[LabelStatistics]) -> list[str]:
     rows = [
-        ("top-1, evaluation view", [f"{card.top1:.2%}" for card in cards]),
-        ("top-1, drawn views", [_optional(card.top1_drawn, ".2%") for card in cards]),
-        ("probability of the label", [f"{card.label_probability:.3f}" for card in cards]),
-        ("largest probability", [f"{card.max_probability:.3f}" for card in cards]),
-        (f"rows above {ONE_HOT}", [f"{card.near_one_hot:.1%}" for card in cards]),
-        ("entropy, nats (of an even guess)", [f"{card.entropy:.3f} ({card.entropy_share:.0%})" for card in cards]),
-        ("negative log-likelihood, nats", [f"{card.nll:.3f}" for card in cards]),
-        (f"calibration error, {BINS} bins", [f"{card.calibration_error:.3f}" for card in cards]),
-        ("spread over views, probability", [_optional(card.spread, ".4f") for card in cards]),
-        ("a view from the mean, KL in nats", [_optional(card.divergence, ".4f") for card in cards]),
+        ("top-1, evaluation view", [f"{each.top1:.2%}" for each in found]),
+        ("top-1, drawn views", [_optional(each.top1_drawn, ".2%") for each in found]),
+        ("probability of the label", [f"{each.label_probability:.3f}" for each in found]),
+        ("largest probability", [f"{each.max_probability:.3f}" for each in found]),
+        (f"rows above {ONE_HOT}", [f"{each.near_one_hot:.1%}" for each in found]),
+        ("entropy, nats (of an even guess)", [f"{each.entropy:.3f} ({each.entropy_share:.0%})" for each in found]),
+        ("negative log-likelihood, nats", [f"{each.nll:.3f}" for each in found]),
+        (f"calibration error, {BINS} bins", [f"{each.calibration_error:.3f}" for each in found]),
+        ("spread over views, probability", [_optional(each.spread, ".4f") for each in found]),
+        ("a view from the mean, KL in nats", [_optional(each.divergence, ".4f") for each in found]),
     ]
     return [f"{name:<34}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in [("labels", names), *rows]]
 

@@ -1,0 +1,154 @@
+"""The commands of `python -m kd_dist.cache` that need the images or a teacher: verify, write and extend."""
+
+import argparse
+import os
+from pathlib import Path
+
+from kd_dist import job, label, views
+from kd_dist.cache import Cache, CachePlan, open_cache
+from kd_dist.cache.format import checksum_file_of
+from kd_dist.config import check_crop_scale, check_mixed_views, check_seed
+from kd_dist.dataset import SPLITS, locate, scan
+from kd_dist.errors import UserError
+from kd_dist.inference import compute_dtype
+from kd_dist.label.teachers import Teacher
+from kd_dist.label.verify import largest_difference, why_not_computed
+from kd_dist.runtime import Runtime, StopRequest, joined
+
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
+"""How far a logit that is computed again may lie from the stored one, as a share of max(1, |logit|), by the type that
+convolutions run in.
+
+float16 storage alone costs 0.0005. The rest covers other hardware adding in another order, and bfloat16's three digits.
+"""
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check a cache by itself, against the data, and against the teacher."""
+    data = options.data or os.environ.get("KD_DIST_DATA")
+    with joined(options.device) as runtime:
+        cache = open_cache(options.cache, runtime.once_a_node)
+        rows = sum(len(table) * table.views for table in cache.splits.values())
+        if not cache.has_checksum:
+            job.say(runtime, f"checksum: not checked; there is no {checksum_file_of(cache.path).name} beside it")
+        job.say(runtime, f"file: SHA-256 {cache.digest[:16]}..., complete, {rows:,} rows, all finite")
+        if data is None and options.teacher is None:
+            job.say(runtime, "data: not checked; name the image folder with --data or KD_DIST_DATA")
+            job.say(runtime, "teacher: not checked; name its model.pt with --teacher (needs --data)")
+            return
+        if data is None:
+            raise UserError("--teacher computes logits again from the images; name their folder with --data.")
+        _verify_data(cache, Path(data), runtime)
+        if options.teacher is None:
+            job.say(runtime, "teacher: not checked; name its model.pt with --teacher")
+        else:
+            _verify_teacher(cache, options, runtime)
+
+
+def _verify_data(cache: Cache, data: Path, runtime: Runtime) -> None:
+    root = locate(data, explicit=True)
+    samples = scan(root)  # without the stored digests: every image is read again
+    cache.check_fits(samples.name, samples.classes, {split: samples.split(split) for split in SPLITS})
+    job.say(
+        runtime,
+        f"data: {len(samples.train):,} train and {len(samples.val):,} val images in {root} are the cache's, in its "
+        "order",
+    )
+
+
+def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime) -> None:
+    teachers = [label.load_teacher(path, runtime.device) for path in options.teacher]
+    known = {row.sha256: row.trained_on for row in cache.header.teachers if not row.members}
+    for teacher in teachers:
+        if teacher.row.sha256 not in known:
+            raise UserError(
+                f"{teacher.path} has digest {teacher.row.sha256}, but {cache.path} was labelled by "
+                f"{', '.join(known)}; name that teacher's model.pt."
+            )
+    views.require_renderer(cache.header.renderer, cache.path)
+    labeller = label.Labeller(teachers, _open_data(options, runtime), cache.header, runtime.device)
+    why_not = why_not_computed(cache, labeller)
+    if why_not:
+        job.say(runtime, f"teacher: not checked; {why_not}")
+        return
+    worst, rows = largest_difference(cache, labeller, options.rows, runtime)
+    allowed = TOLERANCE[cache.header.compute_dtype]
+    if not worst <= allowed:
+        raise UserError(
+            f"{cache.path} does not hold what {', '.join(map(str, options.teacher))} gives: over {rows:,} rows that "
+            f"were computed again a logit differs by {worst:.3g} (share of max(1, |logit|)), {allowed} is allowed; "
+            "write the cache anew."
+        )
+    job.say(
+        runtime,
+        f"teacher: {rows:,} rows computed again, largest difference {worst:.2g} of max(1, |logit|), {allowed} is "
+        "allowed",
+    )
+    if absent := [text for digest, text in known.items() if digest not in {teacher.row.sha256 for teacher in teachers}]:
+        job.say(runtime, f"teacher: not checked are rows of the teachers trained {', '.join(absent)}: name them too")
+
+
+def write(options: argparse.Namespace) -> None:
+    """Write a cache from one teacher's checkpoint, or from those of all folds."""
+    _require_one_source_of_views(options)
+    with joined(options.device) as runtime:
+        teachers = [label.load_teacher(path, runtime.device) for path in options.teacher]
+        like = open_cache(options.like, runtime.once_a_node) if options.like else None
+        rule = None if like else _rule(options, teachers[0])
+        data = _open_data(options, runtime)
+        dtype = compute_dtype(runtime.device, options.precision)
+        if like:
+            plan = label.plan_like(teachers, data, like, dtype, options.top_k)
+        else:
+            plan = label.plan(teachers, data, rule, dtype, options.top_k)
+        _write(options.output, plan, teachers, data, runtime)
+
+
+def _require_one_source_of_views(options: argparse.Namespace) -> None:
+    if options.like is None and options.views is None:
+        raise UserError("how many views? Add --views 16, or --like FILE for those of another cache.")
+    for name in ("views", "mixed_views", "seed", "crop_scale"):
+        if options.like is not None and getattr(options, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"--like takes the views of {options.like} as they are: leave out {flag}.")
+
+
+def _rule(options: argparse.Namespace, teacher: Teacher) -> label.ViewRule:
+    """How views are drawn; crop scale and seed are the teacher's own where none were typed."""
+    rule = label.ViewRule(
+        views=options.views,
+        crop_scale=tuple(options.crop_scale or teacher.crop_scale),
+        seed=teacher.row.seed if options.seed is None else options.seed,
+        mixed_share=options.mixed_views or 0.0,
+    )
+    check_seed(rule.seed)
+    check_crop_scale(rule.crop_scale)
+    check_mixed_views(rule.mixed_share, rule.views)
+    return rule
+
+
+def extend(options: argparse.Namespace) -> None:
+    """Write a cache with more views, starting with those of an existing one."""
+    with joined(options.device) as runtime:
+        cache = open_cache(options.cache, runtime.once_a_node)
+        if options.views <= cache.views:
+            raise UserError(f"--views {options.views}, but {cache.path} holds {cache.views} already; ask for more.")
+        if cache.is_combined:
+            raise UserError(f"{cache.path} is the mean of other caches: extend those, then combine them again.")
+        teachers = [label.load_teacher(path, runtime.device) for path in options.teacher]
+        data = _open_data(options, runtime)
+        plan = label.plan_extended(teachers, data, cache, options.views)
+        _write(options.output, plan, teachers, data, runtime)
+
+
+def _write(target: Path, plan: CachePlan, teachers: list[Teacher], data: label.LabelData, runtime: Runtime) -> None:
+    labeller = label.Labeller(teachers, data, plan.header, runtime.device)
+    progress = job.progress_lines(runtime, "writing the cache, blocks")
+    with StopRequest() as stop:
+        label.write_cache(target, plan, labeller, runtime, stop, progress)
+    job.say(runtime, f"wrote {target}; `python -m kd_dist.cache info {target}` describes it")
+
+
+def _open_data(options: argparse.Namespace, runtime: Runtime) -> label.LabelData:
+    source = job.DataSource(data=options.data, pixels=options.pixels, pixels_dir=options.pixels_dir)
+    return job.open_data(source, runtime)
