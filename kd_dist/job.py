@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from kd_dist.models import count_weights
 from kd_dist.pixels import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
 from kd_dist.resident import ResidentPixels, free_bytes
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank
+from kd_dist.version import software
 
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
@@ -283,11 +283,6 @@ def spare_cores(runtime: Runtime) -> int:
     if runtime.device.type == "cpu":
         return 0
     return min(GPU_WORKERS, max(1, (os.cpu_count() or 1) // runtime.local_world_size - 1))
-
-
-def software() -> str:
-    """What wrote a file, in one line."""
-    return f"kd_dist, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def fresh_crops(settings: Settings, data: Data) -> FreshCrops:

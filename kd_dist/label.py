@@ -32,9 +32,10 @@ from kd_dist.dataset import SampleList
 from kd_dist.errors import UserError
 from kd_dist.folds import parts_of
 from kd_dist.inference import FORWARD_BATCH, Forward, ahead
-from kd_dist.job import Data, software
+from kd_dist.job import Data
 from kd_dist.models import TEACHERS
 from kd_dist.runtime import Interrupted, Runtime, StopRequest
+from kd_dist.version import software
 
 GPU_BLOCKS_AT_ONCE = 2
 

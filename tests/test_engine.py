@@ -74,6 +74,7 @@ def test_work_ahead_keeps_its_order_and_its_errors(threads):
         list(inference.ahead(lambda item: 1 // item, [1, 2, 0, 3], threads))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_on_a_gpu_never_waits_for_the_device(tmp_path):  # pragma: no cover
     """torch raises wherever the host would wait, in copies and .item() alike."""

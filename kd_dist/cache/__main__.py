@@ -198,7 +198,7 @@ def combine(options: argparse.Namespace) -> None:
     temperature, or of probabilities at one, at which alone it can be used.
     """
     from kd_dist.cache.combine import combine as combine_caches
-    from kd_dist.job import software
+    from kd_dist.version import software
 
     if len(options.caches) < 2:
         raise UserError(f"a mean takes two caches or more; {options.caches[0]} is one.")
