@@ -1,4 +1,5 @@
-# make setup | demo | imagewoof-cpu | gpu | bench | test | test-cluster | lint; each does the set-up it needs.
+# make setup | demo | imagewoof-cpu | gpu | bench | test-fast | test | test-all | test-cluster | lint | format; each does the
+# set-up it needs.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,13 +7,13 @@ DEMO := runs/demo
 RANKS := 2
 JOB = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m
 
-.PHONY: setup demo imagewoof-cpu gpu bench test test-cluster lint format clean-demo
+.PHONY: setup demo imagewoof-cpu gpu bench test-fast test test-all test-cluster lint format clean-demo
 
 setup: .venv/installed
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,study,bench]'
 	touch $@
 
 # Teacher -> cache -> hard-label twin and distilled student, on a generated set. Run it again to resume; clean-demo starts over.
@@ -46,8 +47,17 @@ gpu: setup
 bench: setup
 	$(BIN)/python -m benchmarks.bench $(BENCH)
 
+# Two tests at a time, a file's tests in one process. "test-fast" leaves out ranks and jobs, "test" what is marked slow.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: setup
+	$(PYTEST) -m unit
+
 test: setup
-	$(BIN)/python -m pytest tests
+	$(PYTEST) -m "not slow"
+
+test-all: setup
+	$(PYTEST)
 
 # A real two-node Slurm on this machine: installs Debian's packages and changes a line in /etc/hosts, so it needs root.
 test-cluster: setup
@@ -57,6 +67,8 @@ test-cluster: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: setup
 	$(BIN)/ruff check --fix .

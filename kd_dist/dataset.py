@@ -387,7 +387,9 @@ def _source(name: str, archive: str | None, sha256: str | None) -> tuple[str, st
         return archive, sha256
     if name not in RELEASES:
         raise UserError(f"there is no release {name}: choose one of {', '.join(RELEASES)}, or name its --archive.")
-    return RELEASES[name].url, sha256 or RELEASES[name].sha256
+    release = RELEASES[name]
+    assert release.url is not None  # the demo alone has none, and it is drawn, not fetched
+    return release.url, sha256 or release.sha256
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO, BinaryIO
 from urllib.parse import unquote
 
 from kd_dist.errors import UserError
@@ -191,10 +191,11 @@ def unpack(archive: Path, folder: Path, name: str, progress: Progress | None = N
         ) from error
 
 
-def _decompressed(raw: BinaryIO) -> BinaryIO:
+def _decompressed(raw: BinaryIO) -> IO[bytes]:
     """The tar stream in a file, told by its first bytes. Not tarfile's own, which does not check gzip's sum."""
     start = raw.read(6)
     raw.seek(0)
+    openers: dict[bytes, Callable[..., IO[bytes]]]
     openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
     return next((opener(raw) for magic, opener in openers.items() if start.startswith(magic)), raw)
 
@@ -203,16 +204,16 @@ class _Header(tarfile.TarInfo):
     """A file's header that tarfile does not pass over: by itself it takes a damaged or missing one for the end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # the block of zeros that every archive ends with
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the block of zeros that every archive ends with
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
 
 
-def _write_members(stream: BinaryIO, folder: Path, name: str) -> Iterator[int]:
+def _write_members(stream: IO[bytes], folder: Path, name: str) -> Iterator[int]:
     """Write the stream's files into the folder, yielding their count so far."""
     with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK_BYTES, tarinfo=_Header) as tar:
         for count, member in enumerate(tar, start=1):
@@ -234,7 +235,9 @@ def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, n
         target.mkdir(parents=True, exist_ok=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tar.extractfile(member) as content, open(target, "wb") as file:
+    content = tar.extractfile(member)
+    assert content is not None  # a file's is there
+    with content, open(target, "wb") as file:
         shutil.copyfileobj(content, file, CHUNK_BYTES)
 
 

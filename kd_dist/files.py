@@ -17,7 +17,7 @@ from kd_dist.errors import UserError
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place with one rename.
 
     A reader sees the old file or the new one, never half of either; a crash leaves the old one. On any error the
@@ -70,7 +70,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def disk_full(error: BaseException) -> bool:
+def disk_full(error: BaseException | None) -> bool:
     """Whether an error means that no more can be written: disk full, quota used up, or file size limit.
 
     h5py and torch raise errors of their own around the system's, so the chain of causes and the text are looked at too.

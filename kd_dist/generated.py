@@ -58,7 +58,8 @@ def draw(rng: np.random.Generator, label: int, classes: int) -> np.ndarray:
     grid_2HW = np.mgrid[:height, :width].astype(np.float32) / SHORT_SIDE
     picture_HW3 = _background(rng, grid_2HW)
     for _ in range(rng.poisson(4 * DIFFICULTY)):
-        _paint(rng, picture_HW3, grid_2HW, rng.integers(len(_SHAPES)), rng.uniform(), rng.uniform(3, 12), (0.06, 0.16))
+        shape = int(rng.integers(len(_SHAPES)))
+        _paint(rng, picture_HW3, grid_2HW, shape, rng.uniform(), rng.uniform(3, 12), (0.06, 0.16))
     pair, member = divmod(label, 2)
     hue = pair / max(1, (classes + 1) // 2) + rng.normal(0, 0.14 * DIFFICULTY)
     stripes = _STRIPES_PER_PICTURE[member] * np.exp(rng.normal(0, 0.28 * DIFFICULTY))
@@ -69,7 +70,8 @@ def draw(rng: np.random.Generator, label: int, classes: int) -> np.ndarray:
 
 def _background(rng: np.random.Generator, grid_2HW: np.ndarray) -> np.ndarray:
     """Soft waves of one random colour, float [H, W, 3] in 0..1."""
-    waves_HW = sum(_stripes(rng, grid_2HW, rng.uniform(0.5, 3)) for _ in range(3)) / 3
+    first_HW, second_HW, third_HW = (_stripes(rng, grid_2HW, rng.uniform(0.5, 3)) for _ in range(3))
+    waves_HW = (first_HW + second_HW + third_HW) / 3
     return 0.5 + (0.1 + 0.15 * waves_HW)[..., None] * (_colour(rng.uniform()) - 0.5) * 2
 
 

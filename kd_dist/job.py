@@ -5,7 +5,6 @@ train, keep the result.
 import contextlib
 import copy
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +45,7 @@ from kd_dist.pixels import Pictures, Pixels, build_pixels, default_folder, measu
 from kd_dist.resident import ResidentPixels, free_bytes
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, launched_world_size
 from kd_dist.training import HEARTBEAT_SECONDS, Execution, LossTerms, Optimisation, Trainer
+from kd_dist.version import software
 
 AfterEpoch = Callable[[int, nn.Module, dict[str, float]], None]
 """Called on rank 0 at the end of an epoch: how many are done, the evaluated model, its metrics."""
@@ -298,11 +298,6 @@ def spare_cores(runtime: Runtime) -> int:
     if runtime.device.type == "cpu":
         return 0
     return min(GPU_WORKERS, max(1, available_cores() // runtime.local_world_size - 1))
-
-
-def software() -> str:
-    """What wrote a file, in one line."""
-    return f"kd_dist, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def fresh_crops(augmentation: AugmentationConfig, seed: int, data: Data) -> FreshCrops:

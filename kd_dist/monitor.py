@@ -64,7 +64,12 @@ class Monitor:
         """Add one point at `step` (optimizer updates so far) to each named curve, such as {"train/loss": 0.7}."""
         if self._curves is not None:
             curves = self._curves
-            self._guarded(lambda: [curves.add_scalar(name, float(value), step) for name, value in values.items()])
+
+            def write() -> None:
+                for name, value in values.items():
+                    curves.add_scalar(name, float(value), step)
+
+            self._guarded(write)
 
     def flush(self) -> None:
         """Bring all points to disk. Call it before saving a checkpoint: what is lost before it is not logged again."""

@@ -5,33 +5,35 @@ meanwhile.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
+import kd_dist
 from kd_dist.files import writing
-from launch.folders import CODE, JOBS
 
-PACKAGES = ("kd_dist", "launch")
-_ROOT = Path(__file__).resolve().parent.parent
+from .folders import CODE, JOBS
+
+# The name that each package is imported by -> its folder. A checkout's launch/ is installed as kd_dist.launch.
+PACKAGES = {"kd_dist": Path(kd_dist.__file__).resolve().parent, __package__: Path(__file__).resolve().parent}
 
 
-def snapshot(runs: Path, root: Path = _ROOT) -> Path:
+def snapshot(runs: Path, packages: Mapping[str, Path] = PACKAGES) -> Path:
     """Copy the packages under runs/jobs/code, once for each content, and give the folder to put on PYTHONPATH.
 
     Raises UserError where it cannot be written.
     """
-    files = list(_sources(root))
-    target = runs / JOBS / CODE / _digest(root, files)
+    files = _sources(packages)
+    target = runs / JOBS / CODE / _digest(files)
     if not target.exists():
         with writing(target):
-            _copy(root, files, target)
+            _copy(files, target)
     return target
 
 
-def _copy(root: Path, files: list[Path], target: Path) -> None:
+def _copy(files: Mapping[Path, Path], target: Path) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    for file in files:
-        copy = temporary / file.relative_to(root)
+    for name, file in files.items():
+        copy = temporary / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     try:
@@ -40,14 +42,18 @@ def _copy(root: Path, files: list[Path], target: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def _sources(root: Path) -> Iterator[Path]:
-    for package in PACKAGES:
-        yield from sorted((root / package).rglob("*.py"))
+def _sources(packages: Mapping[str, Path]) -> dict[Path, Path]:
+    """Where each file goes in the copy -> where it is."""
+    return {
+        Path(*package.split("."), file.relative_to(folder)): file
+        for package, folder in packages.items()
+        for file in sorted(folder.rglob("*.py"))
+    }
 
 
-def _digest(root: Path, files: list[Path]) -> str:
+def _digest(files: Mapping[Path, Path]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for name, file in files.items():
         content = file.read_bytes()
-        digest.update(f"{file.relative_to(root)}\0{len(content)}\0".encode() + content)
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:12]

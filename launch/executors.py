@@ -15,9 +15,10 @@ from submitit.local.local import LocalExecutor
 from submitit.slurm.slurm import SlurmExecutor
 
 from kd_dist.errors import UserError
-from launch.folders import JobFolder
-from launch.resources import Resources, Site
-from launch.task import Task
+
+from .folders import JobFolder
+from .resources import Resources, Site
+from .task import Task
 
 CLUSTERS = ("slurm", "local", "debug")
 FOR_EVER_MINUTES = 365 * 24 * 60

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_dist.errors import UserError, exit_code_of
-from launch.folders import read_json, write_json
+
+from .folders import read_json, write_json
 
 CONNECT_SECONDS = 12.0
 START_SECONDS = 300.0

@@ -13,10 +13,11 @@ from kd_dist import config
 from kd_dist.checkpoint import RunFolder, read_settings, read_state
 from kd_dist.config import DistillConfig, JobConfig, StudyConfig, TeacherConfig
 from kd_dist.errors import UserError
-from launch import queue
-from launch.folders import Job, JobFolder, job_folders, read_json
-from launch.resources import Resources, Site
-from launch.task import MODULES
+
+from . import queue
+from .folders import Job, JobFolder, job_folders, read_json
+from .resources import Resources, Site
+from .task import MODULES
 
 KINDS: dict[str, type[JobConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig, "study": StudyConfig}
 PIPELINE = ("teacher", "distill")
@@ -96,8 +97,9 @@ def require_cache(plan: Plan) -> None:
     cache = plan.settings.cache
     if cache is not None and not Path(cache).exists():
         raise UserError(
-            f"there is no cache {cache} for the student to learn from; write it by `python -m launch.submit teacher`, "
-            "submit both jobs by `python -m launch.submit pipeline`, or name yours: -- --cache FILE."
+            f"there is no cache {cache} for the student to learn from; write it by `python -m "
+            f"{__package__}.submit teacher`, submit both jobs by `python -m {__package__}.submit pipeline`, or name "
+            "yours: -- --cache FILE."
         )
 
 
@@ -241,8 +243,7 @@ def refuse_used(plan: Plan, runs: Path) -> None:
         if state and state.lives:
             raise UserError(
                 f"{plan.run} belongs to job {job.id} ({job.name}, {state.name}); wait for it, or cancel it by `python "
-                "-m launch.status "
-                f"{runs} --cancel`, or choose another folder."
+                f"-m {__package__}.status {runs} --cancel`, or choose another folder."
             )
     state = read_state(RunFolder(plan.run)) or {}
     if state.get("status") == "running" and _is_someone_elses(state, [folder for folder, _ in folders]):

@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.folders import Job, JobFolder
-from launch.task import controller_lives
+from .folders import Job, JobFolder
+from .task import controller_lives
 
 _OVER = {
     *(

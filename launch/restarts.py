@@ -14,7 +14,8 @@ from pathlib import Path
 
 from kd_dist.checkpoint import RunFolder
 from kd_dist.errors import UserError, exit_code_of
-from launch.folders import now
+
+from .folders import now
 
 TIME_OUT, PREEMPTED = "time-out", "preempted"
 SCRIPT_WARNING_SECONDS = 240.0  # the scripts ask for two minutes' warning, and Slurm may be a minute early

@@ -18,9 +18,10 @@ from typing import Any
 
 from kd_dist.checkpoint import RunFolder, head_of, read_metrics, read_state
 from kd_dist.errors import EXIT_PEER_LOST, UserError, exit_code_of
-from launch import queue
-from launch.folders import JOBS, Job, JobFolder, job_folders, read_json, tail_of
-from launch.queue import State
+
+from . import queue
+from .folders import JOBS, Job, JobFolder, job_folders, read_json, tail_of
+from .queue import State
 
 COLUMNS = ("job", "id", "state", "node", "epoch", "top-1", "last log line")
 LINE_WIDTH = 60
@@ -230,7 +231,9 @@ def follow(runs: Path, seconds: float) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(
-        "launch.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "launch.status",
+        description=__doc__.replace("-m launch.", f"-m {__package__}."),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="the folder that holds jobs/ [runs]")
     parser.add_argument("--follow", action="store_true", help="keep the table up to date until all jobs have ended")

@@ -22,13 +22,14 @@ from pathlib import Path
 from kd_dist.config import DistillationConfig, StudyConfig
 from kd_dist.cores import available_cores
 from kd_dist.errors import UserError, exit_code_of
-from launch import executors
-from launch.code import snapshot
-from launch.executors import CLUSTERS, FOR_EVER_MINUTES, Submission
-from launch.folders import JOBS, Job, JobFolder, new_folder, now
-from launch.plans import ARRAYS, PLANNERS, Plan, is_finished, refuse_used
-from launch.resources import SITE_FILE, Resources, Site, minutes_of, read_site
-from launch.task import MODULES, Task
+
+from . import executors
+from .code import snapshot
+from .executors import CLUSTERS, FOR_EVER_MINUTES, Submission
+from .folders import JOBS, Job, JobFolder, new_folder, now
+from .plans import ARRAYS, PLANNERS, Plan, is_finished, refuse_used
+from .resources import SITE_FILE, Resources, Site, minutes_of, read_site
+from .task import MODULES, Task
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +64,9 @@ def submit(given: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "launch.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "launch.submit",
+        description=__doc__.replace("-m launch.", f"-m {__package__}."),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = _raise_user_error
     jobs = parser.add_subparsers(dest="job", required=True, metavar="|".join(PLANNERS))
@@ -96,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _raise_user_error(message: str) -> None:
     raise UserError(
-        f"{message}; `python -m launch.submit --help` and `... teacher --help` list the options, the job's own come "
-        "after --."
+        f"{message}; `python -m {__package__}.submit --help` and `... teacher --help` list the options, the job's own "
+        "come after --."
     )
 
 
@@ -229,7 +232,7 @@ def _submit_all(options: argparse.Namespace, plans: list[Plan], resources: Resou
             waits = f", after job {before[1]} has succeeded" if before else ""
             print(f"{plan.name}: job {job_id}, {resources.nodes} x {resources.ranks} ranks{waits}; log {_shown(log)}")
         before = (folder, ids[-1])
-    print(f"watch them: python -m launch.status {_shown(runs)} --follow")
+    print(f"watch them: python -m {__package__}.status {_shown(runs)} --follow")
 
 
 def _start(

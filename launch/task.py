@@ -21,9 +21,10 @@ from pathlib import Path
 import submitit
 
 from kd_dist.errors import EXIT_USER_ERROR, UserError
-from launch.folders import Job, JobFolder, now, read_json, tail_of, write_json
-from launch.meeting import GivenUp, Place, meet
-from launch.restarts import PREEMPTED, TIME_OUT, Journal, progress_of
+
+from .folders import Job, JobFolder, now, read_json, tail_of, write_json
+from .meeting import GivenUp, Place, meet
+from .restarts import PREEMPTED, TIME_OUT, Journal, progress_of
 
 MODULES = {"teacher": "kd_dist.teacher", "distill": "kd_dist.distill", "study": "kd_dist.study"}
 WARNING = signal.SIGUSR2

@@ -16,6 +16,28 @@ from kd_dist.dataset import Dataset, scan
 from kd_dist.pixels import Pixels, build_pixels, open_pixels
 from kd_dist.runtime import Runtime
 
+# Tests of whole jobs, the longest file first, so that two workers end at the same time.
+INTEGRATION = (
+    *("test_jobs", "test_exactness", "test_package", "test_study", "test_bad_input", "test_launch_local"),
+    *("test_launch_task", "test_real_pictures", "test_docs", "test_study_sweep"),
+)
+STARTERS = {"run_ranks", "run_command"}
+KINDS = {"unit", "integration", "cluster", "nullgpu", "gpu"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test its kind: its own marker's or its folder's; integration for the files above and for what starts
+    ranks; unit for all else. The long files come first.
+    """
+    order = {name: number for number, name in enumerate(INTEGRATION)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if item.path.parent.name in ("cluster", "nullgpu"):
+            item.add_marker(item.path.parent.name)
+        elif not KINDS & {marker.name for marker in item.iter_markers()}:
+            whole = item.path.stem in order or STARTERS & set(item.function.__code__.co_names)
+            item.add_marker("integration" if whole else "unit")
+
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:

@@ -1,14 +1,26 @@
-"""Run a function on N gloo ranks, each a process of its own, and collect what it gives."""
+"""Run a function, or a command of ours, on N gloo ranks, each a process of its own, and collect what it gives.
+
+The processes are forks of one server that has imported torch and kd_dist already: importing them takes seconds in each
+process otherwise, most of a test's time.
+"""
 
 import multiprocessing
 import os
 import pickle
+import runpy
 import socket
+import subprocess
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 PATIENCE_SECONDS = 180.0
+# torch.optim imports torch._dynamo when the first optimizer is made, which takes as long as all the rest.
+PRELOADED = ("torch", "torch.distributed", "torch._dynamo", "torch.utils.tensorboard", "torchvision", "h5py")
+ENTRIES = ("kd_dist.teacher", "kd_dist.distill", "kd_dist.label", "kd_dist.cache.__main__")
 
 
 def free_port() -> int:
@@ -18,14 +30,19 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def _server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED, *ENTRIES])
+    return context
+
+
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """[function(runtime, *arguments) of rank 0, of rank 1, ...]. The function lives at the top of a module; its result
     is pickled.
 
     An exception in a rank is raised here, as an AssertionError with that rank's traceback.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "h5py", "kd_dist.label", "kd_dist.objectives"])
+    context = _server()
     results = context.SimpleQueue()
     port = free_port()
     ranks = [
@@ -48,6 +65,52 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     return [pickle.loads(outcomes[rank][0]) for rank in range(world_size)]
 
 
+def run_command(module: str, *arguments: object, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """`python -m MODULE ARGUMENTS` on so many ranks, without a launcher: nobody ends the ranks that wait for one that
+    failed, so only a command of one rank may be refused. Code of the first rank that has one, output of all.
+    """
+    context, port = _server(), free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        places = [_place(rank, ranks, port) if ranks > 1 else {} for rank in range(ranks)]
+        words = [module, *map(str, arguments)]
+        processes = [
+            context.Process(target=_command, args=(folder, rank, places[rank], words)) for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=PATIENCE_SECONDS)
+            process.kill()
+            process.join()
+        out, err = ("".join(Path(folder, f"{rank}.{name}").read_text() for rank in range(ranks)) for name in OUTPUTS)
+    code = next((process.exitcode for process in processes if process.exitcode), 0)
+    assert not check or code == 0, out + err
+    return subprocess.CompletedProcess(words, code, out, err)
+
+
+OUTPUTS = ("out", "err")
+
+
+def _command(folder: str, rank: int, place: dict[str, str], words: list[str]) -> None:
+    for name, stream in zip(OUTPUTS, (sys.stdout, sys.stderr), strict=True):
+        with open(Path(folder, f"{rank}.{name}"), "w") as file:
+            os.dup2(file.fileno(), {"out": 1, "err": 2}[name])
+        stream.reconfigure(line_buffering=True)
+    os.environ.update(place, OMP_NUM_THREADS="1")
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = words
+    for name in (words[0], f"{words[0]}.__main__"):
+        sys.modules.pop(name, None)  # else runpy warns that it is imported already
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def _place(rank: int, world_size: int, port: int) -> dict[str, str]:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return {name: str(value) for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()}
+
+
 def _collect(results, ranks, outcomes):
     waited = 0.0
     while results.empty():
@@ -61,10 +124,7 @@ def _collect(results, ranks, outcomes):
 
 
 def _rank(rank, world_size, port, results, function, arguments):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
-    )
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(_place(rank, world_size, port), OMP_NUM_THREADS="1")
     import torch
 
     from kd_dist.runtime import joined

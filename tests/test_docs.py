@@ -2,12 +2,12 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import run_command
 
 REPO = Path(__file__).parent.parent
 DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
@@ -24,10 +24,7 @@ def commands() -> list[str]:
 @cache
 def help_of(module: str, command: str) -> str:
     """What --help of a module, or of one of its commands, prints."""
-    arguments = [sys.executable, "-m", module, *([command] if command else []), "--help"]
-    result = subprocess.run(arguments, cwd=REPO, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return run_command(module, *([command] if command else []), "--help").stdout
 
 
 def test_the_documents_hold_commands():

@@ -31,6 +31,7 @@ from kd_dist.checkpoint import (
 from kd_dist.generated import generate
 from kd_dist.teacher import clocked
 from tests.entries import call
+from tests.ranks import run_command
 
 REPO = Path(__file__).parent.parent
 TINY = ["--image-size", "32", "--batch-size", "24", "--warmup-epochs", "0.5", "--lr", "0.02", "--device", "cpu"]
@@ -69,9 +70,9 @@ def distill(data: Path, out: Path, cache: Path | None, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def teacher_run(data, tmp_path_factory) -> RunFolder:
-    """A teacher trained by two ranks under torchrun, with its cache."""
+    """A teacher trained by two ranks, with its cache."""
     out = tmp_path_factory.mktemp("teacher") / "run"
-    run([*torchrun(2), *teacher(data, out)])
+    run_command(*teacher(data, out), ranks=2)
     return RunFolder(out)
 
 
@@ -109,6 +110,7 @@ def test_interrupted_writing_adds_up_and_a_new_cache_starts_anew(tmp_path, one_p
     assert read_costs(folder) == {CACHE_SECONDS: 5}
 
 
+@pytest.mark.slow
 def test_the_two_lines_of_the_readme_as_they_stand(data, tmp_path):
     """Without arguments, four ranks, the usual folders: here a few images under the usual name, for two epochs."""
     for split, kept in (("train", 7), ("val", 2)):
@@ -153,7 +155,7 @@ def test_student_learns_from_the_cache_alone(data, teacher_run, tmp_path):
     cache_file = tmp_path / "moved" / "logits.h5"
     cache_file.parent.mkdir()
     cache_file.write_bytes(teacher_run.cache.read_bytes())
-    shown = run([*torchrun(2), *distill(data, tmp_path / "student", cache_file)]).stdout
+    shown = run_command(*distill(data, tmp_path / "student", cache_file), ranks=2).stdout
     assert "without its .sha256 file" in shown
     saved, cache = load_model(RunFolder(tmp_path / "student").model), open_cache(cache_file)
     assert saved["cache"]["sha256"] == cache.digest
@@ -179,9 +181,7 @@ def test_hard_twin_needs_no_cache_and_plain_python_is_one_process(data, tmp_path
 
 
 def test_hard_labels_on_the_caches_own_crops(data, teacher_run, tmp_path):
-    run(
-        [sys.executable, "-m", *distill(data, tmp_path / "run", teacher_run.cache, "--alpha", "0", "--crops", "cached")]
-    )
+    run_command(*distill(data, tmp_path / "run", teacher_run.cache, "--alpha", "0", "--crops", "cached"))
     saved = load_model(RunFolder(tmp_path / "run").model)
     assert saved["cache"]["sha256"] == open_cache(teacher_run.cache).digest
     assert "train_soft" not in read_metrics(RunFolder(tmp_path / "run"))[-1]
@@ -189,7 +189,7 @@ def test_hard_labels_on_the_caches_own_crops(data, teacher_run, tmp_path):
 
 def test_same_command_again_says_it_is_done(data, teacher_run):
     before = teacher_run.cache.read_bytes()
-    result = run([*torchrun(2), *teacher(data, teacher_run.path)])
+    result = run_command(*teacher(data, teacher_run.path), ranks=2)
     assert "is there already" in result.stdout and teacher_run.cache.read_bytes() == before
 
 
@@ -212,7 +212,7 @@ def test_sigterm_saves_on_all_ranks_and_the_same_command_ends_with_the_same_weig
     assert stopped["status"] == "interrupted" and "SIGTERM" in stopped["message"]
     assert cut.saved_steps()[-1] < 12 * 7
     run(command)
-    run([*command[: command.index("--out") + 1], str(whole.path), *command[command.index("--out") + 2 :]])
+    run_command(*distill(data, whole.path, teacher_run.cache, "--epochs", "12"), ranks=2)
     resumed, uninterrupted = load_model(cut.model)["weights"], load_model(whole.model)["weights"]
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
     assert [row["epoch"] for row in read_metrics(cut)] == list(range(1, 13))
@@ -242,7 +242,7 @@ def _alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("entry", ["kd_dist.teacher", "kd_dist.distill"])
 def test_help_prints_once_however_many_ranks(entry):
-    result = run([*torchrun(2), entry, "--help"])
+    result = run_command(entry, "--help", ranks=2)
     assert result.stdout.count("usage:") == 1
     assert "--temperature" in result.stdout if entry == "kd_dist.distill" else "--views" in result.stdout
 
@@ -251,7 +251,7 @@ class TestCacheCommands:
     """python -m kd_dist.cache info | verify | write | extend."""
 
     def cache(self, *arguments, check=True):
-        return run([sys.executable, "-m", "kd_dist.cache", *map(str, arguments)], check)
+        return run_command("kd_dist.cache", *arguments, check=check)
 
     def test_info_is_one_screen(self, teacher_run):
         shown = self.cache("info", teacher_run.cache).stdout
@@ -264,7 +264,7 @@ class TestCacheCommands:
         assert "rows computed again" in shown and "not checked" not in shown
 
     def test_verify_refuses_another_teacher_and_other_data(self, data, teacher_run, tmp_path):
-        run([sys.executable, "-m", *teacher(data, tmp_path / "other", "--seed", "1")[:-2], "--device", "cpu"])
+        run_command(*teacher(data, tmp_path / "other", "--seed", "1"))
         other = RunFolder(tmp_path / "other").model
         result = self.cache("verify", teacher_run.cache, "--data", data, "--teacher", other, check=False)
         assert result.returncode == 2 and "was labelled by" in result.stderr

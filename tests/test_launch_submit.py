@@ -256,14 +256,15 @@ def test_a_folder_that_gives_signs_of_life_is_refused_and_a_silent_one_is_not(he
 
 def test_the_snapshot_is_untouched_by_later_edits(tmp_path):
     root, runs = tmp_path / "tree", tmp_path / "runs"
-    for package in ("kd_dist", "launch"):
-        (root / package).mkdir(parents=True)
-        (root / package / "a.py").write_text("first", encoding="utf-8")
-    first = snapshot(runs, root)
-    assert snapshot(runs, root) == first
+    packages = {"kd_dist": root / "kd_dist", "kd_dist.launch": root / "launch"}
+    for folder in packages.values():
+        folder.mkdir(parents=True)
+        (folder / "a.py").write_text("first", encoding="utf-8")
+    first = snapshot(runs, packages)
+    assert snapshot(runs, packages) == first and (first / "kd_dist/launch/a.py").exists()
     (root / "kd_dist/a.py").write_text("second", encoding="utf-8")
     (root / "kd_dist/new.py").touch()
-    second = snapshot(runs, root)
+    second = snapshot(runs, packages)
     assert first != second and (first / "kd_dist/a.py").read_text(encoding="utf-8") == "first"
     assert (second / "kd_dist/new.py").exists() and not (first / "kd_dist/new.py").exists()
 

@@ -13,7 +13,10 @@ from kd_dist.dataset import locate
 from tests.test_jobs import run, torchrun
 
 ARCHIVE = os.environ.get("KD_DIST_IMAGEWOOF")
-pytestmark = pytest.mark.skipif(not ARCHIVE, reason="KD_DIST_IMAGEWOOF names no Imagewoof archive")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not ARCHIVE, reason="KD_DIST_IMAGEWOOF names no Imagewoof archive"),
+]
 SMALL = ["--image-size", "64", "--batch-size", "40", "--warmup-epochs", "0.5", "--device", "cpu"]
 
 

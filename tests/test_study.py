@@ -33,6 +33,7 @@ from kd_dist.study.arms import ARMS
 from kd_dist.study.folder import StudyFolder, run_settings
 from kd_dist.training import Trainer
 from tests.entries import call, refused
+from tests.ranks import run_command
 
 N, V, K = 12, 4, 3
 TINY = ["--image-size", "32", "--batch-size", "12", "--lr", "0.02", "--device", "cpu", "--checkpoint-minutes", "1000"]
@@ -480,16 +481,8 @@ def test_a_signal_between_two_runs_ends_the_study(made, tmp_path, monkeypatch):
 
 def test_two_ranks_do_a_study_together(made, tmp_path):
     out = tmp_path / "study"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command = [
-        *launcher,
-        "kd_dist.study",
-        *map(str, words(made, out, "--arms", "hard-fresh", "smooth", "--epochs", "1")),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    how = {"env": environment, "cwd": Path(__file__).parent.parent, "text": True, "timeout": 240}
-    done = subprocess.run(command, capture_output=True, **how)
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = words(made, out, "--arms", "hard-fresh", "smooth", "--epochs", "1")
+    done = run_command("kd_dist.study", *arguments, ranks=2)
     assert "2 ranks on cpu" in done.stdout and done.stdout.count("| smooth |") == 1
     assert [read_state(StudyFolder(out).run(name, 0))["status"] for name in ("hard-fresh", "smooth")] == [
         "finished"
