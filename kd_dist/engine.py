@@ -26,7 +26,7 @@ from kd_dist import checkpoint, views
 from kd_dist.batches import Batch, EpochBatches, TrainData
 from kd_dist.checkpoint import RunFolder
 from kd_dist.errors import UserError
-from kd_dist.inference import autocast, compute_dtype
+from kd_dist.inference import autocast, compute_dtype, input_dtype
 from kd_dist.monitor import Monitor
 from kd_dist.runtime import Interrupted, Runtime, StopRequest
 
@@ -130,7 +130,8 @@ class Trainer:
         self.runtime, self.folder, self.stop, self.workers = runtime, folder, stop, workers
         self.compute_dtype = compute_dtype(runtime.device, precision)
         self.model = model.to(runtime.device, memory_format=torch.channels_last)
-        self.normalise = views.Normalise(mean, std, next(model.parameters()).dtype, runtime.device)
+        dtype = input_dtype(self.model, runtime.device, self.compute_dtype)
+        self.normalise = views.Normalise(mean, std, dtype, runtime.device)
         self.ema = Ema(self.model, schedule.ema) if schedule.ema else None
         self.optimizer = make_optimizer(self.model, schedule.weight_decay)
         self.compile_model, self.trace = compile_model, trace and runtime.is_main
