@@ -16,6 +16,7 @@ from kd_dist.cache import SoftLabels
 from kd_dist.errors import UserError
 from kd_dist.pixels import Pictures
 from kd_dist.runtime import Runtime, ignore_stop_signals
+from kd_dist.transfer import to_device
 
 ORDER, CROPS, FLIPS, VIEW_CHOICE, BLEND, PLAIN_VIEW_CHOICE = range(6)
 CHOICE_CELLS = 1 << 20  # numbers of views permuted at once
@@ -41,14 +42,26 @@ class Batch:
     global_size: int
     shown: views.Shown | None = None
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether any image may be mixed with another one; known without looking at the device."""
+        return self.shown is None or bool((self.shown.weight_B < 1).any())
+
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; tensors in pinned memory travel without the host waiting."""
-        return replace(self, **{k: value.to(device, non_blocking=True) for k, value in self.tensors().items()})
+        """The same batch on a device. The host waits for nothing: pinned images travel by a copy of their own, all
+        else by one together.
+        """
+        small = {name: value for name, value in self._on_host().items() if name != "images_BCHW"}
+        moved = dict(zip(small, to_device(list(small.values()), device), strict=True))
+        return replace(self, **moved, images_BCHW=self.images_BCHW.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by the DataLoader that feeds a GPU."""
-        on_host = {name: value for name, value in self.tensors().items() if value.device.type == "cpu"}
-        return replace(self, **{name: value.pin_memory() for name, value in on_host.items()})
+        """Called by the DataLoader that feeds a GPU. What is small is pinned when it is packed, by `to`."""
+        on_host = "images_BCHW" in self._on_host()
+        return replace(self, images_BCHW=self.images_BCHW.pin_memory()) if on_host else self
+
+    def _on_host(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.tensors().items() if value.device.type == "cpu"}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields that are tensors."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import checkpoint, endings, views
+from kd_dist import checkpoint, endings, resident, views
 from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
 from kd_dist.cache import Cache, SoftLabels
 from kd_dist.checkpoint import RunFolder
@@ -42,7 +42,7 @@ from kd_dist.inference import Forward, compute_dtype
 from kd_dist.losses import UNKNOWN
 from kd_dist.models import count_weights
 from kd_dist.pixels import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
-from kd_dist.resident import ResidentPixels, free_bytes
+from kd_dist.resident import free_bytes
 from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, launched_world_size
 from kd_dist.training import HEARTBEAT_SECONDS, Execution, LossTerms, Optimisation, Trainer
 from kd_dist.version import software
@@ -195,7 +195,11 @@ def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str
             f"--pixels device needs {needed / 1e9:.1f} GB for the decoded pictures, {runtime.device} has "
             f"{free / 1e9:.1f} GB free; use --pixels memory."
         )
-    return {name: ResidentPixels(split, runtime.device) for name, split in pixels.items()}
+    on_device, fault = resident.place(pixels, runtime.device)
+    fault = next(filter(None, runtime.gather(fault)), None)
+    if fault and runtime.is_main:
+        print(f"kd_dist: {fault}; the host draws all images instead, as with --pixels memory", flush=True)
+    return pixels if fault else on_device
 
 
 def _find(source: DataConfig, runtime: Runtime) -> Path:

@@ -6,6 +6,7 @@ and a line in SOFT_LOSSES; one that needs the labels_B too takes them as a fourt
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn.functional import log_softmax, one_hot
 LEAST_VARIANCE = 1e-12  # of a row of logits: equal ones have no direction to scale
 OTHERS_WEIGHT = 8.0
 UNKNOWN = -1  # the label of an image whose label is not used
+MOST_TABLED = 4096  # classes whose targets are kept in a table, of 64 MB
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
@@ -33,10 +35,23 @@ def hard_targets(
     weight_B is the share of the sample's own label in [0, 1]; partners_B holds the partners' labels. A label that is
     not known (UNKNOWN) has a row of zeros, which no loss and no gradient comes from; in a blend, only its share has.
     """
-    targets_BK = _smoothed(labels_B, classes, smoothing)
+    targets_BK = _targets(labels_B, classes, smoothing)
     if partners_B is None:
         return targets_BK
-    return torch.lerp(_smoothed(partners_B, classes, smoothing), targets_BK, weight_B[:, None])
+    return torch.lerp(_targets(partners_B, classes, smoothing), targets_BK, weight_B[:, None])
+
+
+def _targets(labels_B: Tensor, classes: int, smoothing: float) -> Tensor:
+    if classes > MOST_TABLED:
+        return _smoothed(labels_B, classes, smoothing)
+    return _table(classes, smoothing, labels_B.device)[labels_B]  # UNKNOWN, -1, names the last row
+
+
+@cache
+def _table(classes: int, smoothing: float, device: torch.device) -> Tensor:
+    """The targets of every label and, in the last row, of UNKNOWN: [K + 1, K]. One kernel a step then looks them up."""
+    with torch.inference_mode(False):
+        return _smoothed(torch.tensor([*range(classes), UNKNOWN], device=device), classes, smoothing)
 
 
 def _smoothed(labels_B: Tensor, classes: int, smoothing: float) -> Tensor:

@@ -39,5 +39,5 @@ def _main_labels(batch: Batch) -> Tensor:
 
 
 def _hard(logits_BK: Tensor, batch: Batch, classes: int, smoothing: float) -> Tensor:
-    targets_BK = hard_targets(batch.labels_B, classes, smoothing, batch.partner_labels_B, batch.weights_B)
-    return cross_entropy(logits_BK, targets_BK)
+    partners = (batch.partner_labels_B, batch.weights_B) if batch.is_mixed else ()
+    return cross_entropy(logits_BK, hard_targets(batch.labels_B, classes, smoothing, *partners))

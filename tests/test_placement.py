@@ -1,12 +1,13 @@
 """Where pictures are while a job runs, `--pixels`: the same batches and rows from memory, files and device."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kd_dist import checkpoint, job, label, views
+from kd_dist import checkpoint, job, label, resident, views
 from kd_dist.batches import FreshCrops, TrainData
 from kd_dist.cache import TeacherRow, open_cache
 from kd_dist.config import MEAN, STD, DataConfig
@@ -55,14 +56,36 @@ def test_sizes_alone_are_not_taken_for_a_store(tiny, tmp_path):
 
 
 def test_resident_pictures_give_the_same_batches_but_for_a_grey_level(opened, one_process):
-    in_memory, resident = opened("memory"), opened("device")
-    assert isinstance(resident.pixels["train"], ResidentPixels)
-    pairs = list(zip(batches_of(in_memory, one_process), batches_of(resident, one_process, workers=2), strict=True))
+    in_memory, on_device = opened("memory"), opened("device")
+    assert isinstance(on_device.pixels["train"], ResidentPixels)
+    pairs = list(zip(batches_of(in_memory, one_process), batches_of(on_device, one_process, workers=2), strict=True))
     assert len(pairs) == 6
     for a, b in pairs:
         assert (a.images_BCHW.int() - b.images_BCHW.int()).abs().max() <= TOLERANCE
         others = [name for name in a.tensors() if name != "images_BCHW"]
         assert all(torch.equal(a.tensors()[name], b.tensors()[name]) for name in others)
+
+
+def in_tf32(values: torch.Tensor) -> torch.Tensor:
+    """Rounded to TF32's ten bits of mantissa."""
+    return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_a_device_that_computes_in_tf32_leaves_the_images_to_the_host(opened, monkeypatch, capsys):
+    """As NVIDIA_TF32_OVERRIDE makes cuBLAS do, whatever torch asks of it."""
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda one, other: bmm(in_tf32(one), in_tf32(other)))
+    assert isinstance(opened("device").pixels["train"], Pixels)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"kd_dist: cpu draws .*% of the values .* off the host's; the host draws all images .*", lines[-1]
+    )
+
+
+def test_images_too_large_for_the_device_are_left_to_the_host(opened, monkeypatch, capsys):
+    monkeypatch.setattr(resident, "LONGEST_SIDE", 10)
+    assert isinstance(opened("device").pixels["train"], Pixels)
+    assert "takes 10 at most; the host draws" in capsys.readouterr().out
 
 
 def test_on_a_cpu_auto_is_the_hosts_memory(opened):
@@ -77,7 +100,8 @@ def test_pictures_that_do_not_fit_the_device_are_refused_in_a_sentence(opened, m
 
 def test_a_gpu_takes_the_pictures_where_there_is_room(tiny_pixels, monkeypatch):
     """As far as can be told without one: how `auto` decides, with the copy left out."""
-    monkeypatch.setattr(job, "ResidentPixels", lambda pixels, device: device.type)
+    monkeypatch.setattr(resident, "ResidentPixels", lambda pixels, device: device.type)
+    monkeypatch.setattr(resident, "fault_of", lambda on_device, pixels: None)
     on_gpu = Runtime(0, 1, 0, 1, torch.device("cuda"), None)
     needed = sum(len(pixels.bytes_) for pixels in tiny_pixels.values())
     for free, expected in ((needed / job.RESIDENT_SHARE * 1.01, "cuda"), (needed / job.RESIDENT_SHARE * 0.99, None)):

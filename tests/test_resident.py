@@ -74,7 +74,7 @@ def test_blends_are_those_of_the_host(stored):
 
 
 def test_pictures_do_not_depend_on_the_batch_they_are_in(stored, monkeypatch):
-    """Nor on how many are rendered at once, nor on whether the filters come from a table."""
+    """Nor on how many are rendered at once."""
     shown = random_crops(stored, 12)
     whole_BCHW = ResidentPixels(stored, CPU).show(shown, 32)
     alone_BCHW = [
@@ -83,7 +83,6 @@ def test_pictures_do_not_depend_on_the_batch_they_are_in(stored, monkeypatch):
     ]
     assert torch.equal(whole_BCHW, torch.cat(alone_BCHW))
     monkeypatch.setattr(resident, "WORK_BYTES", 10**6)
-    monkeypatch.setattr(resident, "TABLE_BYTES", 0)
     assert torch.equal(whole_BCHW, ResidentPixels(stored, CPU).show(shown, 32))
 
 
@@ -106,8 +105,103 @@ def test_no_pictures(stored):
 
 
 def test_weights_add_up_and_are_whole_multiples():
-    weights_LSW = resident.filter_weights(torch.tensor([1, 31, 32, 200]), 32, 224).double()
-    assert (weights_LSW.sum(dim=2) - 1).abs().max() < 1e-3
-    assert torch.equal(weights_LSW[2, :, :32], torch.eye(32, dtype=torch.float64))
-    assert torch.equal(weights_LSW * 2**22, (weights_LSW * 2**22).round())
-    assert not weights_LSW[0, :, 1:].any() and not weights_LSW[3, :, 200:].any()
+    side_L = torch.tensor([1, 31, 32, 200])
+    taps = resident.taps_of(200, 32)
+    weights_LST, first_LS = resident.filter_taps(side_L, 32, taps)
+    place_LST = first_LS[:, :, None] + torch.arange(taps)
+    assert (weights_LST.double().sum(dim=2) - 1).abs().max() < 1e-3
+    assert torch.equal((place_LST[2] * weights_LST[2]).sum(dim=1), torch.arange(32.0))
+    assert torch.equal(weights_LST * 2**22, (weights_LST * 2**22).round())
+    assert not weights_LST[place_LST >= side_L[:, None, None]].any()
+
+
+# ------------------------------------------------------------------------------- what must not change the images
+
+
+def same_as_alone(stored) -> bool:
+    """Whether crops that are shrunk to a third or less are the host's to the bit."""
+    return differences(stored, random_crops(stored, 12), 96).max() == 0
+
+
+def test_autocast_does_not_reach_the_products(stored):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_as_alone(stored)
+        assert torch.is_autocast_enabled("cpu")
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_matmul_precision_does_not_reach_the_products_and_stays_as_set(stored, monkeypatch, precision):
+    matmul, bmm, seen = torch.backends.mkldnn.matmul, torch.bmm, []
+    monkeypatch.setattr(torch, "bmm", lambda *of: seen.append(matmul.fp32_precision) or bmm(*of))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        outside = matmul.fp32_precision
+        assert same_as_alone(stored) and set(seen) == {"ieee"} and outside != "ieee"
+        assert matmul.fp32_precision == outside and torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_nothing_is_left_lowered_or_raised_by_an_error():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(ZeroDivisionError), resident.exact_products(torch.device("cuda")):
+            assert matmul.fp32_precision == "ieee"
+            _ = 1 / 0
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("off", [2, -2])
+def test_a_renderer_that_is_off_is_found_out(stored, monkeypatch, off):
+    on_device = ResidentPixels(stored, CPU)
+    assert resident.fault_of(on_device, stored) is None
+    show = on_device.show
+    monkeypatch.setattr(on_device, "show", lambda *of: (show(*of).int() + off).clamp(0, 255).to(torch.uint8))
+    assert "2 grey levels off" in resident.fault_of(on_device, stored)
+
+
+# -------------------------------------------------------------------------------- crops of very unlike size
+
+
+def padded_pixels(sides_C2: np.ndarray, classes) -> int:
+    return sum(len(members) * int(sides_C2[members].max(axis=0).prod()) for members in classes)
+
+
+def test_similar_crops_are_one_class():
+    sides_C2 = np.random.default_rng(0).integers(120, 214, (256, 2))
+    assert [len(members) for members in resident.size_classes(sides_C2)] == [256]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_few_large_crops_do_not_pad_the_others(seed):
+    rng = np.random.default_rng(seed)
+    sides_C2 = views.draw_boxes(rng, np.tile([[375, 500]], (256, 1)), (0.35, 1.0))[:, 2:].astype(np.int64)
+    alone = padded_pixels(sides_C2, resident.size_classes(sides_C2))
+    sides_C2[::64] = views.draw_boxes(rng, np.tile([[2000, 3000]], (4, 1)), (0.35, 1.0))[:, 2:]
+    classes = resident.size_classes(sides_C2)
+    assert len(classes) == 2 and padded_pixels(sides_C2, classes) <= 2 * alone
+    assert np.array_equal(np.sort(np.concatenate(classes)), np.arange(256))
+
+
+def test_large_and_small_crops_come_back_in_their_order(pixels_of):
+    rng = np.random.default_rng(3)
+    pixels = pixels_of([smooth_picture(rng, *side) for side in ((40, 50), (400, 500), (41, 44), (30, 20))])
+    index_B = np.array([1, 0, 2, 3, 0, 2, 1, 3, 0, 0, 2, 2])
+    crops = (index_B, views.draw_boxes(rng, pixels.sizes_N2[index_B], (0.5, 1.0)), views.draw_flips(rng, 12))
+    assert len(resident.size_classes(crops[1][:, 2:])) > 1
+    blends, partner_B = views.draw_blends(rng, 12, 0.4, 0.4), rng.permutation(12)
+    mix = (blends.weight_N.astype(np.float32), blends.paste_N4.astype(np.float32))
+    off = differences(pixels, Shown(*crops, *(column[partner_B] for column in crops), *mix), 48)
+    assert off.max() <= TOLERANCE and (off > 0).mean() < 1e-3
+
+
+def test_work_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(resident, "WORK_BYTES", 10**7)
+    sides = [np.full((7, 2), 300), np.full((2, 2), 4000)]
+    pieces = list(resident._pieces(sides, 64))
+    assert [piece[:2] for piece in pieces] == [(0, 5), (5, 2), (7, 1), (8, 1)]

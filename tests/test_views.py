@@ -352,3 +352,13 @@ def test_blended_pictures_are_made_of_two_crops_of_their_own(pixels_of):
     assert (mixed_CHW - (0.25 * own_CHW + 0.75 * other_CHW)).abs().max() <= 0.5 + 1e-4
     assert torch.equal(pasted_CHW[:, 8:, :8], other_CHW[:, 8:, :8])
     assert torch.equal(pasted_CHW[:, :8], own_CHW[:, :8]) and torch.equal(pasted_CHW[:, :, 8:], own_CHW[:, :, 8:])
+
+
+def test_the_gpus_single_pass_is_the_definition_but_for_the_last_bits():
+    images_BCHW = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    for dtype, off in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
+        normalise = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype, images_BCHW.device)
+        exact = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), torch.float64, images_BCHW.device)(images_BCHW)
+        inputs_BCHW = normalise.in_one_pass(images_BCHW)
+        assert inputs_BCHW.dtype == dtype and inputs_BCHW.is_contiguous(memory_format=torch.channels_last)
+        assert ((inputs_BCHW - exact).abs() <= off * exact.abs().clamp(min=1)).all()

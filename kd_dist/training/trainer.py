@@ -26,7 +26,7 @@ from kd_dist import checkpoint, views
 from kd_dist.batches import Batch, EpochBatches, TrainData
 from kd_dist.checkpoint import RunFolder
 from kd_dist.errors import UserError
-from kd_dist.inference import autocast, compute_dtype
+from kd_dist.inference import autocast, compute_dtype, input_dtype
 from kd_dist.monitor import Monitor
 from kd_dist.runtime import Interrupted, Runtime, StopRequest
 from kd_dist.training.device_input import prepared
@@ -86,7 +86,8 @@ class Trainer:
         self.model = model.to(runtime.device, memory_format=torch.channels_last)
         self.parallel = under_ddp(self.model, runtime) if runtime.world_size > 1 else self.model
         keep_counters_on_host(self.model)
-        self.normalise = views.Normalise(execution.mean, execution.std, next(model.parameters()).dtype, runtime.device)
+        dtype = input_dtype(self.model, runtime.device, self.compute_dtype)
+        self.normalise = views.Normalise(execution.mean, execution.std, dtype, runtime.device)
         self.ema = Ema(self.model, optimisation.ema) if optimisation.ema else None
         self.optimizer = make_optimizer(self.model, optimisation.weight_decay)
         self.randomness = StepRandomness(optimisation.seed, runtime.rank, runtime.device)
