@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_dist import checkpoint, views
+from kd_dist import checkpoint, events, views
 from kd_dist.batches import Batch, EpochBatches, TrainData
 from kd_dist.checkpoint import RunFolder
 from kd_dist.errors import UserError
@@ -414,6 +414,8 @@ class Trainer:
             self.ema.model.load_state_dict(payload["ema"])
         self.optimizer.load_state_dict(payload["optimizer"])
         self.step, self.saved_world_size = step, payload["world_size"]
+        if self.runtime.is_main:
+            events.emit(self.folder.path, events.Code.RESUMED, step=step)
         if not (self._at_epochs_end() and self._is_noted()):
             self.sums = EpochSums(**payload["epoch_sums"])
 

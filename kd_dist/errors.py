@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_PEER_LOST = 3  # of a rank that ends only because another one did
 
 
 class UserError(Exception):

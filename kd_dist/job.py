@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import checkpoint, config, views
+from kd_dist import checkpoint, config, events, views
 from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
 from kd_dist.cache import Cache, SoftLabels
 from kd_dist.checkpoint import RunFolder
@@ -26,13 +26,14 @@ from kd_dist.config import Settings
 from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
 from kd_dist.engine import HEARTBEAT_SECONDS, AfterEpoch, LossTerms, Schedule, Trainer
 from kd_dist.errors import UserError
+from kd_dist.events import Code, Reason
 from kd_dist.folds import Fold, fold_of, labelled_rows
 from kd_dist.inference import Forward, compute_dtype
 from kd_dist.losses import UNKNOWN
 from kd_dist.models import count_weights
 from kd_dist.pixels import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
 from kd_dist.resident import ResidentPixels, free_bytes
-from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank
+from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, peer_is_gone
 
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
@@ -236,27 +237,51 @@ def running(folder: RunFolder, runtime: Runtime, stop: StopRequest | None = None
     `stop` is the request of a command that does several runs and listens already.
     """
     _note(folder, runtime, "running", "")
+    emit(folder, runtime, Code.DATA_READY)
     try:
         with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
             yield stop
     except (Interrupted, KeyboardInterrupt) as error:
         lost = runtime.announced()  # the launcher stops the ranks that are left when one has failed
-        _note(folder, runtime, "failed" if lost else "interrupted", lost or str(error))
+        if lost:
+            _note_end(folder, runtime, "failed", Reason.PEER_LOST, lost)
+        else:
+            _note_end(folder, runtime, "interrupted", Reason.STOPPED, str(error))
         raise
     except BaseException as error:
-        reason = runtime.announced() or str(error) or type(error).__name__
-        runtime.announce(reason)
-        _note(folder, runtime, "failed", reason)
+        announced = runtime.announced()
+        message = announced or str(error) or type(error).__name__
+        runtime.announce(message)
+        _note_end(folder, runtime, "failed", _reason_of(error, announced), message)
         raise
     _note(folder, runtime, "finished", "")
+    emit(folder, runtime, Code.RUN_FINISHED)
 
 
-def _note(folder: RunFolder, runtime: Runtime, status: str, message: str) -> None:
+def _reason_of(error: BaseException, announced: str | None) -> Reason:
+    if isinstance(error, UserError):
+        return Reason.USER_ERROR
+    return Reason.PEER_LOST if announced or peer_is_gone(error) else Reason.DEFECT
+
+
+def emit(folder: RunFolder, runtime: Runtime, code: Code, **facts: object) -> None:
+    """Append an event of the run, on rank 0."""
+    if runtime.is_main:
+        events.emit(folder.path, code, **facts)
+
+
+def _note_end(folder: RunFolder, runtime: Runtime, status: str, reason: Reason, message: str) -> None:
+    _note(folder, runtime, status, message, code=reason)
+    code = Code.RUN_FAILED if status == "failed" else Code.RUN_INTERRUPTED
+    emit(folder, runtime, code, reason=reason, message=message)
+
+
+def _note(folder: RunFolder, runtime: Runtime, status: str, message: str, **facts: object) -> None:
     if runtime.is_main:
         with contextlib.suppress(UserError):  # a full disk must not hide the reason
             last = checkpoint.read_state(folder) or {}
             reached = {name: last[name] for name in ("step", "epoch", "epochs") if name in last}
-            checkpoint.write_state(folder, status, **reached, message=message)
+            checkpoint.write_state(folder, status, **reached, message=message, **facts)
 
 
 def heartbeat(folder: RunFolder, runtime: Runtime, then: Callable[[int, int], None]) -> Callable[[int, int], None]:
@@ -307,7 +332,9 @@ class Training:
         """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
         [M, K] of the images it is scored on, val unless the settings say otherwise.
         """
-        say(self.trainer.runtime, _introduction(self.settings, self.trainer))
+        runtime, folder = self.trainer.runtime, self.trainer.folder
+        say(runtime, _introduction(self.settings, self.trainer))
+        emit(folder, runtime, Code.TRAINING_STARTED, epochs=self.settings.epochs, ranks=runtime.world_size)
         self.trainer.run()
         model = self.trainer.evaluated_model
         return model, self.validation.logits(model)
@@ -333,6 +360,12 @@ def training(
     """
     train_data = _train_data(settings, data, views_of_epoch, logits_NVK)
     validation = Validation(settings, data, runtime, cache)
+
+    def epoch_finished(epoch: int, model: nn.Module, metrics: dict[str, float]) -> None:
+        if after_epoch:
+            after_epoch(epoch, model, metrics)
+        emit(folder, runtime, Code.EPOCH_FINISHED, epoch=epoch, epochs=settings.epochs, **metrics)
+
     trainer = Trainer(
         model,
         train_data,
@@ -348,7 +381,7 @@ def training(
         precision=settings.precision,
         compile_model=settings.compile,
         trace=settings.profile,
-        after_epoch=after_epoch,
+        after_epoch=epoch_finished,
     )
     return Training(settings, trainer, validation)
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from kd_dist.errors import EXIT_USER_ERROR, UserError
+from kd_dist.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, UserError
 
 PEER_IS_GONE = (
     "kd_dist: another rank died or stopped answering, or the network failed; run the same command again to go on from "
@@ -332,8 +332,8 @@ def ignore_stop_signals(_worker: int = 0) -> None:
 
 
 def run_entry(main: Callable[[], None]) -> None:
-    """Run an entry point and end the process: code 0, 2 after a UserError's one sentence, 128 + signal after a stop, 1
-    after a defect.
+    """Run an entry point and end the process: code 0, 2 after a UserError's one sentence, 3 where only another rank
+    was lost, 128 + signal after a stop, 1 after a defect.
 
     However many ranks fail, and in whatever order, one of them speaks; the others wait for the launcher to end them.
     """
@@ -347,8 +347,8 @@ def run_entry(main: Callable[[], None]) -> None:
     except (KeyboardInterrupt, BrokenPipeError):
         os._exit(128 + signal.SIGINT)
     except Exception as error:
-        if _peer_is_gone(error):
-            _end(1, f"{PEER_IS_GONE} ({str(error).strip().splitlines()[0]})", patience=1.0)
+        if peer_is_gone(error):
+            _end(EXIT_PEER_LOST, f"{PEER_IS_GONE} ({str(error).strip().splitlines()[0]})", patience=1.0)
         _end(1, traceback.format_exc())
     # All is written and closed. Python's own way out now and then aborts a rank ("terminate called without an active
     # exception") while torch's threads are still there, and a finished job would count as failed.
@@ -357,7 +357,8 @@ def run_entry(main: Callable[[], None]) -> None:
     os._exit(0)
 
 
-def _peer_is_gone(error: Exception) -> bool:
+def peer_is_gone(error: BaseException) -> bool:
+    """Whether an error means that another rank ended, or cannot be reached any more."""
     words = (
         "Connection closed by peer",
         "Connection reset by peer",

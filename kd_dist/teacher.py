@@ -17,6 +17,7 @@ from kd_dist.cache.format import parts_folder_of
 from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
 from kd_dist.config import TeacherSettings
 from kd_dist.errors import UserError
+from kd_dist.events import Code
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data, DataSource
 from kd_dist.models import TEACHERS
@@ -130,12 +131,20 @@ def write(
         runtime,
         f"teacher trained {teacher.row.trained_on}; writing {settings.views} views of every image to {target}",
     )
+    job.emit(folder, runtime, Code.LABELLING_STARTED, views=settings.views)
     dtype = compute_dtype(runtime.device, settings.precision)
     header, tables = label.plan(teacher, data, settings.views, settings.crop_scale, settings.seed, dtype)
     header, tables = label.mixed(label.shortened(header, settings.top_k), tables, settings.mixed_views)
-    progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
+    lines = job.progress_lines(runtime, "writing the cache, blocks")
+
+    def block_written(done: int, total: int) -> None:
+        job.emit(folder, runtime, Code.BLOCK_WRITTEN, done=done, total=total)
+        lines(done, total)
+
+    progress = job.heartbeat(folder, runtime, block_written)
     with clocked(folder, target, runtime, progress) as progress:
         label.write_cache(target, [teacher], data, header, tables, runtime, stop, progress)
+    job.emit(folder, runtime, Code.CACHE_PUBLISHED, path=str(target))
     job.say(runtime, f"wrote {target}. Next: python -m kd_dist.distill --cache {target}")
 
 

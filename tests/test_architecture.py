@@ -16,7 +16,7 @@ MOST_LINES = 50
 
 LEAVES = {
     *("errors", "files", "fetch", "generated", "dataset", "folds", "pixels", "resident", "views", "models", "losses"),
-    *("cache", "checkpoint", "monitor", "runtime", "batches", "inference"),
+    *("cache", "checkpoint", "events", "monitor", "runtime", "batches", "inference"),
 }
 """They take plain arguments: no settings, no engine, no job. Everything else puts them together."""
 
