@@ -4,9 +4,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +18,12 @@ from benchmarks.children import ROOT, Child
 from benchmarks.measure import Row, interleaved, medians, row
 from benchmarks.setting import Bench
 from benchmarks.steps import Steps
-from kd_dist import distill, label
+from kd_dist import distill, events, label
 from kd_dist.cache import open_cache
+from kd_dist.checkpoint import RunFolder
 from kd_dist.config import DistillConfig
 from kd_dist.errors import UserError
+from kd_dist.events import Code
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
 from kd_dist.pixels import build_pixels, open_pixels
@@ -141,9 +145,6 @@ def spread(data: Data, counts: dict[str, int]) -> Data:
 
 # ---- row "job": the real thing, by phases
 
-PREPARED, TRAINED, WROTE = " weights, ", "; writing ", " wrote "
-"""What the teacher's job says when a phase ends."""
-
 
 def phases(bench: Bench) -> Iterator[Row]:
     """Seconds of each phase of both jobs as a user starts them, one process on one GPU, with the preset's full
@@ -158,12 +159,13 @@ def phases(bench: Bench) -> Iterator[Row]:
     common += ["--pixels-dir", str(folder / "pixels")]
     cache = folder / "teacher" / "logits.h5"
     views = ["--views", "2"] if bench.quick else []
-    teacher = seconds_of("kd_dist.teacher", [*common, *views, "--out", str(folder / "teacher")])
-    student = seconds_of("kd_dist.distill", [*common, "--cache", str(cache), "--out", str(folder / "student")])
+    teacher = seconds_of("kd_dist.teacher", [*common, *views], folder / "teacher")
+    student = seconds_of("kd_dist.distill", [*common, "--cache", str(cache)], folder / "student")
+    prepared, trained = teacher[Code.TRAINING_STARTED], teacher[Code.LABELLING_STARTED]
     parts = {
-        "prepare": teacher[PREPARED],
-        "teacher": teacher[TRAINED] - teacher[PREPARED],
-        "cache": teacher[WROTE] - teacher[TRAINED],
+        "prepare": prepared,
+        "teacher": trained - prepared,
+        "cache": teacher[Code.CACHE_PUBLISHED] - trained,
         "student": student["end"],
         "all": teacher["end"] + student["end"],
     }
@@ -171,24 +173,24 @@ def phases(bench: Bench) -> Iterator[Row]:
         yield Row(f"job {part}", seconds, unit="s")
 
 
-def seconds_of(module: str, flags: list[str]) -> dict[str, float]:
-    """Run a job; seconds from its start to each of its sentences above, and to its end. Raises UserError where it
-    fails.
+def seconds_of(module: str, flags: list[str], out: Path) -> dict[str, float]:
+    """Run a job in a new folder `out`; seconds from its start to the first event of each code, and to its "end".
+
+    Raises UserError where it fails.
     """
-    started = time.monotonic()
-    command = [sys.executable, "-m", module, *flags]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        seconds = moments(((time.monotonic() - started, line) for line in process.stdout), (PREPARED, TRAINED, WROTE))
-    if process.returncode:
-        raise UserError(f"{module} ended with code {process.returncode}; its own message stands above.")
-    return {**seconds, "end": time.monotonic() - started}
+    began, started = datetime.now(UTC), time.monotonic()
+    code = subprocess.run(
+        [sys.executable, "-m", module, *flags, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL
+    ).returncode
+    seconds = time.monotonic() - started
+    if code:
+        raise UserError(f"{module} ended with code {code}; its own message stands above.")
+    return {**moments(events.read(RunFolder(out).events), began), "end": seconds}
 
 
-def moments(lines: Iterable[tuple[float, str]], sentences: Iterable[str]) -> dict[str, float]:
-    """When each sentence was first said, from (seconds, line)."""
+def moments(happened: Iterable[Mapping[str, Any]], began: datetime) -> dict[str, float]:
+    """Seconds from `began` to the first event of each code."""
     seconds: dict[str, float] = {}
-    for moment, line in lines:
-        for sentence in sentences:
-            if sentence in line:
-                seconds.setdefault(sentence, moment)
+    for event in happened:
+        seconds.setdefault(event["code"], (datetime.fromisoformat(event["time"]) - began).total_seconds())
     return seconds

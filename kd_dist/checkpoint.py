@@ -4,6 +4,7 @@
         settings.json      what the run was asked to do; a resume is checked against it
         state.json         how it stands: running, finished, interrupted or failed
         metrics.jsonl      one line per epoch
+        events.jsonl       what happened when, as codes (kd_dist/events.py)
         checkpoints/       step-00000141.pt ..., the last two
         model.pt           the final weights
         model-epoch-20.pt  those after 20 epochs, where they were asked for (teachers)
@@ -41,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kd_dist import events
 from kd_dist.errors import UserError
 from kd_dist.files import read_json, write_atomically, write_json, writing
 
@@ -75,6 +77,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / events.NAME
 
     @property
     def model(self) -> Path:
@@ -123,7 +129,7 @@ class RunFolder:
         """
         cache_companions = [*self.path.glob(f"{self.cache.name}.*"), *self.path.glob(f".{self.cache.name}.*")]
         return [
-            *(self.state, self.model, self.val_logits, self.trace, self.cache, self.costs),
+            *(self.state, self.model, self.val_logits, self.trace, self.cache, self.costs, self.events),
             *cache_companions,  # its digest, and the parts of one that was not finished
             *(self.checkpoint(step) for step in self.saved_steps()),
             *self.path.glob("events.out.tfevents.*"),
@@ -339,7 +345,8 @@ def _remove(path: Path) -> None:
 
 
 def write_state(folder: RunFolder, status: str, **facts: Any) -> None:
-    """Note how the run stands: `status` is one of STATUSES, `facts` such as step=, epoch=, message=.
+    """Note how the run stands: `status` is one of STATUSES, `facts` such as step=, epoch=, message=, code= (an
+    events.Reason).
 
     time (UTC, ISO 8601), pid and host are added, so a reader can tell a silent run from a living one. Raises UserError
     when the disk is full: a caller that notes a failure suppresses it, to let the first failure be the one told.
@@ -431,6 +438,7 @@ def save_checkpoint(folder: RunFolder, step: int, payload: Mapping[str, Any]) ->
     with writing(path, goes_on=last):
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         _write_torch(path, {"format": _CHECKPOINT, "version": _VERSION, "step": step, "payload": dict(payload)})
+    events.emit(folder.path, events.Code.CHECKPOINT_WRITTEN, step=step)
     # A later step than this one is a damaged file that was passed over on resuming: it does not count as one to keep.
     for saved in set(folder.saved_steps()) - {step, *older[-1:]}:
         folder.checkpoint(saved).unlink(missing_ok=True)

@@ -47,7 +47,7 @@ class _Process:
 
     watch: Watch | None = None
     store: dist.Store | None = None
-    note: Callable[[str], None] | None = None
+    note: Callable[[Failure], None] | None = None
     ending = threading.Lock()
 
 
@@ -59,8 +59,8 @@ def watch_by(watch: Watch | None, store: dist.Store | None) -> None:
 
 
 @contextlib.contextmanager
-def noting(note: Callable[[str], None]) -> Iterator[None]:
-    """Within, a failure that ends the process from the watch's thread is noted by `note(sentence)`."""
+def noting(note: Callable[[Failure], None]) -> Iterator[None]:
+    """Within, a failure that ends the process from the watch's thread is noted by `note(failure)`."""
     before, _Process.note = _Process.note, note
     try:
         yield
@@ -217,14 +217,14 @@ def end_after(failure: Failure) -> None:
     """End this process for what the watch saw, in the watch's thread: the main thread may wait in C for ever."""
     time.sleep(MAIN_THREAD_SECONDS if failure.lost_rank is None else SIGNAL_SECONDS)
     if launched_rank() == 0 or (failure.lost_rank == 0 and _is_first_here()):
-        _note(failure.sentence)
+        _note(failure)
     _end(failure)
 
 
-def _note(sentence: str) -> None:
+def _note(failure: Failure) -> None:
     with contextlib.suppress(Exception):
         if _Process.note:
-            _Process.note(sentence)
+            _Process.note(failure)
 
 
 def _end(failure: Failure, at_once: bool = False) -> None:

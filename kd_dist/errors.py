@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 EXIT_USER_ERROR = 2
-EXIT_PEER_LOST = 3
+EXIT_PEER_LOST = 3  # of a rank that ends only because another one did
 
 
 class UserError(Exception):

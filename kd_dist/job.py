@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import checkpoint, endings, resident, views
+from kd_dist import checkpoint, endings, events, resident, views
 from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
 from kd_dist.cache import Cache, SoftLabels
 from kd_dist.checkpoint import RunFolder
@@ -36,7 +36,8 @@ from kd_dist.config import (
 )
 from kd_dist.cores import available_cores
 from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
-from kd_dist.errors import UserError
+from kd_dist.errors import Failure, UserError
+from kd_dist.events import Code, Reason
 from kd_dist.folds import Fold, fold_of, labelled_rows
 from kd_dist.inference import Forward, compute_dtype
 from kd_dist.losses import UNKNOWN
@@ -248,34 +249,53 @@ def running(folder: RunFolder, runtime: Runtime, stop: StopRequest | None = None
     `stop` is the request of a command that does several runs and listens already.
     """
     _note(folder, runtime, "running", "")
+    emit(folder, runtime, Code.DATA_READY)
     try:
         with (
-            endings.noting(lambda reason: _write_state(folder, "failed", reason)),
+            endings.noting(lambda failure: _note_failure(folder, failure)),
             contextlib.nullcontext(stop) if stop else StopRequest() as stop,
         ):
             yield stop
     except (Interrupted, KeyboardInterrupt) as error:
         lost = runtime.failure  # the launcher stops the ranks that are left when one has failed
-        _note(folder, runtime, "failed" if lost else "interrupted", lost.sentence if lost else str(error))
+        if lost and runtime.is_main:
+            _note_failure(folder, lost)
+        elif not lost:
+            _note(folder, runtime, "interrupted", str(error), code=Reason.STOPPED)
+            emit(folder, runtime, Code.RUN_INTERRUPTED, reason=Reason.STOPPED, message=str(error))
         raise
     except BaseException as error:
         failure = endings.failure_of(error)
         endings.tell(failure)
-        _note(folder, runtime, "failed", failure.sentence)
+        if runtime.is_main:
+            _note_failure(folder, failure)
         raise
     _note(folder, runtime, "finished", "")
+    emit(folder, runtime, Code.RUN_FINISHED)
 
 
-def _note(folder: RunFolder, runtime: Runtime, status: str, message: str) -> None:
+def _note_failure(folder: RunFolder, failure: Failure) -> None:
+    reason = Reason.of_exit_code(failure.code)
+    _write_state(folder, "failed", failure.sentence, code=reason)
+    events.emit(folder.path, Code.RUN_FAILED, reason=reason, message=failure.sentence)
+
+
+def emit(folder: RunFolder, runtime: Runtime, code: Code, **facts: object) -> None:
+    """Append an event of the run, on rank 0."""
     if runtime.is_main:
-        _write_state(folder, status, message)
+        events.emit(folder.path, code, **facts)
 
 
-def _write_state(folder: RunFolder, status: str, message: str) -> None:
+def _note(folder: RunFolder, runtime: Runtime, status: str, message: str, **facts: object) -> None:
+    if runtime.is_main:
+        _write_state(folder, status, message, **facts)
+
+
+def _write_state(folder: RunFolder, status: str, message: str, **facts: object) -> None:
     with contextlib.suppress(UserError):  # a full disk must not hide the reason
         last = checkpoint.read_state(folder) or {}
         reached = {name: last[name] for name in ("step", "epoch", "epochs") if name in last}
-        checkpoint.write_state(folder, status, **reached, message=message)
+        checkpoint.write_state(folder, status, **reached, message=message, **facts)
 
 
 def heartbeat(folder: RunFolder, runtime: Runtime, then: Callable[[int, int], None]) -> Callable[[int, int], None]:
@@ -322,10 +342,12 @@ class Training:
         """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
         [M, K] of the images it is scored on, val unless the config says otherwise.
         """
-        runtime = self.trainer.runtime
+        runtime, folder = self.trainer.runtime, self.trainer.folder
+        epochs = self.config.optimisation.epochs
         say(runtime, _introduction(self.config, self.trainer))
         for warning in batch_warnings(self.config.optimisation.batch_size, runtime.world_size, runtime.device.type):
             say(runtime, f"warning: {warning}")
+        emit(folder, runtime, Code.TRAINING_STARTED, epochs=epochs, ranks=runtime.world_size)
         self.trainer.run(self.stop)
         model = self.trainer.evaluated_model
         return model, self.validation.logits(model)
@@ -358,6 +380,7 @@ def training(
         metrics = validation.metrics(model)
         if after_epoch:
             runtime.on_main(lambda: after_epoch(epoch, model, metrics))
+        emit(folder, runtime, Code.EPOCH_FINISHED, epoch=epoch, epochs=config.optimisation.epochs, **metrics)
         return metrics
 
     trainer = Trainer(

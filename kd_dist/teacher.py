@@ -18,6 +18,7 @@ from kd_dist.cache.format import shards_folder_of
 from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
 from kd_dist.config import OF_DATA, TeacherConfig, carried, command
 from kd_dist.errors import UserError
+from kd_dist.events import Code
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
 from kd_dist.models import TEACHERS
@@ -154,14 +155,22 @@ def write(
         runtime,
         f"teacher trained {teacher.row.trained_on}; writing {config.labelling.views} views of every image to {target}",
     )
+    job.emit(folder, runtime, Code.LABELLING_STARTED, views=config.labelling.views)
     dtype = compute_dtype(runtime.device, config.run.precision)
     own, crop_scale = config.labelling, config.augmentation.crop_scale
     rule = label.ViewRule(own.views, crop_scale, config.seed, own.mixed_views)
     plan = label.plan([teacher], data, rule, dtype, own.top_k)
     labeller = label.Labeller([teacher], data, plan.header, runtime.device)
-    progress = job.heartbeat(folder, runtime, job.progress_lines(runtime, "writing the cache, blocks"))
+    lines = job.progress_lines(runtime, "writing the cache, blocks")
+
+    def block_written(done: int, total: int) -> None:
+        job.emit(folder, runtime, Code.BLOCK_WRITTEN, done=done, total=total)
+        lines(done, total)
+
+    progress = job.heartbeat(folder, runtime, block_written)
     with clocked(folder, target, runtime, progress) as progress:
         label.write_cache(target, plan, labeller, runtime, stop, progress)
+    job.emit(folder, runtime, Code.CACHE_PUBLISHED, path=str(target))
     job.say(runtime, f"wrote {target}. Next: {command('kd_dist.distill', cache=target, **carried(config))}")
 
 

@@ -1,53 +1,45 @@
-"""What to run: from the command line to the settings of one job or several, and whether they may run at all."""
+"""What to run: from the command line to the settings of one job or several, and whether any run of it is unfinished."""
 
 import argparse
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from kd_dist import config
-from kd_dist.checkpoint import RunFolder, read_settings, read_state
+from kd_dist import checkpoint, config
+from kd_dist.checkpoint import RunFolder, read_settings
 from kd_dist.config import DistillConfig, JobConfig, StudyConfig, TeacherConfig
 from kd_dist.errors import UserError
 
-from . import queue
-from .folders import Job, JobFolder, job_folders, read_json
-from .resources import Resources, Site
-from .task import MODULES
+from .site import Resources, Site
+from .supervisor import MODULES
 
 KINDS: dict[str, type[JobConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig, "study": StudyConfig}
 PIPELINE = ("teacher", "distill")
+STUDY_WORDS = ("arms", "seeds", "grid")  # of a study's own options, those that may stand before the --
 PATHS = ("data", "out", "cache", "archive", "pixels_dir", "teacher_model")
-SILENT_SECONDS = 120
 GPU_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One job to be: the settings of its run, as they resolve here, and the options it will be started with."""
+    """One job to be: the settings as they resolve here, the options it will be started with, the settings of each run
+    that it trains: its own, or those of a study's runs.
+    """
 
-    name: str
     kind: str
     settings: JobConfig
     arguments: tuple[str, ...]
+    runs: tuple[JobConfig, ...]
 
     @property
     def run(self) -> Path:
         return Path(self.settings.out)
 
-    @property
-    def writes(self) -> Path | None:
-        """The cache that this job writes."""
-        if self.kind != "teacher":
-            return None
-        return Path(self.settings.cache) if self.settings.cache else RunFolder(self.run).cache
 
-
-def _plan(name: str, kind: str, typed: dict[str, Any], resources: Resources, site: Site) -> Plan:
+def _plan(kind: str, typed: dict[str, Any], resources: Resources, site: Site) -> Plan:
     """A job from what was typed for it; the preset is settled here, so that no restart elsewhere picks another."""
     typed = {"out": KINDS[kind].out, **typed}
     if site.scratch and "pixels_dir" not in typed:
@@ -55,14 +47,15 @@ def _plan(name: str, kind: str, typed: dict[str, Any], resources: Resources, sit
     cpus = resources.cpus or site.cpus_per_task
     if resources.gpus and cpus and "workers" not in typed:
         typed["workers"] = min(GPU_WORKERS, max(1, cpus - 1))  # the job would count the whole machine's cores
+    if not resources.gpus:
+        typed.setdefault("device", "cpu")
     typed = {key: _absolute(value) if key in PATHS else value for key, value in typed.items()}
     settings = config.resolve(KINDS[kind], typed, resources.gpus > 0, resources.world_size, _stored(typed["out"]))
     typed["preset"] = settings.preset
     if settings.cache:
         typed["cache"] = _absolute(settings.cache)
-    return Plan(
-        name, kind, settings.changed(cache=typed.get("cache")), tuple(config.flag_words(dict(sorted(typed.items()))))
-    )
+    settings = settings.changed(cache=typed.get("cache"))
+    return Plan(kind, settings, tuple(config.flag_words(dict(sorted(typed.items())))), (settings,))
 
 
 def _stored(out: str) -> dict[str, Any] | None:
@@ -86,7 +79,7 @@ def _job_parser(kind: str) -> argparse.ArgumentParser:
 
 def plan_one(options: argparse.Namespace, own: list[str], resources: Resources, site: Site) -> list[Plan]:
     """teacher, or distill."""
-    plan = _plan(options.job, options.job, _typed(options.job, own), resources, site)
+    plan = _plan(options.job, _typed(options.job, own), resources, site)
     if options.job == "distill":
         require_cache(plan)
     return [plan]
@@ -94,40 +87,26 @@ def plan_one(options: argparse.Namespace, own: list[str], resources: Resources, 
 
 def require_cache(plan: Plan) -> None:
     """Raise UserError where the cache that a student is to learn from is not there."""
-    cache = plan.settings.cache
-    if cache is not None and not Path(cache).exists():
-        raise UserError(
-            f"there is no cache {cache} for the student to learn from; write it by `python -m "
-            f"{__package__}.submit teacher`, submit both jobs by `python -m {__package__}.submit pipeline`, or name "
-            "yours: -- --cache FILE."
-        )
+    for cache in dict.fromkeys(settings.cache for settings in (plan.settings, *plan.runs)):
+        if cache is not None and not Path(cache).exists():
+            submit = f"python -m {__package__}.submit"
+            raise UserError(
+                f"there is no cache {cache} for the student to learn from; write it by `{submit} teacher`, submit both "
+                f"jobs by `{submit} pipeline`, or name yours: -- --cache FILE."
+            )
 
 
 def plan_pipeline(options: argparse.Namespace, own: list[str], resources: Resources, site: Site) -> list[Plan]:
     """Teacher and student in one tree; an option after -- goes to whichever of the two jobs knows it."""
     shared = _shared(own)
-    typed = {}
-    for kind in PIPELINE:
-        typed[kind] = {**shared[kind], **_typed(kind, shlex.split(getattr(options, kind)))}
-        for name in {"out", "cache"} & typed[kind].keys():
-            raise UserError(f"a pipeline names --{name} itself; choose the folder of both runs by --runs DIR.")
     cache = str(options.runs / "teacher" / "logits.h5")
-    return [
-        _plan(
-            "teacher",
-            "teacher",
-            {**typed["teacher"], "out": str(options.runs / "teacher"), "cache": cache},
-            resources,
-            site,
-        ),
-        _plan(
-            "distill",
-            "distill",
-            {**typed["distill"], "out": str(options.runs / "student"), "cache": cache},
-            resources,
-            site,
-        ),
-    ]
+    plans = []
+    for kind, run in zip(PIPELINE, ("teacher", "student"), strict=True):
+        typed = {**shared[kind], **_typed(kind, shlex.split(getattr(options, kind)))}
+        for name in {"out", "cache"} & typed.keys():
+            raise UserError(f"a pipeline names --{name} itself; choose the folder of both runs by --runs DIR.")
+        plans.append(_plan(kind, {**typed, "out": str(options.runs / run), "cache": cache}, resources, site))
+    return plans
 
 
 def _shared(own: list[str]) -> dict[str, dict[str, Any]]:
@@ -146,52 +125,26 @@ def _shared(own: list[str]) -> dict[str, dict[str, Any]]:
     return known
 
 
-def plan_sweep(options: argparse.Namespace, own: list[str], resources: Resources, site: Site) -> list[Plan]:
-    """One student for each combination; at alpha 0 there is no soft loss, so no temperature either."""
-    _require_turns(options)
-    typed = _typed("distill", own)
-    for name in {"alpha", "temperature", "seed"} & typed.keys():
-        raise UserError(f"--{name} belongs before the --, where it may have several values.")
-    cells = {}
-    for alpha, temperature, seed in product(options.alpha, options.temperature or [None], options.seed):
-        cell = {"alpha": alpha, "temperature": temperature if alpha else None, "seed": seed}
-        cell = {name: value for name, value in cell.items() if value is not None}
-        cells["_".join(f"{name}-{value:g}" for name, value in cell.items())] = cell
-    base = Path(typed.get("out", options.runs / "sweep"))
-    plans = [
-        _plan(name, "distill", {**typed, **cell, "out": str(base / name)}, resources, site)
-        for name, cell in cells.items()
-    ]
-    for plan in plans:
-        require_cache(plan)
-    return plans
-
-
-def _require_turns(options: argparse.Namespace) -> None:
-    if options.at_once < 1:
-        raise UserError(f"--at-once {options.at_once} must be at least 1.")
-
-
 def plan_study(options: argparse.Namespace, own: list[str], resources: Resources, site: Site) -> list[Plan]:
-    """One job for each arm and seed, all in one study's folder; the last to finish writes the whole table."""
+    """The same study once for each of --array workers: each takes the next run that is free."""
     from kd_dist.study.choice import chosen_arms  # takes torch, which the other jobs' submission does without
     from kd_dist.study.folder import StudyFolder, run_settings, with_variants
 
-    _require_turns(options)
-    typed = _typed("study", own)
-    for name in {"arms", "seeds"} & typed.keys():
-        raise UserError(f"--{name} belongs before the --, so that each can become a job.")
-    base = {"out": str(options.runs / "study"), **typed}
-    asked = config.resolve(StudyConfig, {**base, "arms": options.arms, "seeds": options.seeds}, resources.gpus > 0)
-    arms, folder, plans = chosen_arms(asked), StudyFolder(Path(asked.out)), []
+    if options.array < 1:
+        raise UserError(f"--array {options.array} must be at least 1.")
+    words = [word for name in STUDY_WORDS for word in _words_of(name, getattr(options, name))]
+    typed = {"out": str(options.runs / "study"), **_typed("study", [*words, *own])}
+    plan = _plan("study", typed, resources, site)
+    arms, folder = chosen_arms(plan.settings), StudyFolder(plan.run)
     with_variants(folder, folder.document(), arms)
-    for arm, seed in product(arms, dict.fromkeys(options.seeds)):
-        plan = _plan(f"{arm.name}_seed-{seed}", "study", {**base, "arms": [arm.word], "seeds": [seed]}, resources, site)
-        require_cache(plan)  # the study's; below, the arm's
-        plans.append(replace(plan, settings=run_settings(plan.settings, arm, seed)))
-    for plan in plans:
-        require_cache(plan)
-    return plans
+    runs = tuple(run_settings(plan.settings, arm, seed) for arm, seed in product(arms, plan.settings.seeds))
+    plan = replace(plan, runs=runs)
+    require_cache(plan)
+    return [plan] * options.array
+
+
+def _words_of(name: str, values: Sequence[str] | None) -> list[str]:
+    return [f"--{name}", *values] if values else []
 
 
 Planner = Callable[[argparse.Namespace, list[str], Resources, Site], list[Plan]]
@@ -199,63 +152,23 @@ PLANNERS: dict[str, Planner] = {
     "teacher": plan_one,
     "distill": plan_one,
     "pipeline": plan_pipeline,
-    "sweep": plan_sweep,
     "study": plan_study,
 }
-ARRAYS = ("sweep", "study")
-"""Submitted as one array of jobs that do not wait for each other."""
-
-
-# ---- may it run
 
 
 def is_finished(plan: Plan) -> bool:
-    """Whether the run was brought to its end with these settings. Raises UserError where it was one of other
-    settings.
-    """
-    folder = RunFolder(plan.run)
-    if plan.settings.start_over or not folder.settings.exists():
+    """Whether each run was brought to its end with these settings. Raises UserError where one has other settings."""
+    finished = [_is_finished(plan, settings) for settings in plan.runs]
+    return all(finished)
+
+
+def _is_finished(plan: Plan, settings: JobConfig) -> bool:
+    folder = RunFolder(Path(settings.out))
+    if settings.start_over or not folder.settings.exists():
         return False
-    kind, stored = read_settings(folder)
-    old, new = plan.settings.completed(stored), plan.settings.stored()
-    if kind != plan.settings.kind:
-        raise UserError(
-            f"{plan.run} holds a {kind} run, not a {plan.settings.kind} run; choose another folder by -- --out or "
-            "--runs."
-        )
-    changed = [name for name in sorted(new) if name not in plan.settings.may_change and old.get(name) != new[name]]
-    if changed:
-        shown = "; ".join(f"--{name.replace('_', '-')} was {old.get(name)}, now {new[name]}" for name in changed)
-        raise UserError(
-            f"{plan.run} holds a run with other settings ({shown}); type the old ones, choose another folder, or add "
-            "-- --start-over."
-        )
-    state = read_state(folder) or {}
-    return state.get("status") == "finished" and (plan.writes is None or plan.writes.exists())
-
-
-def refuse_used(plan: Plan, runs: Path) -> None:
-    """Raise UserError where a job in the queue, or a process that still gives signs of life, has this run folder."""
-    folders = [(folder, job) for folder in job_folders(runs) if Path((job := Job.read(folder)).run) == plan.run]
-    states = queue.states([(folder, job) for folder, job in folders])
-    for _, job in folders:
-        state = states.get(job.id) if job.id else None
-        if state and state.lives:
-            raise UserError(
-                f"{plan.run} belongs to job {job.id} ({job.name}, {state.name}); wait for it, or cancel it by `python "
-                f"-m {__package__}.status {runs} --cancel`, or choose another folder."
-            )
-    state = read_state(RunFolder(plan.run)) or {}
-    if state.get("status") == "running" and _is_someone_elses(state, [folder for folder, _ in folders]):
-        silent = (datetime.now(UTC) - datetime.fromisoformat(state["time"])).total_seconds()
-        if silent < SILENT_SECONDS:
-            raise UserError(
-                f"{plan.run} is in use: process {state['pid']} on {state['host']} wrote to it {silent:.0f} s ago; stop "
-                "it, or choose another folder."
-            )
-
-
-def _is_someone_elses(state: dict[str, Any], folders: list[JobFolder]) -> bool:
-    """Whether a sign of life cannot be the last one of a job of ours that is over."""
-    ended = read_json(folders[-1].ended) if folders else None
-    return not folders or (ended is not None and ended["time"] < state["time"])
+    own = settings.stored()
+    facts = {name: value for name, value in read_settings(folder)[1].items() if name not in own}  # such as digests
+    cache = Path(settings.cache or folder.cache) if plan.kind == "teacher" else None
+    wanted = {**facts, **own}
+    finished = checkpoint.is_finished(folder, settings.kind, wanted, settings.may_change, settings.completed)
+    return finished and (cache is None or cache.exists())

@@ -4,6 +4,7 @@ asserted.
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -141,9 +142,10 @@ def test_spread_takes_samples_of_all_classes_with_their_pictures(bench):
         assert np.array_equal(few.pixels["train"][place], bench.data.pixels["train"][whole[path]])
 
 
-def test_moments_are_when_a_sentence_was_first_said():
-    lines = [(1.0, "12:00:00 student: 5 weights, so"), (2.0, "else"), (3.0, "and wrote x"), (4.0, "and wrote y")]
-    assert whole_job.moments(lines, (" weights, ", " wrote ")) == {" weights, ": 1.0, " wrote ": 3.0}
+def test_moments_are_the_first_event_of_each_code():
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    happened = [{"code": code, "time": f"2026-01-01T00:00:0{s}.500+00:00"} for s, code in enumerate(["a", "b", "a"])]
+    assert whole_job.moments(happened, began) == {"a": 0.5, "b": 1.5}
 
 
 def test_a_child_that_ends_is_told_from_an_answer():

@@ -1,4 +1,4 @@
-"""The same commands without Slurm: a pipeline and a sweep as processes of this machine, and the debugger's mode."""
+"""The same commands without Slurm: a pipeline and a study as processes of this machine, and the debugger's mode."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.folders import JobFolder, job_folders, read_json
+from launch.supervisor import Job, JobFolder, job_folders, read_json
 
 ROOT = Path(__file__).parent.parent
 SIZES = ("--preset=demo", "--image-size=32", "--batch-size=7", "--warmup-epochs=0", "--epochs=1", "--lr=0.003")
@@ -47,7 +47,7 @@ def test_a_pipeline_here_runs_one_job_after_the_other(launch, tmp_path):
 
 def test_a_failed_teacher_here_drops_its_student(launch, tmp_path):
     launch("submit", "pipeline", "--cluster=local", "--", *SIZES, "--teacher=nonet")
-    shown = launch("status", "--follow", "--every=0.5")
+    shown = launch("status", "--follow", "--every=0.5", code=1)
     assert "dropped: 0001-teacher failed" in shown and "rank 0 on" in shown and "--teacher nonet is not known" in shown
     assert not JobFolder(tmp_path / "runs/jobs/0002-distill").main_log.read_text(encoding="utf-8")
 
@@ -55,3 +55,15 @@ def test_a_failed_teacher_here_drops_its_student(launch, tmp_path):
 def test_debug_runs_in_this_process(launch, tmp_path):
     said = launch("submit", "distill", "--cluster=debug", "--", *SIZES, "--alpha=0", "--device=cpu")
     assert "epoch 1/1" in said and (tmp_path / "runs/student/model.pt").exists()
+
+
+def test_two_workers_share_a_study(launch, tmp_path):
+    launch("submit", "teacher", "--cluster=debug", "--gpus-per-node=0", "--", *SIZES, "--views=3")
+    own = ("--", *SIZES, "--cache=runs/teacher/logits.h5")
+    launch("submit", "study", "--cluster=local", "--arms", "cached-V", "--seeds", "0", "1", "--array=2", *own)
+    launch("status", "--follow", "--every=0.5")
+    assert all((tmp_path / f"runs/study/cached-V/seed-{seed}/model.pt").exists() for seed in (0, 1))
+    assert (tmp_path / "runs/study/table.md").exists()
+    jobs = [Job.read(folder) for folder in job_folders(tmp_path / "runs")]
+    assert len(jobs) == 2 and {job.environment["CUDA_VISIBLE_DEVICES"] for job in jobs} == {""}
+    assert all("--device cpu" in " ".join(job.arguments) for job in jobs)

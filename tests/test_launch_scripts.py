@@ -29,11 +29,3 @@ def test_every_setting_of_sbatch_is_one(script):
     assert len(settings) > 5 and all(re.fullmatch(r"#SBATCH --[a-z-]+(=\S+)?", line) for line in settings)
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert first_command > lines.index(settings[-1]), "sbatch reads settings only above the first command"
-
-
-def test_the_scripts_ports_and_launch_submits_are_the_same():
-    from launch.task import PORTS
-
-    for name in ("job.sh", "tensorboard.sbatch"):
-        text = (ROOT / "slurm" / name).read_text(encoding="utf-8")
-        assert f"port=$(({PORTS.start} + SLURM_JOB_ID % {len(PORTS)}))" in text

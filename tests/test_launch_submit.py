@@ -3,20 +3,21 @@
 import json
 import os
 import shlex
+import shutil
+import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from kd_dist import checkpoint
 from kd_dist.checkpoint import RunFolder, claim, write_state
-from kd_dist.config import DistillConfig, StudyConfig, TeacherConfig, resolve
+from kd_dist.config import StudyConfig, TeacherConfig, resolve
 from kd_dist.errors import UserError
 from kd_dist.study.arms import ARMS
 from kd_dist.study.folder import StudyFolder, run_settings
 from launch import submit
-from launch.code import snapshot
-from launch.folders import Job, JobFolder, new_folder, write_json
+from launch.submit import new_folder, snapshot
 
 SITE = """
 SBATCH_PARTITION="gpu"      # a comment
@@ -51,7 +52,7 @@ GOLDEN = """#!/bin/bash
 
 # setup
 module load cuda
-export PYTHONPATH=HERE/runs/jobs/code/DIGEST
+export PYTHONPATH=HERE/runs/jobs/NNNN-distill/code
 export PYTHONSAFEPATH=1
 export SRUN_CPUS_PER_TASK=8
 export GLOO_SOCKET_IFNAME=ib0
@@ -97,7 +98,7 @@ def test_the_sbatch_text_of_a_pipeline_with_every_site_setting(here, capsys):
         f"--out {here}/runs/teacher" in text
         and f"--cache {here}/runs/teacher/logits.h5 --out {here}/runs/student" in text
     )
-    assert text.count("--pixels-dir $TMPDIR/kd_dist-pixels --preset gpu-128px --workers 7\n") == 2
+    assert text.count("--pixels-dir '$TMPDIR/kd_dist-pixels' --preset gpu-128px --workers 7\n") == 2
     assert "#   preset = gpu-128px" in text
     assert not (here / "runs").exists()
 
@@ -107,8 +108,8 @@ def test_the_jobs_own_options_pass_through_and_paths_become_absolute(here, capsy
     text = said(capsys, f"teacher --gpus-per-node 0 --dry-run -- {own}")
     command = text.splitlines()[0].split("kd_dist.teacher ")[1]
     assert command == (
-        f"--archive $TMPDIR/a.tgz --crop-scale 0.5 1.0 --data {here}/pictures --epochs 7 --out {here}/runs/teacher "
-        "--preset cpu-64px --start-over"
+        f"--archive '$TMPDIR/a.tgz' --crop-scale 0.5 1.0 --data {here}/pictures --device cpu --epochs 7 "
+        f"--out {here}/runs/teacher --preset cpu-64px --start-over"
     )
     assert "#SBATCH --gpus-per-node" not in text and "#   epochs = 7" in text
 
@@ -122,45 +123,24 @@ def test_a_pipelines_options_go_to_the_jobs_that_know_them(here, capsys):
     assert "--views 3" in teacher and "--views 3" in student
 
 
-def test_a_sweep_is_an_array_in_which_alpha_0_has_no_temperature(here, capsys):
-    (here / "logits.h5").touch()
-    grid = "--alpha 0 0.5 --temperature 2 4 --seed 0 1"
-    text = said(capsys, f"sweep {grid} --at-once 3 --dry-run -- --cache logits.h5")
-    cells = [line.split(":")[0][2:] for line in text.splitlines() if "python -m kd_dist" in line]
-    assert cells == [
-        *("alpha-0_seed-0", "alpha-0_seed-1", "alpha-0.5_temperature-2_seed-0", "alpha-0.5_temperature-2_seed-1"),
-        *("alpha-0.5_temperature-4_seed-0", "alpha-0.5_temperature-4_seed-1"),
-    ]
-    assert "#SBATCH --array=0-5%3" in text and text.count("#!/bin/bash") == 1
-    assert f"--out {here}/runs/sweep/alpha-0.5_temperature-4_seed-1" in text
-
-
-def test_a_study_is_an_array_of_arms_and_seeds_in_one_folder(here, capsys):
+def test_a_study_is_an_array_of_workers_with_the_same_command(here, capsys):
     (here / "logits.h5").touch()
     own = "--cache logits.h5 --cutmix 0.5 --epochs 9"
-    text = said(
-        capsys, f"study --arms hard-fresh cached-V --seeds 4 7 --at-once 2 --dry-run --gpus-per-node 0 -- {own}"
+    words = "study --arms hard-fresh cached-V --seeds 4 7 --array 3 --dry-run --gpus-per-node 0"
+    text = said(capsys, f"{words} -- {own}")
+    (command,) = [line for line in text.splitlines() if "python -m kd_dist" in line]
+    assert command == (
+        f"# study: python -m kd_dist.study --arms hard-fresh cached-V --cache {here}/logits.h5 --cutmix 0.5 "
+        f"--device cpu --epochs 9 --out {here}/runs/study --preset cpu-64px --seeds 4 7"
     )
-    cells = [line.split(": python -m kd_dist.study ") for line in text.splitlines() if "python -m kd_dist" in line]
-    assert [cell[0][2:] for cell in cells] == [
-        *("hard-fresh_seed-4", "hard-fresh_seed-7", "cached-V_seed-4", "cached-V_seed-7"),
-    ]
-    assert cells[3][1] == (
-        f"--arms cached-V --cache {here}/logits.h5 --cutmix 0.5 --epochs 9 --out {here}/runs/study --preset cpu-64px "
-        "--seeds 7"
-    )
-    assert "#SBATCH --array=0-3%2" in text and text.count("#!/bin/bash") == 1
-    assert text.count(f"#   out = {here}/runs/study/cached-V/seed-7\n") == 1  # where its state is looked for
-    assert text.count("#   cutmix = 0.5\n") == text.count("#   crops = fresh\n") == 2
+    assert "#SBATCH --array=0-2%3" in text and text.count("#!/bin/bash") == 1
 
 
-def test_a_variant_goes_to_its_jobs_as_it_was_made(here, capsys):
+def test_an_arm_whose_cache_is_missing_or_whose_name_was_another_arm_is_refused(here, capsys):
     (here / "logits.h5").touch()
     (here / "both.h5").touch()
     words = "study --arms ensemble=cached-V,cache=both.h5,alpha=0.5 --seeds 4 --dry-run --gpus-per-node 0 -- --cache"
-    text = said(capsys, f"{words} logits.h5")
-    assert f"--arms ensemble=cached-V,cache={here}/both.h5,alpha=0.5 --cache {here}/logits.h5" in text
-    assert f"#   cache = {here}/both.h5\n" in text and f"#   out = {here}/runs/study/ensemble/seed-4\n" in text
+    assert "--arms ensemble=cached-V,cache=both.h5,alpha=0.5 " in said(capsys, f"{words} logits.h5")
     study = StudyFolder(here / "runs/study")
     study.path.mkdir(parents=True)
     study.study.write_text(json.dumps({"variants": {"ensemble": "cached-V,alpha=0.5"}}))
@@ -176,7 +156,7 @@ def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
     (here / "logits.h5").touch()
     asked = resolve(StudyConfig, {"out": str(here / "runs/study"), "cache": str(here / "logits.h5")}, False)
     settings = run_settings(asked, ARMS["hard-cached"], 0)
-    make_run(here / "runs/study/hard-cached/seed-0", settings, "finished")
+    make_run(here / "runs/study/hard-cached/seed-0", settings, "finished").model.touch()
     words = "study --arms hard-cached --seeds 0 --gpus-per-node 0 -- --cache logits.h5"
     assert "finished already in" in said(capsys, words)
     assert "--lr was 0.05, now 0.1" in refused(capsys, f"{words} --lr 0.1")
@@ -185,14 +165,14 @@ def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("study -- --seeds 1", "--seeds belongs before the --"),
+        ("study --array 0", "--array 0 must be at least 1"),
         ("study --arms cashed-1", "arm cashed-1 is not known; choose from hard-fresh, hard-cached"),
         ("study --arms online", "arm online needs the teacher"),
         ("study --arms cached-1", "there is no cache HERE/runs/teacher/logits.h5"),
         ("teacher", "no Slurm (srun) on this machine, so nothing was submitted; add --cluster local"),
         ("distill", "there is no cache HERE/runs/teacher/logits.h5"),
-        ("teacher --time soon", "--time soon is no time; write 2h"),
-        ("teacher --time 10:30", "--time 10:30 is no time"),
+        ("teacher --time soon", "Invalid --time soon; write 2h"),
+        ("teacher --time 10:30", "Invalid --time 10:30;"),
         ("teacher --cluster debug --nodes 2 --gpus-per-node 1", "make 2; use --cluster local, or one rank"),
         ("teacher --nodes 0", "--nodes 0 must be at least 1"),
         ("teacher --epochs 3", "unrecognized arguments: --epochs 3"),
@@ -200,10 +180,10 @@ def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
         ("teacher -- --epochs 0", "--epochs 0 must be at least 1"),
         ("pipeline -- --epoch 3", "--epoch: neither job knows it"),
         ("pipeline -- --out x", "choose the folder of both runs by --runs DIR"),
-        ("sweep --alpha 0 -- --seed 1", "--seed belongs before the --"),
         ("teacher --site nowhere.conf", "the site file nowhere.conf cannot be read"),
-        ("teacher --time 1m --signal-before 60", "--signal-before 60 s is not before the end of --time 1m"),
-        ("students", "invalid choice: 'students'"),
+        ("teacher --time 1m --signal-before 60", "--signal-before 60 s must be shorter than --time 1m"),
+        ("sweep", "invalid choice: 'sweep'"),
+        ("teacher --cluster local --gpus-per-node 2", "1 x 2 GPUs were asked for, this machine has 0"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(here, capsys, words, sentence):
@@ -218,19 +198,13 @@ def make_run(folder: Path, settings, status: str, **facts) -> RunFolder:
     return run
 
 
-def put_job(runs: Path, run: str) -> JobFolder:
-    """A job that was submitted for a run folder, and of which no queue knows any more."""
-    folder = new_folder(runs, "distill")
-    Job("distill", "distill", "slurm", run, 1, 1, (), "", id="7").write(folder)
-    return folder
-
-
 def test_what_is_finished_is_not_submitted_again(here, capsys):
     settings = resolve(TeacherConfig, {"out": str(here / "runs/teacher")}, False)
     run = make_run(here / "runs/teacher", settings, "finished")
     words = "teacher --gpus-per-node 0"
     assert "no Slurm" in refused(capsys, words)  # its cache is missing, so it is not finished
     run.cache.touch()
+    run.model.touch()
     document = json.loads(run.settings.read_text())
     del document["settings"]["weight_decay"]  # as if an older version, which had no such setting, had stored them
     run.settings.write_text(json.dumps(document))
@@ -239,46 +213,87 @@ def test_what_is_finished_is_not_submitted_again(here, capsys):
     assert "--seed was 0, now 1" in refused(capsys, f"{words} -- --seed 1")
 
 
-def test_a_folder_that_gives_signs_of_life_is_refused_and_a_silent_one_is_not(here, capsys):
-    settings = resolve(DistillConfig, {"out": str(here / "runs/student"), "alpha": 0.0}, False)
-    run = make_run(here / "runs/student", settings, "running")
+def test_a_folder_that_another_process_has_is_refused_and_one_that_was_left_is_not(here, capsys, monkeypatch):
+    run = RunFolder(here / "runs/student")
+    run.path.mkdir(parents=True)
+    run.lock.touch()
     words = "distill --gpus-per-node 0 -- --alpha 0"
-    assert f"is in use: process {os.getpid()} on" in refused(capsys, words)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    old = put_job(here / "runs", str(run.path))
-    assert "no Slurm" in refused(capsys, words)  # the sign of life may be the last one of a job that is over
-    write_json(old.ended, {"status": "failed", "message": "", "time": "2001-01-01"})
-    assert "is in use" in refused(capsys, words)
-    text = run.state.read_text(encoding="utf-8")
-    run.state.write_text(text.replace(now[:10], "2001-01-01"), encoding="utf-8")
+    monkeypatch.setattr(checkpoint, "_LOCK_PATIENCE_S", 0.1)
+    hold = f"import fcntl, sys; f = open({str(run.lock)!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
+    with subprocess.Popen([sys.executable, "-c", f"{hold}; sys.stdin.read()"], stdin=-1, stdout=-1) as other:
+        other.stdout.readline()
+        assert f"{run.path} is in use by another process" in refused(capsys, words)
+        other.communicate()
     assert "no Slurm" in refused(capsys, words)
 
 
+def program(here: Path, name: str, text: str) -> None:
+    folder = here / "no-programs"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
+def test_a_slurm_that_is_not_configured_is_named_in_its_words_and_local_is_offered(here, capsys):
+    program(here, "srun", "")
+    program(here, "sbatch", "echo 'sbatch: fatal: Could not establish a configuration source' >&2; exit 1")
+    sentence = refused(capsys, "teacher")
+    assert "Slurm refused the job: Could not establish a configuration source. Change" in sentence
+    assert "add --cluster local to run on this machine" in sentence and not list(here.glob("runs/jobs/0*"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "words", "own"),
+    [
+        ("4,5,6", "--array 3", ["4", "5", "6"]),
+        ("4,5,6,7", "--array 2", ["4,5", "6,7"]),
+        ("4,5,6", "--array 2 --gpus-per-node 1", ["4", "5"]),
+        ("4,5,6", "--array 2 --gpus-per-node 0", ["", ""]),
+    ],
+)
+def test_jobs_of_an_array_on_this_machine_have_gpus_of_their_own(here, monkeypatch, visible, words, own):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (here / "logits.h5").touch()
+    submitted = []
+    monkeypatch.setattr(submit, "submit_local", lambda batch: submitted.extend(batch.jobs) or ["1"] * len(batch.jobs))
+    assert submit.main(shlex.split(f"study --cluster local --seeds 0 {words} -- --cache logits.h5")) == 0
+    assert [job.environment["CUDA_VISIBLE_DEVICES"] for job in submitted] == own
+    assert [job.ranks for job in submitted] == [max(1, len(own[0].split(",")))] * len(own)
+    assert all(("--device cpu" in " ".join(job.arguments)) == (not own[0]) for job in submitted)
+
+
+def test_launch_can_be_imported_under_another_name(here):
+    """Installed, the package is kd_dist.launch."""
+    (here / "other").mkdir()
+    shutil.copytree(Path(submit.__file__).parent, here / "other/moved", ignore=shutil.ignore_patterns("__pycache__"))
+    (here / "other/__init__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{Path(submit.__file__).parent.parent}"}
+    command = [sys.executable, "-m", "other.moved.submit", "teacher", "--epochs", "3"]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "`python -m other.moved.submit --help`" in done.stderr
+    assert Path("other/moved/submit.py").exists()
+
+
 def test_the_snapshot_is_untouched_by_later_edits(tmp_path):
-    root, runs = tmp_path / "tree", tmp_path / "runs"
-    packages = {"kd_dist": root / "kd_dist", "kd_dist.launch": root / "launch"}
+    tree, code = tmp_path / "tree", tmp_path / "code"
+    packages = {"kd_dist": tree / "kd_dist", "kd_dist.launch": tree / "launch"}
     for folder in packages.values():
         folder.mkdir(parents=True)
         (folder / "a.py").write_text("first", encoding="utf-8")
-    first = snapshot(runs, packages)
-    assert snapshot(runs, packages) == first and (first / "kd_dist/launch/a.py").exists()
-    (root / "kd_dist/a.py").write_text("second", encoding="utf-8")
-    (root / "kd_dist/new.py").touch()
-    second = snapshot(runs, packages)
-    assert first != second and (first / "kd_dist/a.py").read_text(encoding="utf-8") == "first"
-    assert (second / "kd_dist/new.py").exists() and not (first / "kd_dist/new.py").exists()
+    snapshot(code, packages)
+    (tree / "kd_dist/a.py").write_text("second", encoding="utf-8")
+    assert [(code / name).read_text(encoding="utf-8") for name in ("kd_dist/a.py", "kd_dist/launch/a.py")] == [
+        "first"
+    ] * 2
 
 
 @pytest.mark.parametrize("make", [snapshot, lambda runs: new_folder(runs, "teacher")])
 def test_runs_that_cannot_be_written_are_refused(tmp_path, make):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"runs/jobs.* cannot be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"runs.* cannot be written \(.*Not a directory"):
         make(tmp_path / "file" / "runs")
 
 
-def test_two_submissions_get_two_folders_and_a_job_reads_back(tmp_path):
-    first, second = new_folder(tmp_path, "teacher"), new_folder(tmp_path, "distill")
-    assert [first.path.name, second.path.name] == ["0001-teacher", "0002-distill"]
-    job = Job("teacher", "teacher", "slurm", "runs/teacher", 2, 4, ("python", "-m"), "code", ("0001-teacher",), id="7")
-    job.write(first)
-    assert Job.read(JobFolder(first.path)) == job
+def test_two_submissions_get_two_folders(tmp_path):
+    assert new_folder(tmp_path, "teacher") == tmp_path / "jobs/0001-teacher"
+    assert new_folder(tmp_path, "distill") == tmp_path / "jobs/0002-distill"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_dist import checkpoint, views
+from kd_dist import checkpoint, events, views
 from kd_dist.batches import Batch, EpochBatches, TrainData
 from kd_dist.checkpoint import RunFolder
 from kd_dist.errors import UserError
@@ -348,6 +348,8 @@ class Trainer:
         if not (self._at_epochs_end() and self._has_row()):
             self.sums = EpochSums(**payload["epoch_sums"])
         before, now = payload["world_size"], self.runtime.world_size
+        if self.runtime.is_main:
+            events.emit(self.folder.path, events.Code.RESUMED, step=step)
         ranks = f"; saved by {before} ranks, now {now}: the same batches, but not to the bit" if before != now else ""
         return f"going on from step {step} of {self.total_steps}{ranks}"
 

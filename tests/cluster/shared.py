@@ -8,7 +8,7 @@ from pathlib import Path
 from box import SlurmBox, wait_for
 
 from kd_dist.checkpoint import RunFolder, load_model, read_state, weights_digest
-from launch.folders import Job, JobFolder, job_folders
+from launch.supervisor import Job, JobFolder, job_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ("--preset=demo", "--image-size=32", "--batch-size=16", "--warmup-epochs=0", "--device=cpu", "--lr=0.003")

@@ -7,7 +7,7 @@ import sys
 from box import wait_for
 from shared import SIZES, log_of
 
-from launch.folders import Job
+from launch.supervisor import Job
 
 PAIR = "--gpus-per-node 0 --ranks-per-node 2 --cpus-per-task 1 --time 30m"
 AGAIN = ("--gpus-per-node", "0", "--", *SIZES, "--out=beside/student")

@@ -7,7 +7,7 @@ import sys
 
 from shared import ROOT, SIZES, log_of
 
-from launch.folders import Job
+from launch.supervisor import Job
 
 
 def test_editing_the_tree_leaves_a_pending_job_alone_and_its_pictures_go_to_scratch(
@@ -30,7 +30,7 @@ def test_editing_the_tree_leaves_a_pending_job_alone_and_its_pictures_go_to_scra
     assert reference.box.facts(job)["JobState"] == "PENDING"
 
     (tree / "kd_dist" / "distill.py").write_text("raise SystemExit('the edited tree ran')", encoding="utf-8")
-    (tree / "launch" / "task.py").write_text("raise SystemExit('the edited tree ran')", encoding="utf-8")
+    (tree / "launch" / "supervisor.py").write_text("raise SystemExit('the edited tree ran')", encoding="utf-8")
     reference.box.run("scontrol", "release", job)
     reference.end(folder, "COMPLETED", "FAILED", "CANCELLED")
     assert reference.state("pending/student").get("status") == "finished", log_of(folder)

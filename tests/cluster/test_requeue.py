@@ -1,6 +1,6 @@
 """Jobs that are stopped from outside go on by themselves, and end with the weights of a run that nobody stopped."""
 
-from launch.folders import Job
+from launch.supervisor import Job
 
 TWO_BY_TWO = "--nodes 2 --gpus-per-node 0 --ranks-per-node 2 --cpus-per-task 1 --time 30m --partition low"
 

@@ -11,6 +11,7 @@ from box import wait_for
 from shared import ROOT, SIZES
 
 from kd_dist.checkpoint import RunFolder
+from launch.supervisor import Job, JobFolder
 
 SIZE = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1")
 
@@ -48,8 +49,10 @@ def test_teacher_then_distill_which_is_warned_and_requeued(reference, checkout):
     )
     box.wait_state(teacher, "COMPLETED", "FAILED", seconds=200)
     assert box.state(teacher) == "COMPLETED", (checkout / f"kd-teacher-{teacher}.log").read_text(encoding="utf-8")
+    rows = reference.status(str(checkout / "runs")).splitlines()
+    assert rows[1].split()[:3] == [f"slurm-{teacher}-teacher", teacher, "finished"]
     wait_for(lambda: len(run.saved_steps()) > 1, 200, lambda: log_in(checkout, student))
-    box.run("scancel", "--batch", "--signal=USR2", student)
+    box.run("scancel", "--signal=USR2", student)
     box.wait_state(student, "PENDING", "FAILED", "COMPLETED")
     assert not box.processes(str(run.path)), "ranks were left behind"
     box.release(student)
@@ -58,9 +61,16 @@ def test_teacher_then_distill_which_is_warned_and_requeued(reference, checkout):
         checkout, student
     )
 
+    folder = JobFolder(checkout / f"runs/jobs/slurm-{student}-distill")
+    assert (Job.read(folder).nodes, folder.last_attempt()) == (2, 1)
+    assert '"why": "preempted"' in folder.attempts.read_text(encoding="utf-8")
+
 
 def log_in(checkout: Path, job: str) -> str:
-    return (checkout / f"kd-distill-{job}.log").read_text(encoding="utf-8")
+    """What the batch script printed, and rank 0's log."""
+    printed = (checkout / f"kd-distill-{job}.log").read_text(encoding="utf-8")
+    log = checkout / f"runs/jobs/slurm-{job}-distill/rank-0.log"
+    return printed + (log.read_text(encoding="utf-8") if log.exists() else "")
 
 
 def test_tensorboard_listens_on_localhost_and_says_how_to_reach_it(reference, checkout):
