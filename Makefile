@@ -15,7 +15,7 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
-# Teacher -> cache -> hard-label twin and distilled student, on a generated set. Run it again to resume; clean-demo starts over.
+# Teacher -> cache -> hard-label baseline and distilled student, on a generated set. Run it again to resume; clean-demo starts over.
 demo: setup
 	$(JOB) kd_dist.teacher --preset demo --data data --out $(DEMO)/teacher
 	$(JOB) kd_dist.distill --preset demo --data data --cache $(DEMO)/teacher/logits.h5 --alpha 0 --out $(DEMO)/hard
@@ -28,8 +28,8 @@ clean-demo:
 # The README's first table: real Imagewoof on a CPU box, four hours; resumes. KD_DIST_DATA names the image folder.
 # A CPU with AVX512-BF16 computes in bfloat16, twice as fast; others would be ten times slower in it.
 WOOF := runs/imagewoof-cpu
-WOOF_ARMS := hard-fresh hard-cached smooth class-mean shuffled-within shuffled-view shuffled-all cached-1 cached-V online origin \
-  hard-wd=hard-fresh,weight-decay=0.002 V-alpha1=cached-V,alpha=1
+WOOF_ARMS := baseline baseline-cached smooth class-mean shuffled-within shuffled-view shuffled-all one-view distilled online no-gradient \
+  baseline-wd=baseline,weight-decay=0.002 distilled-alpha1=distilled,alpha=1
 WOOF_PRECISION := $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
 imagewoof-cpu: setup
 	$(JOB) kd_dist.teacher --preset cpu-64px --precision $(WOOF_PRECISION) --out $(WOOF)/teacher
@@ -42,13 +42,13 @@ H100 := runs/imagewoof-h100
 imagewoof-h100: RANKS := $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)),1)
 imagewoof-h100: setup
 	$(JOB) kd_dist.teacher --preset h100 --out $(H100)/teacher
-	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --arms cached-V hard-fresh \
+	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --arms distilled baseline \
 	  --seeds 0 1 2 3 4 --out $(H100)/study
 	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --teacher-model $(H100)/teacher/model.pt \
 	  --seeds 0 1 2 --out $(H100)/study
 	test -f $(H100)/mixed.h5 || $(JOB) kd_dist.cache write --teacher $(H100)/teacher/model.pt --views 200 --mixed-views 0.5 -o $(H100)/mixed.h5
 	$(JOB) kd_dist.study --preset h100 --cache $(H100)/teacher/logits.h5 --seeds 0 1 2 --out $(H100)/study \
-	  --arms mixed=cached-V,cache=$(H100)/mixed.h5
+	  --arms mixed=distilled,cache=$(H100)/mixed.h5
 
 # Ratios measured in turns, a quarter of an hour on two idle cores or minutes on a GPU. On real pictures where KD_DIST_DATA names a
 # folder of them or KD_DIST_IMAGEWOOF an archive. BENCH="--rows 1 3" for some rows; benchmarks/setup_peers.sh adds FFCV and torchdistill.

@@ -316,7 +316,9 @@ class StudySettings(DistillSettings):
     """A study: students that differ in what they learn from, and in nothing else, each with several seeds."""
 
     kind: ClassVar[str] = "study"
-    may_change: ClassVar[frozenset[str]] = DistillSettings.may_change | {"arms", "seeds", "teacher_model"}
+    may_change: ClassVar[frozenset[str]] = DistillSettings.may_change | {
+        *("arms", "grid", "seeds", "teacher_model", "side_by_side")
+    }
     not_typed: ClassVar[frozenset[str]] = frozenset({"seed", "crops"})
 
     out: str = flag(RUN, "runs/study", "folder of the study; runs that it holds are not run again", "DIR")
@@ -327,9 +329,23 @@ class StudySettings(DistillSettings):
         "given]",
         "ARM",
     )
+    grid: tuple[str, ...] | None = flag(
+        RUN,
+        None,
+        "an arm for each combination of settings, such as alpha=0,0.5,0.9 temperature=2,4; --arms names what is varied "
+        "[distilled]",
+        "SETTING=VALUES",
+    )
     seeds: tuple[int, ...] = flag(RUN, (0, 1, 2), "a student of every arm for each", "SEED")
     primary: tuple[str, ...] = flag(
-        RUN, ("cached-V", "hard-fresh"), "the one difference that the study is for, named before its runs", "ARM"
+        RUN, ("distilled", "baseline"), "the one difference that the study is for, named before its runs", "ARM"
+    )
+    side_by_side: str = flag(
+        RUN,
+        "auto",
+        "on several ranks: yes trains one student a rank, no one student on all ranks; auto is yes on GPUs while at "
+        "least as many runs are left as GPUs",
+        "auto|yes|no",
     )
     teacher_model: str | None = flag(DATA, None, "the teacher's model.pt, for the arm online alone", "FILE")
 
@@ -338,6 +354,7 @@ class StudySettings(DistillSettings):
         _require(self.alpha > 0, "alpha", self.alpha, "must be above 0: the arms without soft labels are there already")
         two_arms = len(self.primary) == len({*self.primary}) == 2
         _require(two_arms, "primary", " ".join(self.primary), "must be two different arms")
+        _one_of("side_by_side", self.side_by_side, ("auto", "yes", "no"))
         for seed in self.seeds:
             check_seed(seed)
 

@@ -192,7 +192,13 @@ def plan_study(options: argparse.Namespace, own: list[str], resources: Resources
     arms, folder, plans = chosen_arms(asked), StudyFolder(Path(asked.out)), []
     with_variants(folder, folder.document(), arms)
     for arm, seed in product(arms, dict.fromkeys(options.seeds)):
-        plan = _plan(f"{arm.name}_seed-{seed}", "study", {**base, "arms": [arm.word], "seeds": [seed]}, resources, site)
+        plan = _plan(
+            f"{arm.name}_seed-{seed}",
+            "study",
+            {**base, "arms": [arm.name if arm.base is None else f"{arm.name}={arm.definition}"], "seeds": [seed]},
+            resources,
+            site,
+        )
         require_cache(plan)  # the study's; below, the arm's
         plans.append(replace(plan, settings=run_settings(plan.settings, arm, seed)))
     for plan in plans:

@@ -4,7 +4,7 @@ python -m launch.submit teacher  --nodes 2 --gpus-per-node 4 --partition gpu --t
 python -m launch.submit distill  --nodes 1 --gpus-per-node 4
 python -m launch.submit pipeline --nodes 1 --gpus-per-node 4     # teacher, then distill if the teacher succeeds
 python -m launch.submit sweep    --alpha 0 0.5 0.9 --temperature 2 4 --seed 0 1 2
-python -m launch.submit study    --arms hard-fresh cached-V --seeds 0 1 2
+python -m launch.submit study    --arms baseline distilled --seeds 0 1 2
 """
 
 import argparse

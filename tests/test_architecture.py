@@ -15,7 +15,20 @@ PACKAGE = ROOT / "kd_dist"
 MOST_LINES = 50
 
 LEAVES = {
-    *("errors", "files", "fetch", "generated", "dataset", "folds", "pixels", "resident", "views", "models", "losses"),
+    *(
+        "errors",
+        "files",
+        "tables",
+        "fetch",
+        "generated",
+        "dataset",
+        "folds",
+        "pixels",
+        "resident",
+        "views",
+        "models",
+        "losses",
+    ),
     *("cache", "checkpoint", "monitor", "runtime", "batches", "inference"),
 }
 """They take plain arguments: no settings, no engine, no job. Everything else puts them together."""

@@ -138,34 +138,32 @@ def test_a_sweep_is_an_array_in_which_alpha_0_has_no_temperature(here, capsys):
 def test_a_study_is_an_array_of_arms_and_seeds_in_one_folder(here, capsys):
     (here / "logits.h5").touch()
     own = "--cache logits.h5 --cutmix 0.5 --epochs 9"
-    text = said(
-        capsys, f"study --arms hard-fresh cached-V --seeds 4 7 --at-once 2 --dry-run --gpus-per-node 0 -- {own}"
-    )
+    text = said(capsys, f"study --arms baseline distilled --seeds 4 7 --at-once 2 --dry-run --gpus-per-node 0 -- {own}")
     cells = [line.split(": python -m kd_dist.study ") for line in text.splitlines() if "python -m kd_dist" in line]
     assert [cell[0][2:] for cell in cells] == [
-        *("hard-fresh_seed-4", "hard-fresh_seed-7", "cached-V_seed-4", "cached-V_seed-7"),
+        *("baseline_seed-4", "baseline_seed-7", "distilled_seed-4", "distilled_seed-7"),
     ]
     assert cells[3][1] == (
-        f"--arms cached-V --cache {here}/logits.h5 --cutmix 0.5 --epochs 9 --out {here}/runs/study --preset cpu-64px "
+        f"--arms distilled --cache {here}/logits.h5 --cutmix 0.5 --epochs 9 --out {here}/runs/study --preset cpu-64px "
         "--seeds 7"
     )
     assert "#SBATCH --array=0-3%2" in text and text.count("#!/bin/bash") == 1
-    assert text.count(f"#   out = {here}/runs/study/cached-V/seed-7\n") == 1  # where its state is looked for
+    assert text.count(f"#   out = {here}/runs/study/distilled/seed-7\n") == 1  # where its state is looked for
     assert text.count("#   cutmix = 0.5\n") == text.count("#   crops = fresh\n") == 2
 
 
 def test_a_variant_goes_to_its_jobs_as_it_was_made(here, capsys):
     (here / "logits.h5").touch()
     (here / "both.h5").touch()
-    words = "study --arms ensemble=cached-V,cache=both.h5,alpha=0.5 --seeds 4 --dry-run --gpus-per-node 0 -- --cache"
+    words = "study --arms ensemble=distilled,cache=both.h5,alpha=0.5 --seeds 4 --dry-run --gpus-per-node 0 -- --cache"
     text = said(capsys, f"{words} logits.h5")
-    assert f"--arms ensemble=cached-V,cache={here}/both.h5,alpha=0.5 --cache {here}/logits.h5" in text
+    assert f"--arms ensemble=distilled,cache={here}/both.h5,alpha=0.5 --cache {here}/logits.h5" in text
     assert f"#   cache = {here}/both.h5\n" in text and f"#   out = {here}/runs/study/ensemble/seed-4\n" in text
     study = StudyFolder(here / "runs/study")
     study.path.mkdir(parents=True)
-    study.study.write_text(json.dumps({"variants": {"ensemble": "cached-V,alpha=0.5"}}))
+    study.study.write_text(json.dumps({"variants": {"ensemble": "distilled,alpha=0.5"}}))
     sentence = refused(capsys, f"{words} logits.h5")
-    assert f"was cached-V,alpha=0.5, now cached-V,cache={here}/both.h5,alpha=0.5; give the new one" in sentence
+    assert f"was distilled,alpha=0.5, now distilled,cache={here}/both.h5,alpha=0.5; give the new one" in sentence
     study.study.unlink()
     assert f"there is no cache {here}/none.h5" in refused(capsys, f"{words} none.h5")
     (here / "both.h5").unlink()
@@ -175,9 +173,9 @@ def test_a_variant_goes_to_its_jobs_as_it_was_made(here, capsys):
 def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
     (here / "logits.h5").touch()
     asked = resolve(StudySettings, {"out": str(here / "runs/study"), "cache": str(here / "logits.h5")}, False)
-    settings = run_settings(asked, ARMS["hard-cached"], 0)
-    make_run(here / "runs/study/hard-cached/seed-0", settings, "finished")
-    words = "study --arms hard-cached --seeds 0 --gpus-per-node 0 -- --cache logits.h5"
+    settings = run_settings(asked, ARMS["baseline-cached"], 0)
+    make_run(here / "runs/study/baseline-cached/seed-0", settings, "finished")
+    words = "study --arms baseline-cached --seeds 0 --gpus-per-node 0 -- --cache logits.h5"
     assert "finished already in" in said(capsys, words)
     assert "--lr was 0.05, now 0.1" in refused(capsys, f"{words} --lr 0.1")
 
@@ -186,9 +184,9 @@ def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
     ("words", "sentence"),
     [
         ("study -- --seeds 1", "--seeds belongs before the --"),
-        ("study --arms cashed-1", "arm cashed-1 is not known; choose from hard-fresh, hard-cached"),
+        ("study --arms cashed-1", "arm cashed-1 is not known; choose from baseline, baseline-cached"),
         ("study --arms online", "arm online needs the teacher"),
-        ("study --arms cached-1", "there is no cache HERE/runs/teacher/logits.h5"),
+        ("study --arms one-view", "there is no cache HERE/runs/teacher/logits.h5"),
         ("teacher", "no Slurm (srun) on this machine, so nothing was submitted; add --cluster local"),
         ("distill", "there is no cache HERE/runs/teacher/logits.h5"),
         ("teacher --time soon", "--time soon is no time; write 2h"),

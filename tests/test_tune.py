@@ -95,7 +95,7 @@ def test_the_score_says_what_it_is_of(made, kind):
     assert saved["tune_top1"] == row["tune_top1"] == kept.attrs["top1"]
     assert "val_top1" not in saved and not [name for name in row if name.startswith("val_")]
     shown = report([folder.path])
-    assert f"{100 * row['tune_top1']:.1f} %" in shown and "on part 1 of 4 of train (--tune), not on val" in shown
+    assert f"{100 * row['tune_top1']:.1f} %" in shown and "are on part 1 of 4 of train (--tune), not on val" in shown
 
 
 def test_agreement_is_with_the_caches_rows_of_the_part(made):
@@ -106,8 +106,8 @@ def test_agreement_is_with_the_caches_rows_of_the_part(made):
     assert read_metrics(RunFolder(made / "student"))[-1]["tune_agreement"] == agreement
 
 
-def test_rows_that_an_arm_makes_are_made_of_the_members_alone(made):
-    """class-mean, say, must not take in rows of the part that is scored on."""
+def test_soft_labels_that_an_arm_makes_are_made_of_the_members_alone(made):
+    """class-mean, say, must not use logits of the part that is scored on."""
     data = job.Data(scan(made / "data"), {})
     settings = config.resolve(DistillSettings, {"folds": 4, "fold": 1, "tune": True}, has_gpu=False)
     logits_NVK = np.ones((48, 2, 4), np.float16)
