@@ -16,7 +16,7 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,study,bench]'
 	touch $@
 
-# Teacher -> cache -> hard-label twin and distilled student, on a generated set. Run it again to resume; clean-demo starts over.
+# Teacher -> cache -> hard-label baseline and distilled student, on a generated set. Run it again to resume; clean-demo starts over.
 demo: setup
 	$(JOB) kd_dist.teacher --preset demo --data data --out $(DEMO)/teacher
 	$(JOB) kd_dist.distill --preset demo --data data --cache $(DEMO)/teacher/logits.h5 --alpha 0 --out $(DEMO)/hard
@@ -29,8 +29,8 @@ clean-demo:
 # The README's first table: real Imagewoof on a CPU box, four hours; resumes. KD_DIST_DATA names the image folder.
 # A CPU with AVX512-BF16 computes in bfloat16, twice as fast; others would be ten times slower in it.
 WOOF := runs/imagewoof-cpu
-WOOF_ARMS := hard-fresh hard-cached smooth class-mean shuffled-within shuffled-view shuffled-all cached-1 cached-V online origin \
-  hard-wd=hard-fresh,weight-decay=0.002 V-alpha1=cached-V,alpha=1
+WOOF_ARMS := baseline baseline-cached smooth class-mean shuffled-within shuffled-view shuffled-all one-view distilled online no-gradient \
+  baseline-wd=baseline,weight-decay=0.002 distilled-alpha1=distilled,alpha=1
 WOOF_PRECISION := $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
 imagewoof-cpu: setup
 	$(JOB) kd_dist.teacher --preset cpu-64px --precision $(WOOF_PRECISION) --out $(WOOF)/teacher

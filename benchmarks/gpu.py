@@ -81,14 +81,14 @@ def steps_of(out: Path, gpus: int) -> list[Step]:
         Step(
             "mixed-arm",
             trained(
-                *("kd_dist.study", *cache, "--arms", f"mixed=cached-V,cache={mixed}"),
+                *("kd_dist.study", *cache, "--arms", f"mixed=distilled,cache={mixed}"),
                 *("--seeds", *"012", "--out", str(study)),
             ),
         ),
     ]
 
 
-PRIMARY = ("cached-V", "hard-fresh")
+PRIMARY = ("distilled", "baseline")
 
 
 def main() -> None:

@@ -296,18 +296,18 @@ def _make_and_lock(folder: RunFolder) -> None:
         raise UserError(f"--out {folder.path} is in use by another process; wait for it or choose another --out.")
 
 
-def in_use(folder: RunFolder) -> bool:
-    """Whether another process has claimed the folder, and does not leave it soon. Not for one that this process has
-    claimed: to look would free it.
+def acquire(folder: RunFolder) -> bool:
+    """Lock a run's folder, made where it is missing, for this process until it ends; False where another process has
+    it. For a process that takes any run that is free: one that must have this run uses `claim`, which waits a while.
     """
     try:
-        descriptor = os.open(folder.lock, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        return not _locked_in_time(descriptor)
-    finally:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder.path} cannot be written ({error.strerror or error}).") from error
+    if not (ours := _locked(descriptor)):
         os.close(descriptor)
+    return ours
 
 
 def _locked_in_time(descriptor: int) -> bool:

@@ -99,7 +99,11 @@ def read_json(path: Path, mend: str) -> dict[str, Any] | None:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Publish a small document. Raises UserError where it cannot be written."""
-    data = (json.dumps(document, indent=2) + "\n").encode()
+    write_bytes(path, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Publish a small file. Raises UserError where it cannot be written."""
     with writing(path):
         write_atomically(path, lambda file: file.write(data))
 

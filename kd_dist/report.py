@@ -1,29 +1,29 @@
-"""Runs side by side: `python -m kd_dist.report RUN [RUN ...]` prints a table of teachers and students, finished or not.
+"""A table of single runs: `python -m kd_dist.report runs/*` shows teachers and students, finished or not.
 
 Top-1 and images/s come from each run's metrics. Agreement is the share of val images on which a student's class is the
 cached teacher's, from the logits that the student saved and view 0 of the cache: comparing needs no network and no GPU.
 """
 
 import argparse
-import json
 import os
 import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kd_dist import tables
 from kd_dist.cache import Cache, open_cache
 from kd_dist.checkpoint import RunFolder, read_metrics, read_settings, read_state, read_val_logits
-from kd_dist.config import DistillConfig
 from kd_dist.errors import UserError, exit_code_of
+from kd_dist.study.folder import StudyFolder
 
 COLUMNS = ("run", "kind", "alpha", "temperature", "epochs", "top-1", "agreement", "images/s", "status")
 _ABSENT = "-"
@@ -31,7 +31,7 @@ _ABSENT = "-"
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says of it, and the name to show it under. Raises UserError where it is no run's folder."""
+    """The files of a run's folder, and the name to show it under. Reading raises UserError where they are damaged."""
 
     folder: RunFolder
     name: str
@@ -48,55 +48,109 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.folder)
 
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What state.json says; empty where the run has not started."""
+        return read_state(self.folder) or {}
+
     @property
     def cache(self) -> Path | None:
-        """The cache this run wrote or was told to read."""
+        """The cache that this run wrote or reads."""
         named = self.settings.get("cache")
         return Path(named) if named else self.folder.cache if self.kind == "teacher" else None
 
     @property
-    def head(self) -> str:
-        """What the names of its scores begin with: "tune" where it is scored on a part of train, else "val"."""
+    def prefix(self) -> str:
+        """The start of its metrics' names: "tune" where it is scored on a part of train, else "val"."""
         return "tune" if self.settings.get("tune") else "val"
 
     def row(self, agreement: float | None) -> tuple[str, ...]:
         """The run's cells, one for each of COLUMNS."""
-        last = self.metrics[-1] if self.metrics else {}  # a row an epoch
-        rates = [row["images_per_s"] for row in self.metrics if row.get("images_per_s")]
+        last = self.metrics[-1] if self.metrics else {}  # one line an epoch
+        rates = [line["images_per_s"] for line in self.metrics if line.get("images_per_s")]
         return (
             self.name,
             self.kind,
             _text(self.settings.get("alpha")),
             _text(self.settings.get("temperature")),
             f"{len(self.metrics)}/{_text(self.settings.get('epochs'))}",
-            _percent(last.get(f"{self.head}_top1")),
-            _percent(last.get(f"{self.head}_agreement") if agreement is None else agreement),
+            _percent(last.get(f"{self.prefix}_top1")),
+            _percent(last.get(f"{self.prefix}_agreement") if agreement is None else agreement),
             f"{statistics.median(rates):.0f}" if rates else _ABSENT,
-            _status(read_state(self.folder)),
+            _status(self.state),
         )
 
 
-class Caches:
-    """Opens the cache each run is compared with, each file once. `named` (--cache) replaces what the runs recorded."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m kd_dist.report`; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what the terminal cannot show
+    return exit_code_of(
+        "kd_dist.report",
+        lambda: tables.show(report(options.runs, options.cache, options.markdown, tables.terminal_width())),
+    )
 
-    def __init__(self, runs: Sequence[Run], named: Path | None) -> None:
-        self.named = named
-        # A student on hard labels alone has no cache of its own: it is compared with the one of the runs beside it.
-        self.beside = [run.cache for run in runs if run.cache is not None]
-        self._opened: dict[Path, Cache] = {}
 
-    def of(self, run: Run) -> Cache | None:
-        """None where there is none to be found; UserError where there is one that cannot be used."""
-        if self.named is not None:
-            return self._open(self.named)
-        found = (path for path in [run.cache, *self.beside] if path is not None and path.exists())
-        path = next(found, None)
-        return self._open(path) if path is not None else None
+def report(
+    entries: Sequence[Path], cache: Path | None = None, as_markdown: bool = False, width: int | None = None
+) -> str:
+    """The table of the runs in these entries, notes on them, and the command that shows their curves.
 
-    def _open(self, path: Path) -> Cache:
-        if path not in self._opened:
-            self._opened[path] = open_cache(path)
-        return self._opened[path]
+    An entry is a run's folder or a study's; others are passed over. `cache` replaces the caches that the runs name.
+    Raises UserError where no entry holds a run.
+    """
+    runs, notes = find_runs(entries)
+    parent = Path(os.path.commonpath([entry.resolve().parent for entry in entries]))
+    runs = [Run(run.folder, str(run.folder.path.resolve().relative_to(parent))) for run in runs]
+    rows, remarks = _rows(runs, cache)
+    table = tables.markdown(rows) if as_markdown else tables.plain(rows, width)
+    curves = f"{_tensorboard()} --logdir {shlex.quote(_shown(parent))}"
+    return "\n\n".join([table, *notes, *remarks, f"`{curves}`" if as_markdown else f"curves: {curves}"])
+
+
+def find_runs(entries: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs that these entries are, or hold as studies, and a note on the entries that are passed over."""
+    runs, passed = [], {}
+    for entry in entries:
+        inside = [run for seeds in StudyFolder(entry).runs().values() for run in seeds.values()]
+        for folder in inside or [RunFolder(entry)]:
+            run = Run(folder, folder.path.name)
+            try:
+                _ = run.settings, run.metrics, run.state
+                runs.append(run)
+            except UserError as error:
+                passed[folder] = error
+    if not runs and len(passed) == 1:
+        raise next(iter(passed.values()))
+    shown = ", ".join(f"{folder.path} ({'damaged' if folder.settings.exists() else 'not a run'})" for folder in passed)
+    if not runs:
+        raise UserError(f"no runs in {shown}; name a run's or a study's folder.")
+    return runs, [f"passed over: {shown}"] * bool(passed)
+
+
+def _rows(runs: Sequence[Run], named: Path | None) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The rows, headed by COLUMNS, and remarks on runs of which something is missing."""
+    rows, remarks = [COLUMNS], []
+    opened = lru_cache(open_cache)
+    # A student on hard labels alone names no cache: it is compared with the first one that another run names.
+    beside = [run.cache for run in runs if run.cache is not None]
+    for run in runs:
+        agreement = None
+        if run.prefix == "tune":
+            part = f"fold {run.settings['fold']} of {run.settings['folds']} of train"
+            remarks.append(f"{run.name}: top-1 and agreement are on {part} (--tune), not on val")
+        elif run.kind == "student" and run.folder.val_logits.exists():
+            caches = [named] if named else [path for path in (run.cache, *beside) if path and path.exists()]
+            try:
+                agreement = agreement_of(run, opened(caches[0])) if caches else None
+            except UserError as error:
+                if named is not None:
+                    raise
+                remarks.append(f"{run.name}: {error}")
+        rows.append(run.row(agreement))
+        if run.state.get("message"):
+            remarks.append(f"{run.name}: {run.state['message']}")
+    return rows, remarks
 
 
 def agreement_of(run: Run, cache: Cache) -> float:
@@ -111,93 +165,11 @@ def agreement_of(run: Run, cache: Cache) -> float:
     return float(np.mean(val.logits_NK.argmax(axis=1) == teacher_NK.argmax(axis=1)))
 
 
-def table_of(runs: Sequence[Run], caches: Caches) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The rows, headed by COLUMNS, and a note on each run of which something could not be told."""
-    rows, notes = [COLUMNS], []
-    for run in runs:
-        agreement = None
-        if run.head == "tune":
-            part = f"fold {run.settings['fold']} of {run.settings['folds']} of train"
-            notes.append(f"{run.name}: top-1 and agreement are those on {part} (--tune), not on val")
-        elif run.kind == "student" and run.folder.val_logits.exists():
-            try:
-                cache = caches.of(run)
-                agreement = agreement_of(run, cache) if cache else None
-            except UserError as error:
-                if caches.named is not None:
-                    raise
-                notes.append(f"{run.name}: {error}")
-        rows.append(run.row(agreement))
-        message = (read_state(run.folder) or {}).get("message")
-        if message:
-            notes.append(f"{run.name}: {message}")
-    return rows, notes
-
-
-def seed_means(runs: Sequence[Run], rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """One more row for each group of finished students that differ in nothing but the seed: mean and standard
-    deviation.
-    """
-    groups: dict[str, list[tuple[Run, tuple[str, ...]]]] = {}
-    for run, row in zip(runs, rows, strict=True):
-        if run.kind == "student" and row[-1] == "finished":
-            settings = DistillConfig.completed(run.settings)  # runs of older versions lack some
-            same = {name: value for name, value in settings.items() if name not in {"seed", *DistillConfig.may_change}}
-            groups.setdefault(json.dumps(same, sort_keys=True), []).append((run, row))
-    return [_mean_row(group) for group in groups.values() if len({run.settings.get("seed") for run, _ in group}) > 1]
-
-
-def _mean_row(group: Sequence[tuple[Run, tuple[str, ...]]]) -> tuple[str, ...]:
-    cells = dict(zip(COLUMNS, zip(*(row for _, row in group), strict=True), strict=True))
-    same = {name: cells[name][0] for name in ("kind", "alpha", "temperature", "epochs")}
-    spread = {name: _mean_and_deviation(cells[name]) for name in ("top-1", "agreement")}
-    return tuple(
-        {"run": f"{len(group)} seeds: {cells['run'][0]} ...", **same, **spread}.get(name, "") for name in COLUMNS
-    )
-
-
-def _mean_and_deviation(cells: Sequence[str]) -> str:
-    if _ABSENT in cells:
-        return _ABSENT
-    values = [float(cell.removesuffix(" %")) for cell in cells]
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %"
-
-
-def plain(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a Markdown table."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m kd_dist.report`; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what the terminal cannot show
-    return exit_code_of("kd_dist.report", lambda: print(report(options.runs, options.cache, options.markdown)))
-
-
-def report(folders: Sequence[Path], cache: Path | None = None, as_markdown: bool = False) -> str:
-    """The table of the runs in these folders, what is to be said of them, and the command that shows their curves."""
-    parent = Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
-    runs = [Run(RunFolder(folder), str(folder.resolve().relative_to(parent))) for folder in folders]
-    rows, notes = table_of(runs, Caches(runs, cache))
-    rows += seed_means(runs, rows[1:])
-    curves = f"{_tensorboard()} --logdir {shlex.quote(_shown(parent))}"
-    return "\n\n".join(
-        [markdown(rows) if as_markdown else plain(rows), *notes, f"`{curves}`" if as_markdown else f"curves: {curves}"]
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m kd_dist.report", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as runs/student")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of a study; other entries are passed over"
+    )
     parser.add_argument("--cache", type=Path, metavar="FILE", help="compare all students with this file of soft labels")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     return parser
@@ -211,13 +183,11 @@ def _percent(share: float | None) -> str:
     return _ABSENT if share is None else f"{100 * share:.1f} %"
 
 
-def _status(state: dict[str, Any] | None) -> str:
-    if state is None:
-        return "not started"
-    if state["status"] != "running":
-        return state["status"]
+def _status(state: Mapping[str, Any]) -> str:
+    if state.get("status") != "running":
+        return state.get("status", "not started")
     silent = datetime.now(UTC) - datetime.fromisoformat(state["time"])
-    return f"running, last heard of {silent.total_seconds() / 60:.0f} min ago"
+    return f"running, last sign of life {silent.total_seconds() / 60:.0f} min ago"
 
 
 def _tensorboard() -> str:

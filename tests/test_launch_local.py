@@ -60,9 +60,9 @@ def test_debug_runs_in_this_process(launch, tmp_path):
 def test_two_workers_share_a_study(launch, tmp_path):
     launch("submit", "teacher", "--cluster=debug", "--gpus-per-node=0", "--", *SIZES, "--views=3")
     own = ("--", *SIZES, "--cache=runs/teacher/logits.h5")
-    launch("submit", "study", "--cluster=local", "--arms", "cached-V", "--seeds", "0", "1", "--array=2", *own)
+    launch("submit", "study", "--cluster=local", "--arms", "distilled", "--seeds", "0", "1", "--array=2", *own)
     launch("status", "--follow", "--every=0.5")
-    assert all((tmp_path / f"runs/study/cached-V/seed-{seed}/model.pt").exists() for seed in (0, 1))
+    assert all((tmp_path / f"runs/study/distilled/seed-{seed}/model.pt").exists() for seed in (0, 1))
     assert (tmp_path / "runs/study/table.md").exists()
     jobs = [Job.read(folder) for folder in job_folders(tmp_path / "runs")]
     assert len(jobs) == 2 and {job.environment["CUDA_VISIBLE_DEVICES"] for job in jobs} == {""}

@@ -126,11 +126,11 @@ def test_a_pipelines_options_go_to_the_jobs_that_know_them(here, capsys):
 def test_a_study_is_an_array_of_workers_with_the_same_command(here, capsys):
     (here / "logits.h5").touch()
     own = "--cache logits.h5 --cutmix 0.5 --epochs 9"
-    words = "study --arms hard-fresh cached-V --seeds 4 7 --array 3 --dry-run --gpus-per-node 0"
+    words = "study --arms baseline distilled --seeds 4 7 --array 3 --dry-run --gpus-per-node 0"
     text = said(capsys, f"{words} -- {own}")
     (command,) = [line for line in text.splitlines() if "python -m kd_dist" in line]
     assert command == (
-        f"# study: python -m kd_dist.study --arms hard-fresh cached-V --cache {here}/logits.h5 --cutmix 0.5 "
+        f"# study: python -m kd_dist.study --arms baseline distilled --cache {here}/logits.h5 --cutmix 0.5 "
         f"--device cpu --epochs 9 --out {here}/runs/study --preset cpu-64px --seeds 4 7"
     )
     assert "#SBATCH --array=0-2%3" in text and text.count("#!/bin/bash") == 1
@@ -139,13 +139,13 @@ def test_a_study_is_an_array_of_workers_with_the_same_command(here, capsys):
 def test_an_arm_whose_cache_is_missing_or_whose_name_was_another_arm_is_refused(here, capsys):
     (here / "logits.h5").touch()
     (here / "both.h5").touch()
-    words = "study --arms ensemble=cached-V,cache=both.h5,alpha=0.5 --seeds 4 --dry-run --gpus-per-node 0 -- --cache"
-    assert "--arms ensemble=cached-V,cache=both.h5,alpha=0.5 " in said(capsys, f"{words} logits.h5")
+    words = "study --arms ensemble=distilled,cache=both.h5,alpha=0.5 --seeds 4 --dry-run --gpus-per-node 0 -- --cache"
+    assert "--arms ensemble=distilled,cache=both.h5,alpha=0.5 " in said(capsys, f"{words} logits.h5")
     study = StudyFolder(here / "runs/study")
     study.path.mkdir(parents=True)
-    study.study.write_text(json.dumps({"variants": {"ensemble": "cached-V,alpha=0.5"}}))
+    study.study.write_text(json.dumps({"variants": {"ensemble": "distilled,alpha=0.5"}}))
     sentence = refused(capsys, f"{words} logits.h5")
-    assert f"was cached-V,alpha=0.5, now cached-V,cache={here}/both.h5,alpha=0.5; give the new one" in sentence
+    assert f"was distilled,alpha=0.5, now distilled,cache={here}/both.h5,alpha=0.5; give the new one" in sentence
     study.study.unlink()
     assert f"there is no cache {here}/none.h5" in refused(capsys, f"{words} none.h5")
     (here / "both.h5").unlink()
@@ -155,9 +155,9 @@ def test_an_arm_whose_cache_is_missing_or_whose_name_was_another_arm_is_refused(
 def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
     (here / "logits.h5").touch()
     asked = resolve(StudyConfig, {"out": str(here / "runs/study"), "cache": str(here / "logits.h5")}, False)
-    settings = run_settings(asked, ARMS["hard-cached"], 0)
-    make_run(here / "runs/study/hard-cached/seed-0", settings, "finished").model.touch()
-    words = "study --arms hard-cached --seeds 0 --gpus-per-node 0 -- --cache logits.h5"
+    settings = run_settings(asked, ARMS["baseline-cached"], 0)
+    make_run(here / "runs/study/baseline-cached/seed-0", settings, "finished").model.touch()
+    words = "study --arms baseline-cached --seeds 0 --gpus-per-node 0 -- --cache logits.h5"
     assert "finished already in" in said(capsys, words)
     assert "--lr was 0.05, now 0.1" in refused(capsys, f"{words} --lr 0.1")
 
@@ -166,9 +166,9 @@ def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
     ("words", "sentence"),
     [
         ("study --array 0", "--array 0 must be at least 1"),
-        ("study --arms cashed-1", "arm cashed-1 is not known; choose from hard-fresh, hard-cached"),
+        ("study --arms cashed-1", "arm cashed-1 is not known; choose from baseline, baseline-cached"),
         ("study --arms online", "arm online needs the teacher"),
-        ("study --arms cached-1", "there is no cache HERE/runs/teacher/logits.h5"),
+        ("study --arms one-view", "there is no cache HERE/runs/teacher/logits.h5"),
         ("teacher", "no Slurm (srun) on this machine, so nothing was submitted; add --cluster local"),
         ("distill", "there is no cache HERE/runs/teacher/logits.h5"),
         ("teacher --time soon", "Invalid --time soon; write 2h"),

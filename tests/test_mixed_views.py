@@ -302,9 +302,9 @@ def test_plain_epochs_reach_the_batches(root, monkeypatch, tmp_path):
 
 
 def test_controls_whose_labels_know_one_image_are_refused(cache):
-    for name in ("cached-V", "hard-cached"):
+    for name in ("distilled", "baseline-cached"):
         require_views(ARMS[name], cache, None)
-    with pytest.raises(UserError, match="has mixed views, and arm class-mean makes soft labels for pictures of one"):
+    with pytest.raises(UserError, match="has mixed views, and arm class-mean makes soft labels for views of one"):
         require_views(ARMS["class-mean"], cache, None)
 
 

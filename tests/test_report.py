@@ -1,7 +1,10 @@
 """The table of runs: the numbers are those of the files, and what cannot be told is said."""
 
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,8 +47,7 @@ def write_cache(path, teacher_classes_N, content=1):
         std=(0.5, 0.5, 0.5),
         renderer="r",
         compute_dtype="float32",
-        view_rule="s",
-        crop_scale=(0.35, 1.0),
+        view_sampler="s",
         seed=0,
         created="2025-01-01T00:00:00+00:00",
         software="test",
@@ -79,7 +81,7 @@ def save_classes(folder, classes_N, fingerprint):
 
 @pytest.fixture
 def runs(tmp_path):
-    """A teacher with its cache, a distilled student that agrees on 6 of 8 images and its hard-label twin on 4."""
+    """A teacher with its cache, a distilled student that agrees on 6 of 8 images and a hard-label baseline on 4."""
     folder = tmp_path / "runs"
     teacher = begin(folder / "teacher", "teacher", epochs=3)
     fingerprint = write_cache(teacher.cache, LABELS_N)
@@ -119,26 +121,6 @@ def test_a_table_of_teacher_and_students(runs, capsys):
     assert rows["hard"]["alpha"] == "0" and rows["hard"]["agreement"] == "50.0 %" and rows["hard"]["top-1"] == "37.5 %"
     assert rows["distilled"]["alpha"] == "0.9" and rows["distilled"]["temperature"] == "4"
     assert rows["distilled"]["agreement"] == "75.0 %"
-
-
-def test_runs_that_differ_in_the_seed_alone_get_mean_and_deviation(runs):
-    for seed, top1 in enumerate((0.60, 0.64, 0.62)):
-        finish(begin(runs / f"seed-{seed}", "student", alpha=0.5, temperature=2.0, seed=seed, out=f"s{seed}"), top1)
-    finish(begin(runs / "other", "student", alpha=0.6, temperature=2.0, seed=3), 0.9)
-    begin(runs / "unfinished", "student", alpha=0.5, temperature=2.0, seed=4)
-    names = ["other", "seed-0", "seed-1", "seed-2", "unfinished"]
-    rows = rows_of(report([runs / name for name in names]))
-    assert list(rows) == [*names, "3 seeds: seed-0 ..."]
-    assert rows["3 seeds: seed-0 ..."]["top-1"] == "62.0 ± 2.0 %" and rows["3 seeds: seed-0 ..."]["agreement"] == "-"
-
-
-def test_a_run_of_an_older_version_is_of_the_same_group(runs):
-    """It lacks a setting that came later; the newer one has the default."""
-    finish(begin(runs / "old", "student", alpha=0.5, temperature=2.0, seed=0), 0.60)
-    finish(begin(runs / "new", "student", alpha=0.5, temperature=2.0, seed=1, label_fraction=1.0), 0.64)
-    finish(begin(runs / "few", "student", alpha=0.5, temperature=2.0, seed=2, label_fraction=0.1), 0.10)
-    rows = rows_of(report([runs / name for name in ("old", "new", "few")]))
-    assert rows["2 seeds: old ..."]["top-1"] == "62.0 ± 2.8 %"
 
 
 def test_the_last_line_opens_tensorboard_on_all_runs(runs, capsys, monkeypatch):
@@ -206,12 +188,61 @@ def test_a_living_and_a_failed_run(runs, monkeypatch):
     text = report([runs / "hard", runs / "distilled"])
     assert rows_of(text)["hard"]["status"] == "failed"
     assert "hard: the loss was not finite at step 7" in text
-    assert rows_of(text)["distilled"]["status"] == "running, last heard of 30 min ago"
+    assert rows_of(text)["distilled"]["status"] == "running, last sign of life 30 min ago"
+
+
+def study_of(folder):
+    """A study's folder with one run of two arms each."""
+    for arm in ("baseline", "distilled"):
+        finish(begin(folder / arm / "seed-0", "student", alpha=0.5, temperature=2.0), 0.5)
+    (folder / "study.json").write_text("{}")
+    return folder
+
+
+def test_other_entries_are_passed_over_and_studies_entered(runs, capsys):
+    """As `python -m kd_dist.report runs/*` names them."""
+    study_of(runs / "study")
+    (runs / "jobs" / "0001").mkdir(parents=True)
+    (runs / "mixed.h5").write_bytes(b"x")
+    begin(runs / "broken", "student").settings.write_text("{")
+    begin(runs / "cut", "student").state.write_text("{")
+    assert main([str(path) for path in sorted(runs.iterdir())]) == 0
+    said = capsys.readouterr().out
+    assert list(rows_of(said)) == ["distilled", "hard", "study/baseline/seed-0", "study/distilled/seed-0", "teacher"]
+    assert f"passed over: {runs}/broken (damaged), {runs}/cut (damaged), {runs}/jobs (not a run), " in said
+    assert f"{runs}/mixed.h5 (not a run)\n" in said
+
+
+def test_a_terminals_table_is_wrapped_and_a_pipes_is_whole(runs, monkeypatch, capsys):
+    long = runs / ("student-" * 12)
+    finish(begin(long, "student", alpha=0.5, temperature=2.0), 0.5)
+    monkeypatch.setenv("COLUMNS", "90")
+    assert main([str(long)]) == 0
+    assert long.name in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert main([str(long)]) == 0
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert len(table) > 2 and max(map(len, table)) <= 90
+    assert "".join(line.split()[0] for line in table[1:] if line.startswith("student-")) == long.name
+
+
+@pytest.mark.parametrize(("command", "code"), [("> /dev/full", 2), ("| true", 0)])
+def test_an_output_that_cannot_be_written(runs, command, code):
+    line = f"set -o pipefail; {sys.executable} -m kd_dist.report {runs / 'hard'} {command}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    said = "kd_dist.report: standard output cannot be written (No space left on device).\n" if code else ""
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 @pytest.mark.parametrize("name", ["nothing", "file"])
-def test_what_is_no_run_is_one_sentence(tmp_path, capsys, name):
+def test_a_lone_entry_that_is_not_a_run_is_refused_in_one_sentence(tmp_path, capsys, name):
     (tmp_path / "file").write_text("x")
     assert main([str(tmp_path / name)]) == 2
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1 and str(tmp_path / name) in said.err
+
+
+def test_entries_without_a_run_are_refused_together(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert main([str(tmp_path / "nothing"), str(tmp_path / "file")]) == 2
+    assert f"no runs in {tmp_path}/nothing (not a run), {tmp_path}/file (not a run); name" in capsys.readouterr().err

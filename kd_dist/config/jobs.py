@@ -193,9 +193,23 @@ class StudyConfig(JobConfig):
         "ARM",
         may_change=True,
     )
+    grid: tuple[str, ...] | None = flag(
+        None,
+        "Make an arm for each combination of settings, such as alpha=0,0.5,0.9 temperature=2,4; --arms names the arm "
+        "that is varied [distilled].",
+        "SETTING=VALUES",
+        may_change=True,
+    )
+    side_by_side: str = flag(
+        "auto",
+        "On several ranks: yes trains one student on each rank, no trains one student on all ranks, auto means yes on "
+        "GPUs while at least as many runs are left as GPUs.",
+        "auto|yes|no",
+        may_change=True,
+    )
     seeds: tuple[int, ...] = flag((0, 1, 2), "Train a student of every arm with each of these seeds.", "SEED", True)
     primary: tuple[str, ...] = flag(
-        ("cached-V", "hard-fresh"), "The one difference that the study is for, named before its runs.", "ARM"
+        ("distilled", "baseline"), "The one difference that the study is for, named before its runs.", "ARM"
     )
     teacher_model: str | None = flag(
         None, "The teacher's model.pt, which only the arm online needs.", "FILE", may_change=True
@@ -208,6 +222,7 @@ class StudyConfig(JobConfig):
         require(alpha > 0, "alpha", alpha, "must be above 0: the arms without soft labels are there already")
         two_arms = len(self.primary) == len({*self.primary}) == 2
         require(two_arms, "primary", " ".join(self.primary), "must be two different arms")
+        one_of("side_by_side", self.side_by_side, ("auto", "yes", "no"))
         for seed in self.seeds:
             check_seed(seed)
 

@@ -1,34 +1,36 @@
-"""Entry 3: the same student taught in several ways, each with several seeds, to tell what its gain comes from.
+"""Entry 3: the same student taught in several ways, each with several seeds, to find what its gain comes from.
 
 torchrun --nproc_per_node=4 -m kd_dist.study --cache runs/teacher/logits.h5 --seeds 0 1 2
 """
 
+import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from kd_dist import checkpoint, distill, job
+from kd_dist import distill, job, tables
 from kd_dist.cache import Cache, open_cache
-from kd_dist.checkpoint import RunFolder
+from kd_dist.checkpoint import read_state
 from kd_dist.config import StudyConfig
 from kd_dist.errors import UserError
-from kd_dist.files import locked
 from kd_dist.job import Data
-from kd_dist.runtime import Interrupted, Runtime, StopRequest, joined, launched_rank, run_entry
+from kd_dist.runtime import Runtime, StopRequest, joined, launched_rank, run_entry
+from kd_dist.study import runs
 from kd_dist.study.arms import ARMS, Arm
 from kd_dist.study.choice import MAY_VARY, chosen_arms, require_alike_crops, require_views
-from kd_dist.study.folder import MADE_OF, StudyFolder, note, run_settings
-from kd_dist.study.online import OnlineTeacher, open_teacher
+from kd_dist.study.folder import StudyFolder, note, run_settings
+from kd_dist.study.online import open_teacher
 
 DESCRIPTION = """Train the same student in several ways (arms), each with several seeds, under one schedule, and compare
-them. Finished runs are not run again and interrupted ones go on, so the same command, typed again, completes a study;
-typed on two machines that share a disk, it shares the work. Further arms and seeds may be added. --list shows the arms;
-NAME=ARM,setting=value makes another out of one of them. More commands: `table OUT` writes the table and plot of a study
-anew, `compare A B` tells two finished runs apart, `sweep views OUT` plots top-1 over a setting that arms differ in, of
-several studies if these are named."""
-EPILOG = f"""Examples: python -m kd_dist.study --cache runs/teacher/logits.h5 --arms hard-fresh cached-V --seeds 0 1 2
---epochs 30; the arm online needs the teacher: --teacher-model runs/teacher/model.pt; arms of other caches and settings:
---arms cached-V ensemble=cached-V,cache=runs/both.h5 hot=cached-V,temperature=8. A variant may set
+them. The same command, typed again, completes a study: finished runs stay, interrupted ones go on. Typed several times
+at once, on machines that share a disk or as a job array, it shares the work: each process takes the next free run.
+Further arms and seeds may be added. --list shows the arms; NAME=ARM,setting=value makes a variant of one; --grid makes
+one for each combination. More commands, each with --help: `table` writes the table and plot of a study again,
+`compare` compares two finished runs."""
+EPILOG = f"""Examples: python -m kd_dist.study --cache runs/teacher/logits.h5 --arms baseline distilled --seeds 0 1 2
+--epochs 30; a grid of six arms: --grid alpha=0,0.5,0.9 temperature=2,4; the arm online needs the teacher:
+--teacher-model runs/teacher/model.pt; arms of other caches and settings: --arms distilled
+ensemble=distilled,cache=runs/both.h5 hot=distilled,temperature=8. A variant may set
 {", ".join(MAY_VARY).replace("_", "-")}."""
 
 
@@ -48,128 +50,128 @@ def main() -> None:
 
 
 def study(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime, stop: StopRequest) -> None:
-    """All runs that are not finished, one after the other, a seed's arms together; then the results.
-
-    Runs that another process is at are left to it: the same command on two machines shares the work.
-    """
-    cache, data = distill.open_inputs(settings, runtime)
-    caches = caches_of(settings, arms, data, cache, runtime)
-    online = None
-    if any(arm.needs_teacher for arm in arms):
-        online = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)
+    """Train all runs that are not finished and that no other process has; then write and print the results."""
     folder = StudyFolder(Path(settings.out))
-    runtime.on_main(lambda: note(folder, settings, arms, cache.digest))
-    ours = 0
-    for seed in settings.seeds:
-        for arm in arms:
-            if any(signals := runtime.gather(stop.signal or 0)):
-                raise Interrupted(max(signals))
-            teacher = online if arm.needs_teacher else None
-            ours += run(settings, arm, seed, data, caches[arm.name], teacher, runtime, stop)
-    if not ours:
-        raise UserError(f"another process is at all runs that are left in {folder.path}; wait for it.")
-    runtime.on_main(lambda: show(folder))
-
-
-def caches_of(
-    settings: StudyConfig, arms: Sequence[Arm], data: Data, cache: Cache, runtime: Runtime
-) -> dict[str, Cache]:
-    """Each arm's cache by the arm's name; a file that several learn from is opened once. Raises UserError, before
-    anything is trained, where an arm cannot use its own.
-    """
-    of_arm = {arm.name: run_settings(settings, arm, settings.seeds[0]) for arm in arms}
-    paths = {name: Path(own.cache).absolute() for name, own in of_arm.items()}
-    opened = {Path(settings.cache).absolute(): cache}
+    unfinished = runtime.on_main(lambda: _count_unfinished(folder, settings, arms))
+    side_by_side = runs.is_side_by_side(settings.side_by_side, unfinished, runtime)
+    cache, data, caches = open_inputs(settings, arms, runtime)
     for arm in arms:
-        own, path = of_arm[arm.name], paths[arm.name]
+        check(settings, arm, data, caches[arm.name], cache, runs.alone(runtime) if side_by_side else runtime)
+    teacher = None
+    if any(arm.needs_teacher for arm in arms):
+        teacher = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)
+    runtime.on_main(lambda: note(folder, settings, arms, cache.digest))
+    planned = runs.planned(settings, arms, data, caches, teacher)
+    if not side_by_side:
+        failed = runs.train_all(planned, runtime, stop)
+        runtime.on_main(lambda: finish(folder, planned, failed, runtime))
+        return
+    job.say(runtime, f"side by side: each of {runtime.world_size} ranks trains students of its own")
+    failed, sound = runs.train_side_by_side(planned, runtime, stop)
+    if runtime.is_main:
+        finish(folder, planned, failed, runtime)
+    if not sound:  # its own lines say why
+        raise SystemExit(1)
+
+
+def _count_unfinished(folder: StudyFolder, settings: StudyConfig, arms: Sequence[Arm]) -> int:
+    states = [read_state(folder.run(arm.name, seed)) or {} for arm in arms for seed in settings.seeds]
+    return sum(settings.start_over or state.get("status") != "finished" for state in states)
+
+
+def open_inputs(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime) -> tuple[Cache, Data, dict[str, Cache]]:
+    """The study's cache, the data, and each arm's cache by the arm's name. A file that several arms use is opened
+    once.
+    """
+    paths = {arm.name: Path(run_settings(settings, arm, 0).cache).absolute() for arm in arms}
+    own = Path(settings.cache).absolute()
+    cache, data = distill.open_inputs(settings, runtime)
+    opened = {own: cache}
+    for path in paths.values():
         if path not in opened:
             opened[path] = open_cache(path, runtime.once_a_node)
             distill.warn_missing_checksum(opened[path], runtime)
-        distill.require_use(own, opened[path])
-        distill.require_cache_fits(own, data, opened[path])
-        distill.require_student(own, data, runtime)
-        require_views(arm, opened[path], own.views)
-        require_alike_crops(own, cache)
-    return {name: opened[path] for name, path in paths.items()}
+    return cache, data, {name: opened[path] for name, path in paths.items()}
 
 
-def run(
-    study_settings: StudyConfig,
-    arm: Arm,
-    seed: int,
-    data: Data,
-    cache: Cache,
-    online: OnlineTeacher | None,
-    runtime: Runtime,
-    stop: StopRequest,
-) -> bool:
-    """One student of an arm, unless it is finished. False where another process is at it."""
-    settings = run_settings(study_settings, arm, seed)
-    folder = RunFolder(Path(settings.out))
-    identity = {
-        "study arm": arm.name,
-        **({MADE_OF: arm.made_of} if arm.made_of else {}),
-        **({"teacher weights": online.digest} if online else {}),
-    }
-    stored = job.stored_settings(settings, data, **distill.learned_from(settings, cache), **identity)
-    if not settings.start_over and runtime.on_main(
-        lambda: checkpoint.is_finished(folder, settings.kind, stored, settings.may_change, settings.completed)
-    ):
-        job.say(runtime, f"{arm.name}, seed {seed}: finished already")
-        return True
-    if runtime.on_main(lambda: checkpoint.in_use(folder)):
-        job.say(runtime, f"{arm.name}, seed {seed}: another process is at it, left to it")
-        return False
-    job.say(runtime, f"{arm.name}, seed {seed}: {arm.isolates}")
-    distill.run(settings, data, cache, runtime, rows=arm.rows, loss=online or arm.loss, stop=stop, **identity)
-    return True
+def check(settings: StudyConfig, arm: Arm, data: Data, cache: Cache, study_cache: Cache, runtime: Runtime) -> None:
+    """Raise UserError where an arm cannot be trained with its cache, before any arm is."""
+    own = run_settings(settings, arm, settings.seeds[0])
+    distill.require_use(own, cache)
+    distill.require_cache_fits(own, data, cache)
+    distill.require_student(own, data, runtime)
+    require_views(arm, cache, own.views)
+    require_alike_crops(own, study_cache)
 
 
-def show(folder: StudyFolder) -> None:
-    """Write the study's table and plot, and print the table."""
-    from kd_dist.study.results import write, writing  # needs scipy and more, which train nobody
+def finish(
+    folder: StudyFolder, planned: Sequence[runs.PlannedRun], failed: Mapping[str, str], runtime: Runtime
+) -> None:
+    """Write the results; print them unless other processes still train. Raises UserError where runs failed."""
+    from kd_dist.study.table import write  # matplotlib and more, which training does not need
 
-    with writing(folder.path), locked(folder.lock):  # of several processes, the last to finish a run looks at all runs
+    if any(run.is_finished() for run in planned):
         write(folder.path)
-    print(folder.table.read_text(encoding="utf-8"), flush=True)
+    if runs.describe(planned, failed, runtime):
+        show(folder)
+
+
+def show(folder: StudyFolder, as_markdown: bool = False) -> None:
+    """Print the study's table."""
+    from kd_dist.study.table import text
+
+    tables.show(f"{text(folder.path, as_markdown, tables.terminal_width())}\n\nall columns: {folder.table}")
+
+
+# ---- commands that train nothing
 
 
 def _table(words: Sequence[str]) -> None:
-    from kd_dist.study.results import read_study
+    from kd_dist.study.over import over
+    from kd_dist.study.table import write
 
-    if len(words) != 1 or words[0].startswith("-"):
-        raise UserError("name one study's folder: python -m kd_dist.study table runs/study.")
-    read_study(Path(words[0]))  # refuses what is no study before anything is written there
-    show(StudyFolder(Path(words[0])))
+    parser = _Parser("table", "Write a study's table and plot again, from its finished runs, and print the table.")
+    parser.add_argument("studies", nargs="+", type=Path, metavar="DIR", help="a study's folder; several with --over")
+    parser.add_argument(
+        "--over",
+        metavar="SETTING",
+        help=f"top-1 over a setting instead, table and plot: {', '.join(MAY_VARY).replace('_', '-')}",
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    options = parser.parse_args(words)
+    if options.over:
+        tables.show(over(options.over, options.studies, options.markdown, tables.terminal_width()))
+        return
+    if len(options.studies) > 1:
+        raise UserError("several studies have a common table only over a setting; add --over SETTING, such as views.")
+    write(options.studies[0])
+    show(StudyFolder(options.studies[0]), options.markdown)
 
 
 def _compare(words: Sequence[str]) -> None:
     from kd_dist.study.results import compare
 
-    if len(words) != 2 or words[0].startswith("-"):
-        raise UserError("name two runs' folders: python -m kd_dist.study compare runs/a runs/b.")
-    print(compare(*map(Path, words)), flush=True)
+    parser = _Parser("compare", "Compare two finished runs by the logits that they saved: top-1, McNemar's test.")
+    parser.add_argument("a", type=Path, metavar="A", help="a run's folder, such as runs/study/distilled/seed-0")
+    parser.add_argument("b", type=Path, metavar="B", help="the other run's folder")
+    options = parser.parse_args(words)
+    tables.show(compare(options.a, options.b))
 
 
-def _sweep(words: Sequence[str]) -> None:
-    from kd_dist.study.sweep import sweep
-
-    if len(words) < 2 or words[0].startswith("-"):
-        raise UserError("name a setting and studies' folders: python -m kd_dist.study sweep views runs/study.")
-    print(sweep(words[0], [*map(Path, words[1:])]), flush=True)
+def _list(words: Sequence[str]) -> None:
+    _Parser("--list", "List the built-in arms.").parse_args(words)
+    tables.show(tables.plain([(arm.name, arm.isolates) for arm in ARMS.values()], tables.terminal_width()))
 
 
-def _list(_words: Sequence[str]) -> None:
-    width = max(map(len, ARMS))
-    print("\n".join(f"{arm.name:{width}}  {arm.isolates}" for arm in ARMS.values()), flush=True)
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(f"python -m kd_dist.study {command}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; `{self.prog} --help` shows how to use it.")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "table": _table,
-    "sweep": _sweep,
-    "compare": _compare,
-    "--list": _list,
-}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"table": _table, "compare": _compare, "--list": _list}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The arms of a study by name. Each takes one ingredient away from what the cache offers, so that a difference between
-two arms has one cause.
+"""The arms of a study: the ways to teach one student. Each control arm takes one ingredient away from what the cache
+offers, so that a difference between two arms has one cause.
 
-An arm is what it changes in the settings, and, where these cannot say it, a function that makes other soft labels from
-the cached ones or another loss. Students of one seed start from the same weights and see the images in the same order;
-those on cached crops, the same crops.
+An arm is what it changes in the settings and, where settings cannot say it, a function that makes other soft labels
+from the cached ones, or another loss. Students of one seed start from the same weights and see the images in the same
+order; those on cached crops, the same crops.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,63 +32,53 @@ class Arm:
     """One way to teach the student. `needs_views` counts the evaluation view; `needs_teacher`: besides the cache;
     `needs_labels`: of every image, --label-fraction cannot use fewer.
 
-    A variant, made on the command line, is an arm of the ladder (`made_of`) with settings of its own (`own`).
+    A variant is a built-in arm (`base`) with settings of its own (`own`), under another name.
     """
 
     name: str
     isolates: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    rows: Rows | None = None
+    soft_labels: Rows | None = None
     loss: Loss | None = None
     settings: type[StudentConfig] = DistillConfig
     needs_views: int = 1
     needs_teacher: bool = False
     needs_labels: bool = False
-    made_of: str | None = None
+    base: str | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
-
-    def varied(self, name: str, own: Mapping[str, Any], isolates: str) -> "Arm":
-        """This arm with other settings, under another name."""
-        changes = {**self.changes, **own}
-        return replace(self, name=name, isolates=isolates, changes=changes, made_of=self.name, own=own)
-
-    @property
-    def word(self) -> str:
-        """The arm as --arms takes it."""
-        return self.name if self.made_of is None else f"{self.name}={self.definition}"
 
     @property
     def definition(self) -> str:
-        """What a variant is made of: "cached-V,temperature=8"."""
-        return ",".join([str(self.made_of), *(f"{name}={value}" for name, value in self.own.items())])
+        """The base and settings of a variant: "distilled,temperature=8.0"."""
+        return ",".join([str(self.base), *(f"{name}={value}" for name, value in self.own.items())])
 
 
 def drawn_views(logits_NVK: np.ndarray) -> np.ndarray:
-    """The rows of the views that students are shown [N, V', K]: all but the evaluation view, number 0, or that one
-    where it is the only one.
+    """The logits of the views that students are shown [N, V', K]: all but the evaluation view, number 0. Where that is
+    the only view, its logits.
     """
     return logits_NVK[:, min(1, logits_NVK.shape[1] - 1) :]
 
 
-# ---- soft labels in the cached ones' place: (logits_NVK, labels_N, settings) -> logits_NVK
+# ---- soft labels that replace the cached ones: (logits_NVK, labels_N, settings) -> logits_NVK
 
 
 def smoothed_labels(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: StudentConfig) -> np.ndarray:
-    """Rows whose softmax at the study's temperature is the smoothed label, as uncertain as the cache's mean row.
+    """Logits whose softmax at the study's temperature is a smoothed label with the mean entropy of the cache's.
 
-    With smoothing e, the label has probability 1 - e + e/K and each other class e/K (Szegedy et al. 2016). e is where
-    the entropy of that is the mean entropy of softmax(cached row / T) over the drawn views; it grows with e from 0 to
-    log K, so there is one. The row is T times the log of these probabilities.
+    With smoothing e, the label has probability 1 - e + e/K and each other class e/K (Szegedy et al. 2016). e is chosen
+    so that the entropy is the mean entropy of softmax(cached logits / T) over the drawn views. The entropy grows with e
+    from 0 to log K, so one e exists. The logits are T times the log of these probabilities.
     """
     classes = logits_NVK.shape[2]
     smoothing = smoothing_of_entropy(mean_entropy(drawn_views(logits_NVK), settings.temperature), classes)
     probabilities_KK = np.eye(classes) * (1 - smoothing) + smoothing / classes
-    row_KK = (settings.temperature * np.log(probabilities_KK)).astype(np.float32)
-    return np.broadcast_to(row_KK[labels_N][:, None], logits_NVK.shape)
+    class_KK = (settings.temperature * np.log(probabilities_KK)).astype(np.float32)
+    return np.broadcast_to(class_KK[labels_N][:, None], logits_NVK.shape)
 
 
 def mean_entropy(logits_NVK: np.ndarray, temperature: float) -> float:
-    """Mean over all rows of the entropy, in nats, of softmax(row / T)."""
+    """Mean over images and views of the entropy, in nats, of softmax(logits / T)."""
     per_view = []
     for view in range(logits_NVK.shape[1]):  # one view at a time: float64 copies of a whole cache would be large
         probabilities_NK = softmax(logits_NVK[:, view].astype(np.float64) / temperature, axis=1)
@@ -109,22 +99,22 @@ def smoothing_of_entropy(entropy: float, classes: int) -> float:
 
 
 def class_means(logits_NVK: np.ndarray, labels_N: np.ndarray, _settings: StudentConfig) -> np.ndarray:
-    """For every image the mean of the cached rows of its class, over images and drawn views."""
+    """For every image the mean of the cached logits of its class, over images and drawn views."""
     drawn_NVK = drawn_views(logits_NVK)
     one_hot_NK = np.eye(logits_NVK.shape[2])[labels_N]
     sums_KK = sum(one_hot_NK.T @ drawn_NVK[:, view].astype(np.float64) for view in range(drawn_NVK.shape[1]))
     counts_K1 = np.maximum(one_hot_NK.sum(axis=0)[:, None], 1) * drawn_NVK.shape[1]
-    row_KK = (sums_KK / counts_K1).astype(np.float32)
-    return np.broadcast_to(row_KK[labels_N][:, None], logits_NVK.shape)
+    class_KK = (sums_KK / counts_K1).astype(np.float32)
+    return np.broadcast_to(class_KK[labels_N][:, None], logits_NVK.shape)
 
 
 def shuffled_within(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: StudentConfig) -> np.ndarray:
-    """The rows of another image of the same class, all its views together."""
+    """The logits of another image of the same class, all its views together."""
     return logits_NVK[others(labels_N, np.random.default_rng([settings.seed, WITHIN]))]
 
 
 def shuffled_all(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: StudentConfig) -> np.ndarray:
-    """The rows of another image of any class, all its views together."""
+    """The logits of another image of any class, all its views together."""
     return logits_NVK[others(np.zeros_like(labels_N), np.random.default_rng([settings.seed, ALL]))]
 
 
@@ -138,15 +128,15 @@ def others(groups_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         circle = rng.permutation(np.flatnonzero(groups_N == group))
         if len(circle) < 2:
             raise UserError(
-                f"class {group} has one training image, so there is no other to take rows from; leave the shuffled "
-                "arms out by --arms."
+                f"class {group} has one training image, so no other image can lend it soft labels; leave the "
+                "shuffled arms out by --arms."
             )
         other_N[circle] = np.roll(circle, 1)
     return other_N
 
 
 def shuffled_views(logits_NVK: np.ndarray, _labels_N: np.ndarray, settings: StudentConfig) -> np.ndarray:
-    """The row of another drawn view of the same image: each image's rows moved on by a number of its own."""
+    """The logits of another drawn view of the same image: each image's views are rotated by a number of its own."""
     n, views, _ = logits_NVK.shape
     drawn = views - 1
     shift_N1 = np.random.default_rng([settings.seed, VIEW]).integers(1, drawn, (n, 1))
@@ -155,23 +145,25 @@ def shuffled_views(logits_NVK: np.ndarray, _labels_N: np.ndarray, settings: Stud
 
 
 def first_view(logits_NVK: np.ndarray, _labels_N: np.ndarray, _settings: StudentConfig) -> np.ndarray:
-    """The row of the first drawn view, whatever crop is shown."""
+    """The logits of the first drawn view, whatever crop is shown."""
     return np.broadcast_to(logits_NVK[:, 1:2], logits_NVK.shape)
 
 
 # ---- other losses: (settings, classes) -> loss terms
 
 
-def origin_loss(settings: StudentConfig, classes: int) -> LossTerms:
-    """alpha * hard + (1 - alpha) * KLDivLoss()(softmax(teacher / T), softmax(student / T)).detach(), as the project
-    that this one descends from wrote it: alpha on the hard term, no logarithm, the arguments swapped, no gradient.
+def no_gradient_loss(settings: StudentConfig, classes: int) -> LossTerms:
+    """alpha * hard + (1 - alpha) * KLDivLoss()(softmax(teacher / T), softmax(student / T)).detach().
+
+    The loss of the project that this one descends from, as written there: alpha weighs the hard term, the logarithm is
+    missing, the arguments are swapped, and the soft term has no gradient.
     """
     return objectives.distilled(
-        classes, settings.label_smoothing, origin_soft_term, 1 - settings.alpha, settings.temperature
+        classes, settings.label_smoothing, no_gradient_soft_term, 1 - settings.alpha, settings.temperature
     )
 
 
-def origin_soft_term(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
+def no_gradient_soft_term(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
     """torch's kl_div of probabilities where it wants their logarithm, the mean over classes of each sample [B]; a
     constant to the optimizer.
     """
@@ -179,62 +171,60 @@ def origin_soft_term(student_BK: Tensor, teacher_BK: Tensor, temperature: float)
     return kl_div(teacher_BK, student_BK, reduction="none").mean(dim=1).detach()
 
 
-_LADDER = (
+_BUILT_IN = (
+    Arm("baseline", "hard labels alone, a new crop every time", {"alpha": 0.0, "crops": "fresh"}),
     Arm(
-        "hard-fresh",
-        "labels alone, a new crop every time: the fair twin",
-        {"alpha": 0.0, "crops": "fresh"},
-    ),
-    Arm(
-        "hard-cached",
-        "labels alone, on the cache's own crops: what having only V crops costs",
+        "baseline-cached",
+        "hard labels alone, on the cache's crops: the cost of having only V crops",
         {"alpha": 0.0, "crops": "cached"},
     ),
     Arm(
         "smooth",
-        "the smoothed label, as uncertain as the cache's mean row: is it only smoothing?",
-        rows=smoothed_labels,
+        "a smoothed label of the cache's mean entropy: is the gain only smoothing?",
+        soft_labels=smoothed_labels,
         needs_labels=True,
     ),
     Arm(
         "class-mean",
-        "the teacher's mean row of the class: class similarity without the image",
-        rows=class_means,
+        "the mean soft label of the class: class similarity without the image",
+        soft_labels=class_means,
         needs_labels=True,
     ),
     Arm(
         "shuffled-within",
-        "rows of another image of the class: what knowing the image itself is worth",
-        rows=shuffled_within,
+        "soft labels of another image of the class: the worth of knowing the image",
+        soft_labels=shuffled_within,
         needs_labels=True,
     ),
     Arm(
         "shuffled-view",
-        "the row of another view of the image: what consistent crops are worth",
-        rows=shuffled_views,
+        "the soft label of another view of the image: the worth of consistent crops",
+        soft_labels=shuffled_views,
         needs_views=3,
     ),
-    Arm("shuffled-all", "rows of any other image: a check for bugs, it must not help", rows=shuffled_all),
+    Arm("shuffled-all", "soft labels of any other image: a bug check, it must not help", soft_labels=shuffled_all),
     Arm(
-        "cached-1",
-        "one view's row for every crop of the image: what caching a single view gives",
-        rows=first_view,
+        "one-view",
+        "one view's soft label for every crop of the image: the worth of caching several views",
+        soft_labels=first_view,
         needs_views=2,
     ),
-    Arm("cached-V", "the row of the very crop that is shown: the method"),
+    Arm("distilled", "the soft label of the crop that is shown: the method"),
     Arm(
         "online",
-        "the teacher in the loop on fresh crops: what caching gives up",
+        "the teacher in the loop on fresh crops: the cost of caching",
         {"crops": "fresh"},
         settings=StudentConfig,
         needs_teacher=True,
     ),
     Arm(
-        "origin",
-        "the origin's loss as written, its soft term without a gradient: nothing is distilled",
-        loss=origin_loss,
+        "no-gradient",
+        "a soft term without a gradient, as this project's predecessor had it: nothing is distilled",
+        loss=no_gradient_loss,
         needs_labels=True,
     ),
 )
 
-ARMS: dict[str, Arm] = {arm.name: arm for arm in _LADDER}
+ARMS: dict[str, Arm] = {arm.name: arm for arm in _BUILT_IN}
+BASELINES, DISTILLED, ONLINE, BUG_CHECK = ("baseline", "baseline-cached"), "distilled", "online", "shuffled-all"
+"""The arms that a study's table knows by name."""

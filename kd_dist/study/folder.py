@@ -1,30 +1,33 @@
-"""A study's folder: the names in it, and study.json, which says what was asked for.
+"""A study's folder: the names in it, and study.json, which says what was asked for. Trains nothing.
 
 runs/study/
-    study.json               arms and what variants are made of, seeds, the primary contrast, the cache, the settings
-                             that all runs share
-    cached-V/seed-0/ ...     a run's folder for each arm and seed
+    study.json               arms, definitions of variants, settings of the grid, seeds, the primary contrast, the
+                             cache, and the settings that all runs share
+    distilled/seed-0/ ...    a run's folder for each arm and seed
     table.md, plot.png       the results, and results.json with all their numbers
-    sweep-views.png          one setting along an axis
-    hparams/                 an entry a run for TensorBoard's HParams page
+    over-views.png           top-1 over one setting
 """
+
+from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd_dist import checkpoint
 from kd_dist.checkpoint import RunFolder
 from kd_dist.config import StudentConfig, StudyConfig, flags_of
 from kd_dist.errors import UserError
 from kd_dist.files import locked, read_json, write_json
-from kd_dist.study.arms import ARMS, Arm
 
-_FORMAT, _VERSION = "kd_dist.study", 1
-MADE_OF = "made of"  # in a variant's settings.json, the arm of the ladder that it is made of
+if TYPE_CHECKING:
+    from kd_dist.study.arms import Arm
+
+_FORMAT, _VERSION = "kd_dist.study", 2
+BASE = "base arm"  # in a variant's settings.json, the built-in arm that it varies
 _OWN = StudyConfig.may_change
 
 
@@ -54,13 +57,9 @@ class StudyFolder:
     def plot(self) -> Path:
         return self.path / "plot.png"
 
-    def sweep(self, setting: str) -> Path:
-        """The plot of a sweep over a setting."""
-        return self.path / f"sweep-{setting.replace('_', '-')}.png"
-
-    @property
-    def page(self) -> Path:
-        return self.path / "hparams"
+    def plot_over(self, setting: str) -> Path:
+        """The plot of top-1 over a setting."""
+        return self.path / f"over-{setting.replace('_', '-')}.png"
 
     def run(self, arm: str, seed: int) -> RunFolder:
         """The run of an arm with a seed."""
@@ -81,10 +80,10 @@ class StudyFolder:
 
 
 def run_settings(study: StudyConfig, arm: Arm, seed: int) -> StudentConfig:
-    """The settings of one run: the study's, with the arm's own changes. Blends are for fresh crops alone.
+    """The settings of one run: the study's, with the arm's own changes. Only arms on fresh crops mix images.
 
-    An arm that learns from labels alone passes over a share of them so many times more often: about as many pictures
-    are shown.
+    An arm on a share of the hard labels alone trains for 1 / share times the epochs, so that all arms are shown about
+    as many images.
     """
     shared = {name: value for name, value in study.flat().items() if name in flags_of(StudentConfig)}
     out = StudyFolder(Path(study.out)).run(arm.name, seed).path
@@ -102,21 +101,20 @@ def run_settings(study: StudyConfig, arm: Arm, seed: int) -> StudentConfig:
 def note(folder: StudyFolder, settings: StudyConfig, arms: Sequence[Arm], cache_digest: str) -> None:
     """Write study.json, or add these arms and seeds to what earlier commands of the same settings and cache asked for.
 
-    Several processes may do so at once. A study of other settings or another cache is removed, with its runs, where
-    --start-over says so. Raises UserError where it does not, and where the folder cannot be written.
+    Several processes may do so at once. A study of other settings or another cache is removed, with its runs, if
+    --start-over was typed. Raises UserError if it was not, and where the folder cannot be written.
     """
     shared = {name: value for name, value in settings.stored().items() if name not in _OWN}
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         with locked(folder.lock):
             earlier = _earlier(folder, shared, cache_digest, settings.start_over)
-            names = {arm.name for arm in arms} | {*earlier["arms"]}
-            variants = with_variants(folder, earlier, arms)
             document = {
                 "format": _FORMAT,
                 "version": _VERSION,
-                "arms": [name for name in (*ARMS, *variants) if name in names],
-                "variants": variants,
+                "arms": [*dict.fromkeys([*earlier["arms"], *(arm.name for arm in arms)])],
+                "variants": with_variants(folder, earlier, arms),
+                "grid": [*dict.fromkeys([*earlier["grid"], *(word.partition("=")[0] for word in settings.grid or ())])],
                 "seeds": sorted({*settings.seeds, *earlier["seeds"]}),
                 "primary": list(settings.primary),
                 "cache": os.path.abspath(settings.cache),
@@ -131,11 +129,11 @@ def note(folder: StudyFolder, settings: StudyConfig, arms: Sequence[Arm], cache_
 
 
 def with_variants(folder: StudyFolder, document: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, str]:
-    """What each variant is made of, by its name: those of study.json and these. Raises UserError for a name that was
-    another arm's.
+    """The definition of each variant by its name: those of study.json and these. Raises UserError for a name that had
+    another definition.
     """
     earlier = document.get("variants", {})
-    own = {arm.name: arm.definition for arm in arms if arm.made_of is not None}
+    own = {arm.name: arm.definition for arm in arms if arm.base is not None}
     for name in earlier.keys() & own.keys():
         if earlier[name] != own[name]:
             raise UserError(
@@ -145,21 +143,20 @@ def with_variants(folder: StudyFolder, document: Mapping[str, Any], arms: Sequen
 
 
 def _earlier(folder: StudyFolder, shared: dict[str, Any], cache_digest: str, start_over: bool) -> dict[str, Any]:
-    """The arms and seeds of earlier commands. Where their settings or their cache were others: UserError, or nothing
-    once these runs are gone.
+    """What study.json says; nothing where there is none, or where it is another study and is removed now. Raises
+    UserError for another study that --start-over does not remove.
     """
-    nothing = {"arms": [], "seeds": []}
+    nothing = {"arms": [], "grid": [], "seeds": []}
     try:
         document = json.loads(folder.study.read_text(encoding="utf-8"))
         if (document["format"], document["version"]) != (_FORMAT, _VERSION):
             raise ValueError("another format or version")
-        document["cache digest"] = document.get("cache digest", cache_digest)  # an older version did not note it
         earlier = StudyConfig.completed(document["settings"]) | {"cache digest": document["cache digest"]}
         differing = checkpoint.differences(earlier, shared | {"cache digest": cache_digest}, _OWN)
     except FileNotFoundError:
         return nothing
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder.study} is no study of ours ({error}); choose another --out.") from error
+        raise UserError(f"{folder.study} is not a study of this version ({error}); choose another --out.") from error
     if differing and not start_over:
         raise UserError(
             f"--out {folder.path} holds a study with other settings ({'; '.join(differing)}): type the old values, "
@@ -168,6 +165,6 @@ def _earlier(folder: StudyFolder, shared: dict[str, Any], cache_digest: str, sta
     if not differing:
         return document
     for run in (run for runs in folder.runs().values() for run in runs.values()):
-        if run.settings.exists():  # what is no run of ours stays
+        if run.settings.exists():  # a folder without settings is not a run of ours
             checkpoint.forget(run)
     return nothing

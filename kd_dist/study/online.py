@@ -1,4 +1,4 @@
-"""The teacher in the loop, for comparison: it labels every crop as it is shown, in the student's own process."""
+"""The teacher in the loop, for comparison: it labels every crop as the student is shown it, in the same process."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

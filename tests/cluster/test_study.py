@@ -9,7 +9,7 @@ from launch.supervisor import Job
 
 
 def test_a_study_is_one_array_whose_workers_share_its_runs(reference, student_options):
-    where = "--gpus-per-node 0 --time 20m --runs studied --array 2 --arms hard-cached cached-V --seeds 3 4"
+    where = "--gpus-per-node 0 --time 20m --runs studied --array 2 --arms baseline-cached distilled --seeds 3 4"
     jobs = reference.submit("study", where, *student_options, "--epochs=20")
     ids = [Job.read(folder).id for folder in jobs]
     array = ids[0].split("_")[0]
@@ -22,7 +22,7 @@ def test_a_study_is_one_array_whose_workers_share_its_runs(reference, student_op
 
     wait_for(over, 300, lambda: reference.status("studied"))
     by_job = {}
-    for arm in ("hard-cached", "cached-V"):
+    for arm in ("baseline-cached", "distilled"):
         for seed in (3, 4):
             run = f"studied/study/{arm}/seed-{seed}"
             assert reference.state(run)["status"] == "finished"
@@ -32,6 +32,6 @@ def test_a_study_is_one_array_whose_workers_share_its_runs(reference, student_op
             by_job.setdefault(workers.pop(), []).append(run)
     assert set(by_job) <= {folder.name for folder in jobs}
     table = (reference.folder / "studied/study/table.md").read_text(encoding="utf-8")
-    assert "hard-cached" in table and "cached-V" in table
+    assert "baseline-cached" in table and "distilled" in table
     rows = reference.status("studied").splitlines()[1:]
     assert [row.split()[1:4] for row in rows] == [["study", job_id, "finished"] for job_id in ids]

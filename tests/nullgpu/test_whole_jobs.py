@@ -63,7 +63,7 @@ def test_more_views_are_written_by_the_teacher(teacher, data, simulated_job, tmp
 def test_a_study_with_the_teacher_in_the_loop(teacher, data, simulated_job, tmp_path):
     folder, devices = teacher
     model = ("--cache", folder / "logits.h5", "--teacher-model", folder / "model.pt")
-    flags = (*model, "--arms", "cached-V", "online", "--seeds", 0, "--data", data, "--out", tmp_path)
+    flags = (*model, "--arms", "distilled", "online", "--seeds", 0, "--data", data, "--out", tmp_path)
     ended(simulated_job("kd_dist.study", *SHORT, *flags, devices=devices))
     states = [state_of(path.parent)["status"] for path in tmp_path.rglob("state.json")]
     assert states == ["finished"] * 2
