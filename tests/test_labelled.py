@@ -1,4 +1,4 @@
-"""--labelled: only a share of the labels is used; of other images a student sees soft labels alone, or nothing."""
+"""--label-fraction: a share of the labels is used; other images have soft labels alone, or are left out."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -108,7 +108,7 @@ def test_an_image_without_a_label_gives_the_soft_loss_alone():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A set of four classes of twelve (data), and a teacher's run (teacher) with a cache of three views."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("label_fraction")
     generate(folder / "data", train_per_class=12, val_per_class=2, classes=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TEACHERS, "small", small)
@@ -154,14 +154,25 @@ def seen(monkeypatch) -> dict[int, set[int]]:
 
 
 def test_labels_alone_are_learned_from_the_labelled_images_alone(made, tmp_path, seen):
-    call(distill.main, *student(made), "--alpha", 0, "--labelled", 0.5, "--batch-size", 8, "--out", tmp_path / "run")
+    call(
+        distill.main,
+        *student(made),
+        "--alpha",
+        0,
+        "--label-fraction",
+        0.5,
+        "--batch-size",
+        8,
+        "--out",
+        tmp_path / "run",
+    )
     train = scan(made / "data").train
     assert set(seen) == used_rows(made, 0.5) and len(seen) == 24
     assert all(labels == {train.labels_N[row]} for row, labels in seen.items())
 
 
 def test_a_distilled_student_sees_all_images_and_the_labels_of_some(made, tmp_path, seen, capsys):
-    call(distill.main, *student(made), "--labelled", 0.25, "--out", tmp_path / "run")
+    call(distill.main, *student(made), "--label-fraction", 0.25, "--out", tmp_path / "run")
     train, used = scan(made / "data").train, used_rows(made, 0.25)
     assert len(seen) == 48 and len(used) == 12
     assert all(labels == {train.labels_N[row] if row in used else UNKNOWN} for row, labels in seen.items())
@@ -170,48 +181,51 @@ def test_a_distilled_student_sees_all_images_and_the_labels_of_some(made, tmp_pa
 
 def test_another_share_is_another_run(made, tmp_path):
     command = [*student(made), "--out", tmp_path / "run"]
-    call(distill.main, *command, "--labelled", 0.5)
-    assert "labelled" in refused(distill.main, *command)
+    call(distill.main, *command, "--label-fraction", 0.5)
+    assert "--label-fraction" in refused(distill.main, *command)
 
 
 def test_the_share_is_of_what_a_fold_leaves(made):
     data = job.Data(scan(made / "data"), {})
-    typed = {"folds": 4, "fold": 1, "labelled": 0.5, "alpha": 0.0}
+    typed = {"folds": 4, "fold": 1, "label_fraction": 0.5, "alpha": 0.0}
     settings = config.resolve(DistillConfig, typed, has_gpu=False)
-    members_M, fold = job.members_of(settings, data), job.fold_for(settings, data)
+    members_M, fold = (
+        job.members_of(settings.split, settings.distillation.labels, data),
+        job.fold_for(settings.split, data),
+    )
     assert (
         set(members_M) < set(fold.train_M) and np.bincount(data.samples.train.labels_N[members_M]).tolist() == [5] * 4
     )
     soft = config.resolve(DistillConfig, typed | {"alpha": 0.5}, has_gpu=False)
-    assert np.array_equal(job.members_of(soft, data), fold.train_M)
-    assert np.array_equal(job.labelled_of(soft, data), members_M)
+    assert np.array_equal(job.members_of(soft.split, soft.distillation.labels, data), fold.train_M)
+    assert np.array_equal(job.labelled_of(soft.split, soft.distillation.labels, data), members_M)
 
 
 def test_a_batch_larger_than_the_labelled_images_is_refused(made, one_process):
     data = job.Data(scan(made / "data"), {})
-    settings = config.resolve(DistillConfig, {"labelled": 0.1, "alpha": 0.0, "batch_size": 9}, has_gpu=False)
+    settings = config.resolve(DistillConfig, {"label_fraction": 0.1, "alpha": 0.0, "batch_size": 9}, has_gpu=False)
     with pytest.raises(UserError, match="--batch-size 9 is larger than the 8 training images"):
-        job.require_trainable(settings, data, small(4), one_process)
+        job.require_trainable(settings, data, small(4), one_process, settings.distillation.labels)
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.5, "nan"])
 def test_a_share_out_of_range_is_refused(made, tmp_path, share):
-    sentence = refused(distill.main, *student(made), "--labelled", share, "--out", tmp_path / "run")
-    assert "--labelled" in sentence and "must be above 0 and at most 1" in sentence
+    sentence = refused(distill.main, *student(made), "--label-fraction", share, "--out", tmp_path / "run")
+    assert "--label-fraction" in sentence and "must be above 0 and at most 1" in sentence
 
 
 def test_a_loss_of_labels_is_refused(made, tmp_path):
-    command = [*student(made), "--loss", "dkd", "--labelled", 0.5, "--out", tmp_path / "run"]
-    assert "--loss dkd needs every image's label, --labelled 0.5 uses fewer" in refused(distill.main, *command)
+    command = [*student(made), "--loss", "dkd", "--label-fraction", 0.5, "--out", tmp_path / "run"]
+    assert "--loss dkd needs every image's label, --label-fraction 0.5 uses fewer" in refused(distill.main, *command)
     assert not (tmp_path / "run").exists()
 
 
 # ---- the study
 
 
-def test_a_studys_baselines_on_fewer_labels_are_shown_as_many_images(made, tmp_path):
+def test_a_studys_twins_on_fewer_labels_are_shown_as_many_pictures(made, tmp_path):
     out = tmp_path / "study"
-    chosen = ["hard-half=baseline,labelled=0.5", "half=distilled,labelled=0.5"]
+    chosen = ["hard-half=baseline,label_fraction=0.5", "half=distilled,label_fraction=0.5"]
     command = [*student(made), "--seeds", 0, "--out", out]
     call(study.main, *command, "--arms", "baseline", "distilled", *chosen)
     runs = {name: StudyFolder(out).run(name, 0) for name in ("baseline", "hard-half", "distilled", "half")}
@@ -219,14 +233,14 @@ def test_a_studys_baselines_on_fewer_labels_are_shown_as_many_images(made, tmp_p
     assert epochs["hard-half"] == 2 * epochs["baseline"] and epochs["half"] == epochs["distilled"]
     settings = {name: read_settings(run)[1] for name, run in runs.items()}
     assert settings["hard-half"]["warmup_epochs"] == 2 * settings["baseline"]["warmup_epochs"]
-    assert settings["half"]["labelled"] == settings["hard-half"]["labelled"] == 0.5
+    assert settings["half"]["label_fraction"] == settings["hard-half"]["label_fraction"] == 0.5
     table = StudyFolder(out).table.read_text()
-    assert "| baseline with labelled 0.5 |" in table
+    assert "| baseline with label-fraction 0.5 |" in table
 
 
 @pytest.mark.parametrize("name", ["smooth", "class-mean", "shuffled-within", "no-gradient"])
 def test_arms_that_need_every_label_are_refused(made, tmp_path, name):
     command = [*student(made), "--seeds", 0, "--out", tmp_path / "study", "--arms"]
-    sentence = "needs every image's label, --labelled uses fewer; leave it out by --arms."
-    assert refused(study.main, *command, name, "--labelled", 0.5) == f"arm {name} {sentence}"
-    assert refused(study.main, *command, f"few={name},labelled=0.5") == f"arm few {sentence}"
+    sentence = "needs every image's label, --label-fraction uses fewer; leave it out by --arms."
+    assert refused(study.main, *command, name, "--label-fraction", 0.5) == f"arm {name} {sentence}"
+    assert refused(study.main, *command, f"few={name},label_fraction=0.5") == f"arm few {sentence}"

@@ -22,7 +22,7 @@ from kd_dist.batches import Batch
 from kd_dist.cache import __main__ as cache_commands
 from kd_dist.cache import open_cache
 from kd_dist.checkpoint import RunFolder, load_model, read_metrics, read_settings, read_state, save_model
-from kd_dist.config import StudyConfig
+from kd_dist.config import StudentConfig, StudyConfig
 from kd_dist.errors import UserError
 from kd_dist.generated import generate
 from kd_dist.label import load_teacher
@@ -36,7 +36,8 @@ from tests.entries import call, refused
 
 N, V, K = 12, 4, 3
 TINY = ["--image-size", "32", "--batch-size", "12", "--lr", "0.02", "--device", "cpu", "--checkpoint-minutes", "1000"]
-SETTINGS = StudyConfig(epochs=2, warmup_epochs=0.5, temperature=3.0, cutmix=0.5).resolved()
+SETTINGS = StudyConfig.of(epochs=2, warmup_epochs=0.5, temperature=3.0, cutmix=0.5).resolved()
+STUDENT = StudentConfig.of(temperature=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +75,20 @@ def sources(made_NVK: np.ndarray, logits_NVK: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", ["shuffled-within", "shuffled-all"])
 def test_shuffled_rows_are_all_those_of_another_image(rows, name):
     logits_NVK, labels_N = rows
-    made_NVK = ARMS[name].soft_labels(logits_NVK, labels_N, replace(SETTINGS, seed=5))
+    made_NVK = ARMS[name].soft_labels(logits_NVK, labels_N, STUDENT.changed(seed=5))
     image_NV, view_NV = np.moveaxis(sources(made_NVK, logits_NVK), 2, 0)
     assert (view_NV == np.arange(V)).all() and (image_NV == image_NV[:, :1]).all()
     other_N = image_NV[:, 0]
     assert sorted(other_N) == list(range(N)) and (other_N != np.arange(N)).all()
     same_class_N = labels_N[other_N] == labels_N
     assert same_class_N.all() if name == "shuffled-within" else not same_class_N.all()
-    assert np.array_equal(made_NVK, ARMS[name].soft_labels(logits_NVK, labels_N, replace(SETTINGS, seed=5)))
-    assert not np.array_equal(made_NVK, ARMS[name].soft_labels(logits_NVK, labels_N, replace(SETTINGS, seed=6)))
+    assert np.array_equal(made_NVK, ARMS[name].soft_labels(logits_NVK, labels_N, STUDENT.changed(seed=5)))
+    assert not np.array_equal(made_NVK, ARMS[name].soft_labels(logits_NVK, labels_N, STUDENT.changed(seed=6)))
 
 
 def test_shuffled_views_are_another_drawn_view_of_the_same_image(rows):
     logits_NVK, labels_N = rows
-    found_NV2 = sources(ARMS["shuffled-view"].soft_labels(logits_NVK, labels_N, SETTINGS), logits_NVK)
+    found_NV2 = sources(ARMS["shuffled-view"].soft_labels(logits_NVK, labels_N, STUDENT), logits_NVK)
     assert (found_NV2[..., 0] == np.arange(N)[:, None]).all()
     drawn_NV = found_NV2[:, 1:, 1]
     assert (np.sort(drawn_NV, axis=1) == np.arange(1, V)).all() and (drawn_NV != np.arange(1, V)).all()
@@ -96,7 +97,7 @@ def test_shuffled_views_are_another_drawn_view_of_the_same_image(rows):
 
 def test_class_mean_is_the_mean_over_the_class_and_its_drawn_views(rows):
     logits_NVK, labels_N = rows
-    made_NVK = ARMS["class-mean"].soft_labels(logits_NVK, labels_N, SETTINGS)
+    made_NVK = ARMS["class-mean"].soft_labels(logits_NVK, labels_N, STUDENT)
     for n in range(N):
         mean_K = logits_NVK[labels_N == labels_N[n], 1:].astype(np.float64).mean(axis=(0, 1))
         np.testing.assert_allclose(made_NVK[n], np.tile(mean_K, (V, 1)), rtol=1e-6)
@@ -104,14 +105,14 @@ def test_class_mean_is_the_mean_over_the_class_and_its_drawn_views(rows):
 
 def test_one_view_has_the_first_drawn_views_row_for_all(rows):
     logits_NVK, labels_N = rows
-    found_NV2 = sources(ARMS["one-view"].soft_labels(logits_NVK, labels_N, SETTINGS), logits_NVK)
+    found_NV2 = sources(ARMS["one-view"].soft_labels(logits_NVK, labels_N, STUDENT), logits_NVK)
     assert (found_NV2[..., 0] == np.arange(N)[:, None]).all() and (found_NV2[..., 1] == 1).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_smooth_is_the_smoothed_label_of_the_caches_mean_entropy(rows, temperature):
     logits_NVK, labels_N = rows
-    made_NVK = ARMS["smooth"].soft_labels(logits_NVK, labels_N, replace(SETTINGS, temperature=temperature))
+    made_NVK = ARMS["smooth"].soft_labels(logits_NVK, labels_N, STUDENT.changed(temperature=temperature))
     entropies = []
     for each_NVK in (made_NVK[:, 1:], logits_NVK[:, 1:]):
         p_NVK = softmax(each_NVK.astype(np.float64) / temperature, axis=2)
@@ -133,7 +134,7 @@ def test_the_ends_of_smoothing():
 def test_a_class_of_one_image_has_no_other(rows):
     logits_NVK, labels_N = rows
     with pytest.raises(UserError, match="class 9 has one training image"):
-        ARMS["shuffled-within"].soft_labels(logits_NVK, np.where(np.arange(N) == 4, 9, labels_N), SETTINGS)
+        ARMS["shuffled-within"].soft_labels(logits_NVK, np.where(np.arange(N) == 4, 9, labels_N), STUDENT)
 
 
 def test_rows_that_stay_on_file_are_read_whole_for_other_rows(made):
@@ -146,7 +147,7 @@ def test_rows_that_stay_on_file_are_read_whole_for_other_rows(made):
     for arm in ARMS.values():
         if arm.soft_labels is not None:
             assert np.array_equal(
-                arm.soft_labels(in_memory, labels_N, SETTINGS), arm.soft_labels(dense_NVK, labels_N, SETTINGS)
+                arm.soft_labels(in_memory, labels_N, STUDENT), arm.soft_labels(dense_NVK, labels_N, STUDENT)
             )
 
 
@@ -198,7 +199,7 @@ def gradients(terms, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict
 def test_no_gradient_learns_from_the_labels_alone(batch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, K))
-    settings = run_settings(replace(SETTINGS, alpha=0.3), ARMS["no-gradient"], 0)
+    settings = run_settings(SETTINGS.changed(alpha=0.3), ARMS["no-gradient"], 0)
     gradient, found = gradients(ARMS["no-gradient"].loss(settings, K), model, batch)
     hard, _ = gradients(objectives.hard(K, 0.0), model, batch)
     np.testing.assert_allclose(gradient, 0.3 * hard, rtol=1e-5, atol=1e-7)
@@ -214,7 +215,7 @@ def test_online_is_the_teachers_loss_on_the_very_pictures(made, tiny_pixels, siz
     """The teacher sees 40 px: at 32 it has the blended crops rendered again, at 40 it is handed the student's."""
     model_file = load_teacher(made / "teacher" / "model.pt", torch.device("cpu"))
     seen = online.OnlineTeacher(model_file, tiny_pixels["train"], torch.device("cpu"))
-    settings = replace(run_settings(SETTINGS, ARMS["online"], 0), image_size=size)
+    settings = run_settings(SETTINGS, ARMS["online"], 0).changed(image_size=size)
     shown = views.Shown(
         np.array([3, 0, 7, 5]),
         np.array([[0, 0, 30, 20], [5, 2, 20, 30], [1, 1, 25, 25], [0, 4, 30, 30]], np.int16),
@@ -364,7 +365,7 @@ def test_the_memory_for_caches_is_shared_out_before_the_first_is_opened(
         original = module.open_cache
         keep = lambda path, memory, original=original: opened.setdefault(Path(path), memory) and original(path, memory)  # noqa: E731
         monkeypatch.setattr(module, "open_cache", keep)
-    command = words(made, tmp_path / "study", "--epochs", "1", "--cache-memory", "1M", "--arms", "distilled")
+    command = words(made, tmp_path / "study", "--epochs", "1", "--arms", "distilled")
     monkeypatch.chdir(made)
     command[command.index("--cache") + 1] = "teacher/logits.h5"
     call(entry.main, *command, f"other=distilled,cache={other_cache}")
@@ -500,17 +501,17 @@ def test_fresh_crops_unlike_the_caches_are_refused(made, tmp_path):
 
 
 def test_an_arm_that_cannot_run_is_refused_before_others_are_trained(made, tmp_path):
-    command = words(made, tmp_path / "study", "--arms", "distilled", "few=baseline,labelled=0.1")
+    command = words(made, tmp_path / "study", "--arms", "distilled", "few=baseline,label_fraction=0.1")
     sentence = refused(entry.main, *command)
-    assert "--batch-size 12 is larger than the 3 training images that --labelled 0.1 leaves" in sentence
+    assert "--batch-size 12 is larger than the 3 training images that --label-fraction 0.1 leaves" in sentence
     assert not (tmp_path / "study").exists()
 
 
 def test_baselines_on_few_labels_keep_the_shares_of_a_schedule():
-    study = replace(SETTINGS, epochs=3, warmup_epochs=2.9, plain_epochs=1)
+    study = SETTINGS.changed(epochs=3, warmup_epochs=2.9, no_mix_epochs=1)
     for share, epochs, plain in ((1.0, 3, 1), (0.9, 3, 1), (0.1, 30, 10)):
-        own = run_settings(replace(study, labelled=share), ARMS["baseline"], 0)
-        assert (own.epochs, own.plain_epochs, own.warmup_epochs) == (epochs, plain, pytest.approx(2.9 * epochs / 3))
+        own = run_settings(study.changed(label_fraction=share), ARMS["baseline"], 0)
+        assert (own.epochs, own.no_mix_epochs, own.warmup_epochs) == (epochs, plain, pytest.approx(2.9 * epochs / 3))
 
 
 def test_an_interrupted_study_goes_on_to_the_same_weights(made, whole, tmp_path, monkeypatch):
@@ -571,7 +572,7 @@ def two_ranks(made: Path, out: Path, *more) -> subprocess.CompletedProcess:
 
 def test_two_ranks_do_a_study_together(made, tmp_path):
     out = tmp_path / "study"
-    done = two_ranks(made, out, "--arms", "baseline", "smooth", "--epochs", "1", "--cache-memory", "0")
+    done = two_ranks(made, out, "--arms", "baseline", "smooth", "--epochs", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks on cpu" in done.stdout and done.stdout.count("smooth  ") == 1
     assert [read_state(StudyFolder(out).run(name, 0))["status"] for name in ("baseline", "smooth")] == ["finished"] * 2

@@ -25,11 +25,11 @@ def study(tmp_path):
 
 def make_study(out, cache, epochs=3):
     wrong = {"distilled": (4, 6), "few": (10, 12), "hot": (5, 5), "baseline": (12, 16), "tenth": (30, 20)}
-    own = {"few": {"views": 2}, "hot": {"temperature": 8.0}, "tenth": {"labelled": 0.1}}
+    own = {"few": {"views": 2}, "hot": {"temperature": 8.0}, "tenth": {"label_fraction": 0.1}}
     for arm, wrong_S in wrong.items():
         for seed, count in enumerate(wrong_S):
             make_run(out, arm, seed, count, **{"cache": str(cache), **own.get(arm, {})})
-    variants = {"few": "distilled,views=2", "hot": "distilled,temperature=8.0", "tenth": "baseline,labelled=0.1"}
+    variants = {"few": "distilled,views=2", "hot": "distilled,temperature=8.0", "tenth": "baseline,label_fraction=0.1"}
     describe(out, arms=[*wrong], variants=variants, cache=str(cache), settings={"epochs": epochs})
     return out
 
@@ -76,8 +76,8 @@ def test_a_lost_study_file_joins_no_arms_that_differ_in_more(study):
 
 
 def test_a_setting_that_a_run_does_not_name_has_its_default(study):
-    """Runs of the time before --labelled had all labels."""
-    text = markdown_over("labelled", [study])
+    """Runs of the time before --label-fraction had all labels."""
+    text = markdown_over("label_fraction", [study])
     assert head(text)[1] == "share of the labels that is used"
     assert points(text) == [
         ("baseline", "0.1", "tenth", *shown(30, 20)),
@@ -114,7 +114,7 @@ def test_other_val_images_are_refused(study, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("epochs", "--over epochs has no axis; name one of views, alpha, temperature, labelled, "),
+        ("epochs", "--over epochs has no axis; name one of views, alpha, temperature, label-fraction, "),
         ("loss", "--over loss has no axis"),
         ("cache", "--over cache has no axis"),
         (

@@ -218,8 +218,8 @@ def test_a_difference_is_over_the_seeds_that_both_arms_have(study):
 
 def test_arms_on_fewer_labels_are_set_against_their_like(study):
     for seed in range(3):
-        make_run(study, "hard-tenth", seed, 30 + seed, labelled=0.1, **{"base arm": "baseline"})
-        make_run(study, "tenth", seed, 10 + 2 * seed, labelled=0.1, **{"base arm": "distilled"})
+        make_run(study, "hard-tenth", seed, 30 + seed, label_fraction=0.1, **{"base arm": "baseline"})
+        make_run(study, "tenth", seed, 10 + 2 * seed, label_fraction=0.1, **{"base arm": "distilled"})
     text = table.text(study)
     assert "- On 0.1 of the labels: tenth minus hard-tenth, +47.50 [" in text
     assert rows_of(text)["arm"][6].startswith("minus baseline,") and "hard-tenth (fewer labels)" in text

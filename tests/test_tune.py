@@ -111,7 +111,7 @@ def test_soft_labels_that_an_arm_makes_are_made_of_the_members_alone(made):
     data = job.Data(scan(made / "data"), {})
     settings = config.resolve(DistillConfig, {"folds": 4, "fold": 1, "tune": True}, has_gpu=False)
     logits_NVK = np.ones((48, 2, 4), np.float16)
-    held_out_M = job.fold_for(settings, data).held_out_M
+    held_out_M = job.fold_for(settings.split, data).held_out_M
     logits_NVK[held_out_M] = np.nan
     rows = lambda logits_NVK, labels_N, _: np.broadcast_to(logits_NVK.mean(axis=0), logits_NVK.shape)  # noqa: E731
     made_NVK = distill._made_of_members(rows, logits_NVK, data, settings)
