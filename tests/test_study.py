@@ -355,25 +355,6 @@ def test_a_study_of_an_older_version_is_gone_on_with(made, whole, tmp_path, caps
     assert "--lr was 0.2, now 0.02" in refused(entry.main, *command)
 
 
-def test_the_memory_for_caches_is_shared_out_before_the_first_is_opened(
-    made, other_cache, tmp_path, monkeypatch, capsys
-):
-    """Each file has a third: what fits in it is loaded whole, the cache of the study like the others."""
-    sizes = {path: path.stat().st_size for path in (made / "teacher" / "logits.h5", other_cache)}
-    opened = {}
-    for module in (distill, entry):
-        original = module.open_cache
-        keep = lambda path, memory, original=original: opened.setdefault(Path(path), memory) and original(path, memory)  # noqa: E731
-        monkeypatch.setattr(module, "open_cache", keep)
-    command = words(made, tmp_path / "study", "--epochs", "1", "--arms", "distilled")
-    monkeypatch.chdir(made)
-    command[command.index("--cache") + 1] = "teacher/logits.h5"
-    call(entry.main, *command, f"other=distilled,cache={other_cache}")
-    assert set(opened.values()) == {2**19} and len(opened) == len(sizes)
-    document = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert document["cache"] == str(made / "teacher" / "logits.h5")
-
-
 def test_start_over_with_other_settings_removes_the_earlier_runs(made, tmp_path):
     out = tmp_path / "study"
     call(entry.main, *words(made, out, "--arms", "baseline", "one-view"))
