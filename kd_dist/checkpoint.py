@@ -310,6 +310,20 @@ def acquire(folder: RunFolder) -> bool:
     return ours
 
 
+def in_use(folder: RunFolder) -> bool:
+    """Whether another process has claimed the folder, and does not leave it soon. Not for one that this process has
+    claimed: to look would free it.
+    """
+    try:
+        descriptor = os.open(folder.lock, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _locked_in_time(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _locked_in_time(descriptor: int) -> bool:
     """Take the lock, waiting a while for an earlier attempt of this job that is on its way out."""
     deadline = time.monotonic() + _LOCK_PATIENCE_S

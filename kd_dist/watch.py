@@ -62,7 +62,7 @@ class Watch:
         self._left = False
         self._silence = float(os.environ.get("KD_DIST_SILENCE_SECONDS", SILENCE_SECONDS))
         # A data loader's forked process would hold the connections open when its rank is dead.
-        os.register_at_fork(after_in_child=self._close)
+        os.register_at_fork(after_in_child=self._forget_in_child)
         threading.Thread(target=self._run, name="kd_dist-watch", daemon=True).start()
 
     # ---- what the main thread calls
@@ -188,14 +188,27 @@ class Watch:
                     connection.send_bytes(_encoded(message))
 
     def _drop(self, connection: Connection) -> None:
+        """Close one connection. Who takes it out of the table closes it: closed twice, its number may be another
+        file's by then.
+        """
         with self._lock:
+            was_open = connection in self._peers
             self._peers = {other: peer for other, peer in self._peers.items() if other is not connection}
-        connection.close()
+        if was_open:
+            connection.close()
 
     def _close(self) -> None:
-        peers, self._peers = self._peers, {}
+        with self._lock:
+            peers, self._peers = self._peers, {}
         for connection in peers:
             connection.close()
+
+    def _forget_in_child(self) -> None:
+        """Without the lock, which a thread of the parent may have held."""
+        peers, self._peers = self._peers, {}
+        for connection in peers:
+            with contextlib.suppress(OSError):
+                connection.close()
 
 
 def _encoded(message: dict[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import config, distill, engine, job, objectives, teacher
+from kd_dist import config, distill, job, objectives, teacher
 from kd_dist.batches import Batch
 from kd_dist.checkpoint import read_metrics, read_settings
 from kd_dist.config import DistillConfig
@@ -20,6 +20,7 @@ from kd_dist.losses import SOFT_LOSSES, UNKNOWN, hard_targets
 from kd_dist.models import STUDENTS, TEACHERS, Cnn5
 from kd_dist.study import __main__ as study
 from kd_dist.study.folder import StudyFolder
+from kd_dist.training import Trainer
 from tests.entries import call, refused
 from tests.test_bad_input import TINY
 
@@ -142,14 +143,14 @@ def used_rows(made: Path, share: float) -> set[int]:
 def seen(monkeypatch) -> dict[int, set[int]]:
     """The labels that training was given of each image; filled as runs go on."""
     labels: dict[int, set[int]] = {}
-    original = engine.Trainer.train_step
+    original = Trainer.train_step
 
     def looked_at(self, batch):
         for index, label in zip(batch.index_B.tolist(), batch.labels_B.tolist(), strict=True):
             labels.setdefault(index, set()).add(label)
         return original(self, batch)
 
-    monkeypatch.setattr(engine.Trainer, "train_step", looked_at)
+    monkeypatch.setattr(Trainer, "train_step", looked_at)
     return labels
 
 

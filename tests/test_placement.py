@@ -9,7 +9,7 @@ import torch
 
 from kd_dist import checkpoint, job, label, resident, views
 from kd_dist.batches import FreshCrops, TrainData
-from kd_dist.cache import TeacherRow, open_cache
+from kd_dist.cache import BlockWriter, TeacherRow, open_cache
 from kd_dist.config import MEAN, STD, DataConfig
 from kd_dist.errors import UserError
 from kd_dist.job import Data, open_data
@@ -164,6 +164,6 @@ def test_a_block_that_cannot_be_written_ends_the_writing(opened, one_process, tm
     def put(self, block, logits_BK):
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(label.BlockWriter, "put", put)
+    monkeypatch.setattr(BlockWriter, "put", put)
     with pytest.raises(UserError, match="the disk is full"):
         written(opened("memory"), tmp_path / "host.h5", one_process)

@@ -47,14 +47,15 @@ def write_cache(path, teacher_classes_N, content=1):
         std=(0.5, 0.5, 0.5),
         renderer="r",
         compute_dtype="float32",
-        view_sampler="s",
+        view_rule="s",
+        crop_scale=(0.35, 1.0),
         seed=0,
         created="2025-01-01T00:00:00+00:00",
         software="test",
         teachers=(teacher,),
     )
     tables = {split: table(split, content) for split in ("train", "val")}
-    writer = cache.BlockWriter(path, header, tables)
+    writer = cache.BlockWriter(path, cache.CachePlan(header, tables))
     for block in writer.missing():
         rows = np.asarray(teacher_classes_N) + block.view
         writer.put(block, one_hot(rows)[block.start : block.stop])

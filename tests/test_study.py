@@ -17,7 +17,7 @@ import torch
 from scipy.special import softmax
 from torch import nn
 
-from kd_dist import config, distill, engine, objectives, teacher, views
+from kd_dist import config, distill, objectives, teacher, views
 from kd_dist.batches import Batch
 from kd_dist.cache import __main__ as cache_commands
 from kd_dist.cache import open_cache
@@ -32,6 +32,7 @@ from kd_dist.study import __main__ as entry
 from kd_dist.study import arms, choice, online, runs
 from kd_dist.study.arms import ARMS
 from kd_dist.study.folder import StudyFolder, run_settings
+from kd_dist.training import Trainer
 from tests.entries import call, refused
 
 N, V, K = 12, 4, 3
@@ -248,9 +249,9 @@ class Looker:
 
     def __init__(self, monkeypatch):
         self.runs: dict[str, dict] = {}
-        original = engine.Trainer.run
+        original = Trainer.run
 
-        def run(trainer):
+        def run(trainer, stop):
             name = trainer.folder.path.parent.name
             start = torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
             steps, terms = [], trainer.loss_terms
@@ -261,9 +262,9 @@ class Looker:
 
             trainer.loss_terms = looking
             self.runs[name] = {"start": start, "steps": steps}
-            original(trainer)
+            original(trainer, stop)
 
-        monkeypatch.setattr(engine.Trainer, "run", run)
+        monkeypatch.setattr(Trainer, "run", run)
 
     def same(self, a: str, b: str, what: int) -> bool:
         pairs = zip(self.runs[a]["steps"], self.runs[b]["steps"], strict=True)

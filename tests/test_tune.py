@@ -87,7 +87,7 @@ def test_the_score_says_what_it_is_of(made, kind):
     folder, train = RunFolder(made / kind), scan(made / "data").train
     fold = fold_of(train.labels_N, train.sha256_N32, 1, 4)
     kept, saved, row = read_val_logits(folder.val_logits), load_model(folder.model), read_metrics(folder)[-1]
-    assert kept.attrs["of"] == "part 1 of 4 of train" and len(kept.logits_NK) == len(fold.held_out_M) == 12
+    assert kept.attrs["of"] == "fold 1 of 4 of train" and len(kept.logits_NK) == len(fold.held_out_M) == 12
     assert kept.paths == tuple(train.paths[i] for i in fold.held_out_M)
     assert np.array_equal(kept.labels_N, train.labels_N[fold.held_out_M])
     assert kept.fingerprint == fingerprint_of(kept.paths, kept.labels_N, train.sha256_N32[fold.held_out_M])
@@ -95,7 +95,7 @@ def test_the_score_says_what_it_is_of(made, kind):
     assert saved["tune_top1"] == row["tune_top1"] == kept.attrs["top1"]
     assert "val_top1" not in saved and not [name for name in row if name.startswith("val_")]
     shown = report([folder.path])
-    assert f"{100 * row['tune_top1']:.1f} %" in shown and "are on part 1 of 4 of train (--tune), not on val" in shown
+    assert f"{100 * row['tune_top1']:.1f} %" in shown and "are on fold 1 of 4 of train (--tune), not on val" in shown
 
 
 def test_agreement_is_with_the_caches_rows_of_the_part(made):
@@ -129,9 +129,9 @@ def test_labels_of_a_teacher_that_saw_the_part_are_refused(made):
     other = [*usual(made, "student"), "--cache", made / "teacher/logits.h5", "--tune", "--folds", 4, "--fold", 2]
     other[other.index("small")] = "cnn5"
     sentence = refused(distill.main, *other, "--out", made / "none")
-    assert "trained without part 1 of 4 of train, but --tune scores on part 2 of 4 of train, which it saw" in sentence
+    assert "trained without fold 1 of 4 of train, but --tune scores on fold 2 of 4 of train, which it saw" in sentence
     assert "--folds 4 --fold 2" in sentence and not (made / "none").exists()
-    assert "part 1 of 3" in refused(distill.main, *other[:-4], "--folds", 3, "--fold", 1, "--out", made / "none")
+    assert "fold 1 of 3" in refused(distill.main, *other[:-4], "--folds", 3, "--fold", 1, "--out", made / "none")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 from kd_dist import job, label, views
 from kd_dist.cache import Cache, CachePlan, open_cache
 from kd_dist.cache.format import checksum_file_of
-from kd_dist.config import check_crop_scale, check_mixed_views, check_seed
+from kd_dist.config import DataConfig, check_crop_scale, check_mixed_views, check_seed
 from kd_dist.dataset import SPLITS, locate, scan
 from kd_dist.errors import UserError
 from kd_dist.inference import compute_dtype
@@ -150,5 +150,5 @@ def _write(target: Path, plan: CachePlan, teachers: list[Teacher], data: label.L
 
 
 def _open_data(options: argparse.Namespace, runtime: Runtime) -> label.LabelData:
-    source = job.DataSource(data=options.data, pixels=options.pixels, pixels_dir=options.pixels_dir)
+    source = DataConfig(data=options.data, pixels=options.pixels, pixels_dir=options.pixels_dir)
     return job.open_data(source, runtime)

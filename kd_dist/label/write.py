@@ -42,7 +42,7 @@ def write_cache(
             progress(done, len(mine))
         while writing:
             writing.popleft().result()
-    runtime.wait_for_all(f"label {target}")
+    runtime.wait_for_all()
     runtime.on_main(lambda: writer.publish() and None)
 
 
