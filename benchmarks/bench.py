@@ -28,9 +28,9 @@ from benchmarks import (
 )
 from benchmarks.measure import Row
 from benchmarks.setting import Bench
+from kd_dist.dist.runtime import joined, run_entry
 from kd_dist.errors import UserError
 from kd_dist.job import open_data
-from kd_dist.runtime import joined, run_entry
 from kd_dist.version import software
 
 ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {

@@ -14,8 +14,8 @@ import statistics
 import time
 from pathlib import Path
 
-from kd_dist.batches import CachedCrops, EpochBatches, TrainData
 from kd_dist.cache import open_cache
+from kd_dist.training.batches import CachedCrops, EpochBatches, TrainData
 
 EPOCHS = 5
 SAMPLES = 50_000  # to be read at least: a small cache's epoch is over in no time

@@ -10,10 +10,11 @@ import torch
 from benchmarks.measure import Goal, Row, images_per_second, interleaved, row
 from benchmarks.setting import Bench
 from benchmarks.steps import synchronise
-from kd_dist import label, views
+from kd_dist import label
+from kd_dist.dist.runtime import StopRequest
+from kd_dist.images import views
 from kd_dist.inference import FORWARD_BATCH, autocast, compute_dtype
 from kd_dist.job import Data
-from kd_dist.runtime import StopRequest
 
 NEARLY_ALL = Goal(0.95)
 VIEWS = 2

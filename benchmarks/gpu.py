@@ -24,9 +24,9 @@ import torch
 
 from benchmarks import gpu_page
 from benchmarks.children import ROOT
+from kd_dist.dist.runtime import run_entry
 from kd_dist.errors import UserError
 from kd_dist.files import read_json, write_json
-from kd_dist.runtime import run_entry
 
 BENCH_ROWS = ("gpu", "1", "2", "3", "4", "5", "7", "job")
 ENDING_SECONDS = 60.0  # what a step gets to save after SIGTERM, before it is killed

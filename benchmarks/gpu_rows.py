@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import Goal, Row, interleaved, row
 from benchmarks.setting import Bench
 from benchmarks.steps import Steps
-from kd_dist import job, objectives
+from kd_dist import job
 from kd_dist.config import TeacherConfig
-from kd_dist.training import Trainer
+from kd_dist.training import Trainer, objectives
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 FLOP a second of the SXM models, from NVIDIA's data sheets, by a part of the device's name."""

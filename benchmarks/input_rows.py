@@ -13,8 +13,9 @@ from benchmarks.children import Child
 from benchmarks.measure import Arm, Goal, Row, images_per_second, interleaved, row
 from benchmarks.setting import Bench
 from benchmarks.steps import synchronise
-from kd_dist import config, job, objectives
+from kd_dist import config, job
 from kd_dist.config import DistillConfig
+from kd_dist.training import objectives
 
 BATCH = 64
 CROP_SCALE = (0.35, 1.0)

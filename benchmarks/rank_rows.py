@@ -15,8 +15,8 @@ from benchmarks.measure import Goal, Row, interleaved, medians, row
 from benchmarks.setting import Bench
 from benchmarks.steps import Steps
 from kd_dist.config import DataConfig
+from kd_dist.dist.runtime import joined
 from kd_dist.job import open_data
-from kd_dist.runtime import joined
 
 TWO_RANKS = Goal(1.9)
 GROUPS = {"1 rank x 1 thread": (1, 1), "2 ranks x 1 thread": (2, 1), "1 rank x 2 threads": (1, 2)}

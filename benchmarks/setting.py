@@ -17,12 +17,12 @@ from torch import nn
 from benchmarks.measure import Effort
 from kd_dist import config, distill, job, label
 from kd_dist.cache import BlockWriter, Cache
-from kd_dist.checkpoint import RunFolder
 from kd_dist.config import DataConfig, DistillConfig, JobConfig, TeacherConfig
+from kd_dist.dist.runtime import Runtime, StopRequest
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
 from kd_dist.models import STUDENTS, TEACHERS
-from kd_dist.runtime import Runtime, StopRequest
+from kd_dist.run.checkpoint import RunFolder
 from kd_dist.training import LossTerms, Trainer
 
 CACHED_VIEWS = 8

@@ -4,8 +4,8 @@ import time
 
 import torch
 
-from kd_dist.batches import Batch
 from kd_dist.training import Trainer
+from kd_dist.training.batches import Batch
 
 
 class Steps:

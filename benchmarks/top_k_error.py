@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kd_dist.cache.topk import TopK, shorten
-from kd_dist.losses import kl
+from kd_dist.training.losses import kl
 
 TEMPERATURES = (1, 2, 3, 4, 5, 6, 7, 8)
 LIKELY = 12

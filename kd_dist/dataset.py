@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from kd_dist import fetch, generated
+from kd_dist.data import fetch, generated
+from kd_dist.data.fetch import Progress
 from kd_dist.errors import UserError, exit_code_of
-from kd_dist.fetch import Progress
 from kd_dist.files import write_atomically
 from kd_dist.fingerprint import fingerprint_of
 

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import job, objectives
-from kd_dist.batches import CachedCrops
+from kd_dist import job
 from kd_dist.cache import Cache, SoftLabels, TopK, open_cache, require_temperature
-from kd_dist.checkpoint import RunFolder
 from kd_dist.config import OF_DATA, DistillationConfig, DistillConfig, StudentConfig, carried, command
+from kd_dist.dist.runtime import Runtime, StopRequest, joined, run_entry
 from kd_dist.errors import UserError
+from kd_dist.images.views import require_renderer
 from kd_dist.job import Data
-from kd_dist.losses import NEED_LABELS, SOFT_LOSSES
 from kd_dist.models import STUDENTS
-from kd_dist.runtime import Runtime, StopRequest, joined, run_entry
-from kd_dist.training import LossTerms
-from kd_dist.views import require_renderer
+from kd_dist.run.checkpoint import RunFolder
+from kd_dist.training import LossTerms, objectives
+from kd_dist.training.batches import CachedCrops
+from kd_dist.training.losses import NEED_LABELS, SOFT_LOSSES
 
 DESCRIPTION = """Train a student from a cache of soft labels and the hard labels: total = alpha * soft + (1 - alpha) *
 hard. The teacher is not loaded; only its cache is read. Running the same command again resumes."""

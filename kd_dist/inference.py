@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import views
-from kd_dist.pixels import Pictures
-from kd_dist.runtime import Runtime
+from kd_dist.dist.runtime import Runtime
+from kd_dist.images import views
+from kd_dist.images.store import Pictures
 
 FORWARD_BATCH = 256
 

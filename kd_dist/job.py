@@ -16,10 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import checkpoint, endings, events, resident, views
-from kd_dist.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
 from kd_dist.cache import Cache, SoftLabels
-from kd_dist.checkpoint import RunFolder
 from kd_dist.config import (
     MEAN,
     RULE_HOLDS_TO,
@@ -34,18 +31,24 @@ from kd_dist.config import (
     read_command_line,
     resolve,
 )
-from kd_dist.cores import available_cores
+from kd_dist.data.folds import Fold, fold_of, labelled_rows
 from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
+from kd_dist.dist import endings
+from kd_dist.dist.cores import available_cores
+from kd_dist.dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, launched_world_size
 from kd_dist.errors import Failure, UserError
-from kd_dist.events import Code, Reason
-from kd_dist.folds import Fold, fold_of, labelled_rows
+from kd_dist.images import device as resident
+from kd_dist.images import views
+from kd_dist.images.device import free_bytes
+from kd_dist.images.store import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
 from kd_dist.inference import Forward, compute_dtype
-from kd_dist.losses import UNKNOWN
 from kd_dist.models import count_weights
-from kd_dist.pixels import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
-from kd_dist.resident import free_bytes
-from kd_dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, launched_world_size
+from kd_dist.run import checkpoint, events
+from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.events import Code, Reason
 from kd_dist.training import HEARTBEAT_SECONDS, Execution, LossTerms, Optimisation, Trainer
+from kd_dist.training.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
+from kd_dist.training.losses import UNKNOWN
 from kd_dist.version import software
 
 AfterEpoch = Callable[[int, nn.Module, dict[str, float]], None]

@@ -21,8 +21,8 @@ import numpy as np
 
 from kd_dist import tables
 from kd_dist.cache import Cache, open_cache
-from kd_dist.checkpoint import RunFolder, read_metrics, read_settings, read_state, read_val_logits
 from kd_dist.errors import UserError, exit_code_of
+from kd_dist.run.checkpoint import RunFolder, read_metrics, read_settings, read_state, read_val_logits
 from kd_dist.study.folder import StudyFolder
 
 COLUMNS = ("run", "kind", "alpha", "temperature", "epochs", "top-1", "agreement", "images/s", "status")

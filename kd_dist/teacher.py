@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kd_dist import job, label, objectives
+from kd_dist import job, label
 from kd_dist.cache import check_top_k, open_cache
 from kd_dist.cache.format import shards_folder_of
-from kd_dist.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
 from kd_dist.config import OF_DATA, TeacherConfig, carried, command
+from kd_dist.dist.runtime import Runtime, StopRequest, joined, run_entry
 from kd_dist.errors import UserError
-from kd_dist.events import Code
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
 from kd_dist.models import TEACHERS
-from kd_dist.runtime import Runtime, StopRequest, joined, run_entry
+from kd_dist.run.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
+from kd_dist.run.events import Code
+from kd_dist.training import objectives
 
 DESCRIPTION = """Train a teacher on all ranks, then write its logits on V views of every train and val image to one HDF5
 file. Running the same command again resumes, in the training and in the writing."""

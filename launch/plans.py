@@ -8,10 +8,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from kd_dist import checkpoint, config
-from kd_dist.checkpoint import RunFolder, read_settings
+from kd_dist import config
 from kd_dist.config import DistillConfig, JobConfig, StudyConfig, TeacherConfig
 from kd_dist.errors import UserError
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import RunFolder, read_settings
 
 from .site import Resources, Site
 from .supervisor import MODULES

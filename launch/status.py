@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_dist.checkpoint import RunFolder, read_state
 from kd_dist.errors import UserError, exit_code_of
-from kd_dist.events import Code, Reason
+from kd_dist.run.checkpoint import RunFolder, read_state
+from kd_dist.run.events import Code, Reason
 
 from .supervisor import JOBS, Job, JobFolder, Status, controller_lives, events_of, job_folders, read_json, tail_of
 

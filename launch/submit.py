@@ -39,9 +39,9 @@ from submitit.local.local import LocalExecutor
 from submitit.slurm.slurm import SlurmExecutor
 
 import kd_dist
-from kd_dist.checkpoint import RunFolder, in_use
 from kd_dist.errors import UserError, exit_code_of
 from kd_dist.files import writing
+from kd_dist.run.checkpoint import RunFolder, in_use
 
 from . import status
 from .plans import PLANNERS, STUDY_WORDS, Plan, is_finished

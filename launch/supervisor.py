@@ -37,10 +37,11 @@ from typing import Any, Self
 import submitit
 
 import kd_dist
-from kd_dist import events, files
+from kd_dist import files
 from kd_dist.errors import EXIT_USER_ERROR, UserError, exit_code_of
-from kd_dist.events import Code, Reason
 from kd_dist.files import write_json
+from kd_dist.run import events
+from kd_dist.run.events import Code, Reason
 
 from .rendezvous import Aborted, DistributedEnvironment, wait_for_all_ranks
 from .site import minutes_of

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import generated
+from kd_dist.data import generated
 from kd_dist.dataset import Dataset, scan
-from kd_dist.pixels import Pixels, build_pixels, open_pixels
-from kd_dist.runtime import Runtime
+from kd_dist.dist.runtime import Runtime
+from kd_dist.images.store import Pixels, build_pixels, open_pixels
 
 # Tests of whole jobs, the longest file first, so that two workers end at the same time.
 INTEGRATION = (

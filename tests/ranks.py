@@ -127,7 +127,7 @@ def _rank(rank, world_size, port, results, function, arguments):
     os.environ.update(_place(rank, world_size, port), OMP_NUM_THREADS="1")
     import torch
 
-    from kd_dist.runtime import joined
+    from kd_dist.dist.runtime import joined
 
     torch.set_num_threads(1)
     try:

@@ -21,12 +21,12 @@ import pytest
 from kd_dist import distill, job, teacher
 from kd_dist.cache.__main__ import main as cache_main
 from kd_dist.cache.format import checksum_file_of
-from kd_dist.checkpoint import RunFolder, read_state
+from kd_dist.data.generated import generate
 from kd_dist.dataset import main as dataset_main
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
-from kd_dist.generated import generate
 from kd_dist.models import STUDENTS
+from kd_dist.run.checkpoint import RunFolder, read_state
 from tests.entries import call, refused
 from tests.ranks import free_port
 
@@ -340,7 +340,7 @@ def test_no_gpu_and_more_ranks_than_gpus(made, tmp_path, monkeypatch):
     assert "no GPU is visible" in refused(distill.main, *distilling(made, tmp_path, "--alpha", 0, "--device", "cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    from kd_dist.rendezvous import choose_device
+    from kd_dist.dist.rendezvous import choose_device
 
     with pytest.raises(UserError, match="4 ranks on this machine but 2 GPUs; use --nproc_per_node=2"):
         choose_device("auto", 0, 4)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import views
-from kd_dist.batches import (
+from kd_dist.images import views
+from kd_dist.training.batches import (
     Batch,
     CachedCrops,
     EpochBatches,

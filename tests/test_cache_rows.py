@@ -17,7 +17,6 @@ import torch
 from test_cache_format import CLASSES, HEADER, edited, logits_of, refusal, table_of, write_checksum
 
 from benchmarks import generated_cache
-from kd_dist.batches import CachedCrops, TrainData
 from kd_dist.cache import (
     TOP_K,
     BlockWriter,
@@ -29,7 +28,8 @@ from kd_dist.cache import (
     statistics_of,
 )
 from kd_dist.cache.topk import shorten
-from kd_dist.losses import kl, logit_mse, soft_cross_entropy
+from kd_dist.training.batches import CachedCrops, TrainData
+from kd_dist.training.losses import kl, logit_mse, soft_cross_entropy
 
 VIEWS, K = 5, 40
 
@@ -84,7 +84,7 @@ def mapped_batches(path: Path, pixels_of, runtime, workers: int = 0) -> list:
 
 def test_worker_processes_see_the_same_rows(dense, pixels_of, one_process, monkeypatch):
     expected = mapped_batches(dense, pixels_of, one_process)
-    monkeypatch.setattr("kd_dist.batches.AHEAD_BYTES", 2 * K * 15)  # two or three steps at once
+    monkeypatch.setattr("kd_dist.training.batches.AHEAD_BYTES", 2 * K * 15)  # two or three steps at once
     for workers in (0, 2):
         found = mapped_batches(dense, pixels_of, one_process, workers)
         assert len(found) == len(expected) == 2 * 7
@@ -96,7 +96,7 @@ def test_worker_processes_see_the_same_rows(dense, pixels_of, one_process, monke
 def test_views_are_chosen_as_they_were_at_once(monkeypatch):
     box_NV4, flip_NV = np.zeros((50, VIEWS, 4), np.int16), np.zeros((50, VIEWS), np.uint8)
     whole = [CachedCrops(box_NV4, flip_NV, seed=2)(epoch).choice_N for epoch in range(5)]
-    monkeypatch.setattr("kd_dist.batches.CHOICE_CELLS", 4 * 7)
+    monkeypatch.setattr("kd_dist.training.batches.CHOICE_CELLS", 4 * 7)
     pieces = [CachedCrops(box_NV4, flip_NV, seed=2)(epoch).choice_N for epoch in range(5)]
     np.testing.assert_array_equal(whole, pieces)
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import checkpoint
-from kd_dist.checkpoint import (
+from kd_dist.errors import UserError
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import (
     RunFolder,
     append_metrics,
     claim,
@@ -34,7 +35,6 @@ from kd_dist.checkpoint import (
     write_state,
     write_val_logits,
 )
-from kd_dist.errors import UserError
 
 SETTINGS = {"lr": 0.1, "crop_scale": (0.35, 1.0), "epochs": 3, "workers": 2, "release": None}
 MAY_CHANGE = {"workers", "device"}
@@ -102,7 +102,7 @@ def test_the_names_in_a_run_folder_are_the_documented_ones(tmp_path):
 
 
 def test_looking_at_runs_imports_no_torch():
-    assert run_python("import sys, kd_dist.checkpoint; print('torch' in sys.modules, 'h5py' in sys.modules)") == (
+    assert run_python("import sys, kd_dist.run.checkpoint; print('torch' in sys.modules, 'h5py' in sys.modules)") == (
         "False False\n"
     )
 
@@ -197,7 +197,7 @@ def test_kill_9_in_the_middle_of_saves_never_leaves_a_broken_newest(folder):
         """
         import os, random, signal, sys, time, torch
         from pathlib import Path
-        from kd_dist.checkpoint import RunFolder, newest_checkpoint, save_checkpoint
+        from kd_dist.run.checkpoint import RunFolder, newest_checkpoint, save_checkpoint
 
         folder = RunFolder(Path(sys.argv[1]))
 
@@ -246,7 +246,7 @@ def test_a_full_disk_names_the_path_and_how_to_go_on(folder):
         """
         import resource, sys, torch, numpy as np
         from pathlib import Path
-        from kd_dist.checkpoint import *
+        from kd_dist.run.checkpoint import *
         from kd_dist.errors import UserError
 
         folder = RunFolder(Path(sys.argv[1]))
@@ -494,7 +494,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, resumed):
         f"""
         import os
         from pathlib import Path
-        from kd_dist.checkpoint import RunFolder, claim
+        from kd_dist.run.checkpoint import RunFolder, claim
         from kd_dist.errors import UserError
 
         if os.getuid() == 0:
@@ -512,7 +512,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, resumed):
 HOLD = """
 import sys, time
 from pathlib import Path
-from kd_dist.checkpoint import RunFolder, claim
+from kd_dist.run.checkpoint import RunFolder, claim
 claim(RunFolder(Path(sys.argv[1])), "student", {}, set(), False)
 print("mine", flush=True)
 time.sleep(60)

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import kd_dist
-from kd_dist import checkpoint, config, job
-from kd_dist.checkpoint import RunFolder
+from kd_dist import config, job
 from kd_dist.config import (
     PRESETS,
     DistillConfig,
@@ -28,6 +27,8 @@ from kd_dist.config import (
     resolve,
 )
 from kd_dist.errors import UserError
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import RunFolder
 
 KINDS = (TeacherConfig, DistillConfig)
 BOTH = {

@@ -2,7 +2,7 @@
 
 import os
 
-from kd_dist.cores import available_cores
+from kd_dist.dist.cores import available_cores
 
 
 def test_cores_that_were_taken_away_do_not_count():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_dist import dataset, generated
+from kd_dist import dataset
+from kd_dist.data import generated
 from kd_dist.dataset import decode, decoded_size, fingerprint_of, locate, scan
 from kd_dist.errors import UserError
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from entries import call
 
-from kd_dist import distill, events, teacher
-from kd_dist.checkpoint import RunFolder, read_state
+from kd_dist import distill, teacher
 from kd_dist.errors import UserError
-from kd_dist.events import Code, Reason
+from kd_dist.run import events
+from kd_dist.run.checkpoint import RunFolder, read_state
+from kd_dist.run.events import Code, Reason
 
 SIZES = ("--preset=demo", "--image-size=32", "--batch-size=7", "--warmup-epochs=0", "--epochs=2", "--lr=0.003")
 

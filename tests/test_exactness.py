@@ -11,22 +11,24 @@ import pytest
 import torch
 from torch import nn
 
-from kd_dist import checkpoint, label, objectives, views
-from kd_dist.batches import CachedCrops, FreshCrops, TrainData
+from kd_dist import label
 from kd_dist.cache import BlockWriter, TeacherRow, open_cache
-from kd_dist.checkpoint import RunFolder
 from kd_dist.config import MEAN, STD
+from kd_dist.data.generated import generate
 from kd_dist.dataset import scan
+from kd_dist.dist.runtime import Interrupted, StopRequest, joined
 from kd_dist.errors import UserError
-from kd_dist.generated import generate
+from kd_dist.images import views
+from kd_dist.images.store import Pixels, build_pixels, open_pixels
 from kd_dist.inference import Forward
 from kd_dist.job import Data
-from kd_dist.losses import kl
 from kd_dist.models import Cnn5
-from kd_dist.pixels import Pixels, build_pixels, open_pixels
-from kd_dist.runtime import Interrupted, StopRequest, joined
-from kd_dist.training import Execution, Optimisation, Trainer
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import RunFolder
+from kd_dist.training import Execution, Optimisation, Trainer, objectives
 from kd_dist.training import trainer as trainer_module
+from kd_dist.training.batches import CachedCrops, FreshCrops, TrainData
+from kd_dist.training.losses import kl
 from tests.ranks import run_ranks
 
 K = 10

@@ -21,7 +21,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kd_dist import dataset, fetch, generated
+from kd_dist import dataset
+from kd_dist.data import fetch, generated
 from kd_dist.dataset import Release, is_set, locate, scan
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
@@ -403,7 +404,7 @@ def test_error_in_the_middle_leaves_no_set(tmp_path: Path, archive: Path, monkey
 _KILL_WHILE_UNPACKING = """
 import os, signal, sys
 from pathlib import Path
-from kd_dist import fetch
+from kd_dist.data import fetch
 from kd_dist.dataset import locate
 fetch.publish = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 locate(Path(sys.argv[1]), None, sys.argv[2], None, explicit=True)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from kd_dist.data.folds import fold_numbers, fold_of
 from kd_dist.errors import UserError
-from kd_dist.folds import fold_numbers, fold_of
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import inference, views
+from kd_dist import inference
 from kd_dist.cache import BLOCK_SAMPLES
+from kd_dist.dist.runtime import Runtime
+from kd_dist.images import views
 from kd_dist.inference import FORWARD_BATCH, Forward
 from kd_dist.models import Cnn5
-from kd_dist.runtime import Runtime
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

@@ -18,7 +18,8 @@ from kd_dist import teacher as teacher_entry
 from kd_dist.cache import BlockWriter, CachePlan, open_cache
 from kd_dist.cache import __main__ as cache_entry
 from kd_dist.cache.format import shards_folder_of
-from kd_dist.checkpoint import (
+from kd_dist.data.generated import generate
+from kd_dist.run.checkpoint import (
     CACHE_SECONDS,
     RunFolder,
     load_model,
@@ -28,7 +29,6 @@ from kd_dist.checkpoint import (
     read_val_logits,
     weights_digest,
 )
-from kd_dist.generated import generate
 from kd_dist.teacher import clocked
 from tests.entries import call
 from tests.ranks import run_command

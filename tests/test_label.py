@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import checkpoint, label, views
+from kd_dist import label
 from kd_dist.cache import BlockWriter, CachePlan, TeacherRow, open_cache, render_info
 from kd_dist.cache.__main__ import main
-from kd_dist.checkpoint import RunFolder
+from kd_dist.data.folds import fold_numbers
+from kd_dist.data.generated import generate
 from kd_dist.dataset import scan
+from kd_dist.dist.runtime import Interrupted, StopRequest, joined
 from kd_dist.errors import UserError
-from kd_dist.folds import fold_numbers
-from kd_dist.generated import generate
+from kd_dist.images import views
+from kd_dist.images.store import build_pixels, open_pixels
 from kd_dist.inference import Forward
 from kd_dist.job import Data
 from kd_dist.models import TEACHERS, Cnn5
-from kd_dist.pixels import build_pixels, open_pixels
-from kd_dist.runtime import Interrupted, StopRequest, joined
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import RunFolder
 from tests.ranks import run_ranks
 
 FOLDS = 3

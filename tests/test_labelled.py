@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import config, distill, job, objectives, teacher
-from kd_dist.batches import Batch
-from kd_dist.checkpoint import read_metrics, read_settings
+from kd_dist import config, distill, job, teacher
 from kd_dist.config import DistillConfig
+from kd_dist.data.folds import labelled_rows
+from kd_dist.data.generated import generate
 from kd_dist.dataset import scan
 from kd_dist.errors import UserError
-from kd_dist.folds import labelled_rows
-from kd_dist.generated import generate
-from kd_dist.losses import SOFT_LOSSES, UNKNOWN, hard_targets
 from kd_dist.models import STUDENTS, TEACHERS, Cnn5
+from kd_dist.run.checkpoint import read_metrics, read_settings
 from kd_dist.study import __main__ as study
 from kd_dist.study.folder import StudyFolder
-from kd_dist.training import Trainer
+from kd_dist.training import Trainer, objectives
+from kd_dist.training.batches import Batch
+from kd_dist.training.losses import SOFT_LOSSES, UNKNOWN, hard_targets
 from tests.entries import call, refused
 from tests.test_bad_input import TINY
 

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from kd_dist import rendezvous, runtime
+from kd_dist.dist import rendezvous, runtime
 from kd_dist.errors import UnreachableError, UserError
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kd_dist import checkpoint
-from kd_dist.checkpoint import RunFolder, claim, write_state
 from kd_dist.config import StudyConfig, TeacherConfig, resolve
 from kd_dist.errors import UserError
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import RunFolder, claim, write_state
 from kd_dist.study.arms import ARMS
 from kd_dist.study.folder import StudyFolder, run_settings
 from launch import submit

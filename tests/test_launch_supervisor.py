@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kd_dist import events
 from kd_dist.errors import UserError
-from kd_dist.events import Reason
 from kd_dist.files import write_json
+from kd_dist.run import events
+from kd_dist.run.events import Reason
 from launch.supervisor import (
     LOCAL_REQUEUE,
     PORTS,

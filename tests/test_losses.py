@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import losses
-from kd_dist.losses import NEED_LABELS, cross_entropy, hard_targets, kl, logit_mse, soft_cross_entropy, standardised_kl
+from kd_dist.training import losses
+from kd_dist.training.losses import (
+    NEED_LABELS,
+    cross_entropy,
+    hard_targets,
+    kl,
+    logit_mse,
+    soft_cross_entropy,
+    standardised_kl,
+)
 
 LABELS = (0, 4, 2, 2, 1, 3)
 

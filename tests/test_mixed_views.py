@@ -13,26 +13,27 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import distill, label, teacher, views
-from kd_dist.batches import EpochBatches, TrainData
+from kd_dist import distill, label, teacher
 from kd_dist.cache import BlockWriter, Cache, CachePlan, Mixed, open_cache, render_info, statistics_of
 from kd_dist.cache.__main__ import main as cache_main
 from kd_dist.cache.combine import check_same_views
 from kd_dist.cache.format import checksum_file_of
 from kd_dist.cache.mixed import check_mixed
 from kd_dist.cache.statistics import unmixed_views
-from kd_dist.checkpoint import RunFolder, read_metrics
 from kd_dist.config import MEAN, STD, DistillConfig
+from kd_dist.data.folds import fold_numbers
+from kd_dist.dist.runtime import StopRequest
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
-from kd_dist.folds import fold_numbers
+from kd_dist.images import views
 from kd_dist.job import Data
 from kd_dist.label.plans import require_partners_share
-from kd_dist.losses import hard_targets
-from kd_dist.runtime import StopRequest
+from kd_dist.run.checkpoint import RunFolder, read_metrics
 from kd_dist.study.arms import ARMS
 from kd_dist.study.choice import require_views
 from kd_dist.training import Trainer
+from kd_dist.training.batches import EpochBatches, TrainData
+from kd_dist.training.losses import hard_targets
 from tests.entries import call, refused
 from tests.ranks import run_ranks
 from tests.test_bad_input import TINY

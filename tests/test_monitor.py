@@ -13,8 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kd_dist import monitor
-from kd_dist.monitor import Monitor
+from kd_dist.run import monitor
+from kd_dist.run.monitor import Monitor
 
 
 def curve(folder, name):
@@ -141,7 +141,7 @@ def test_a_full_disk_ends_the_curves_in_one_line_and_not_the_run(tmp_path):
     code = """
         import resource, sys, time
         from pathlib import Path
-        from kd_dist.monitor import Monitor
+        from kd_dist.run.monitor import Monitor
 
         with Monitor(Path(sys.argv[1]), enabled=True) as curves:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))

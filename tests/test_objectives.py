@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from kd_dist import objectives
-from kd_dist.batches import Batch
-from kd_dist.losses import SOFT_LOSSES
+from kd_dist.training import objectives
+from kd_dist.training.batches import Batch
+from kd_dist.training.losses import SOFT_LOSSES
 
 CLASSES = 5
 

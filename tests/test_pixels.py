@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import pixels
 from kd_dist.dataset import decode, scan
 from kd_dist.errors import UserError
-from kd_dist.pixels import Pixels, build_pixels, default_folder, open_pixels
+from kd_dist.images import store as pixels
+from kd_dist.images.store import Pixels, build_pixels, default_folder, open_pixels
 
 
 def build(samples, folder) -> None:

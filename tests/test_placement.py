@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import checkpoint, job, label, resident, views
-from kd_dist.batches import FreshCrops, TrainData
+from kd_dist import job, label
 from kd_dist.cache import BlockWriter, TeacherRow, open_cache
 from kd_dist.config import MEAN, STD, DataConfig
+from kd_dist.dist.runtime import Runtime, StopRequest
 from kd_dist.errors import UserError
+from kd_dist.images import device as resident
+from kd_dist.images import views
+from kd_dist.images.device import TOLERANCE, ResidentPixels
+from kd_dist.images.store import ImageFiles, Pixels, measure_files, open_files, open_pixels
 from kd_dist.job import Data, open_data
 from kd_dist.models import Cnn5
-from kd_dist.pixels import ImageFiles, Pixels, measure_files, open_files, open_pixels
-from kd_dist.resident import TOLERANCE, ResidentPixels
-from kd_dist.runtime import Runtime, StopRequest
+from kd_dist.run import checkpoint
+from kd_dist.training.batches import FreshCrops, TrainData
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import torch
 from kd_dist import distill, report, teacher
 from kd_dist.cache import __main__ as cache_entry
 from kd_dist.cache import open_cache
-from kd_dist.checkpoint import RunFolder, load_model, read_metrics, read_settings, save_model, weights_digest
-from kd_dist.generated import generate
+from kd_dist.data.generated import generate
 from kd_dist.models import STUDENTS, TEACHERS, Cnn5
+from kd_dist.run.checkpoint import RunFolder, load_model, read_metrics, read_settings, save_model, weights_digest
 from tests.entries import call, refused
 
 ENTRIES = {

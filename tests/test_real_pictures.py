@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kd_dist.cache import open_cache
-from kd_dist.checkpoint import RunFolder, read_metrics
 from kd_dist.dataset import locate
+from kd_dist.run.checkpoint import RunFolder, read_metrics
 from tests.test_jobs import run, torchrun
 
 ARCHIVE = os.environ.get("KD_DIST_IMAGEWOOF")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kd_dist import cache
-from kd_dist.checkpoint import RunFolder, append_metrics, claim, write_state, write_val_logits
 from kd_dist.report import COLUMNS, main, report
+from kd_dist.run.checkpoint import RunFolder, append_metrics, claim, write_state, write_val_logits
 
 N, K = 8, 3
 LABELS_N = np.arange(N) % K

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import resident, views
-from kd_dist.resident import TOLERANCE, ResidentPixels
-from kd_dist.views import Shown
+from kd_dist.images import device as resident
+from kd_dist.images import views
+from kd_dist.images.device import TOLERANCE, ResidentPixels
+from kd_dist.images.views import Shown
 
 CPU = torch.device("cpu")
 

@@ -17,22 +17,23 @@ import torch
 from scipy.special import softmax
 from torch import nn
 
-from kd_dist import config, distill, objectives, teacher, views
-from kd_dist.batches import Batch
+from kd_dist import config, distill, teacher
 from kd_dist.cache import __main__ as cache_commands
 from kd_dist.cache import open_cache
-from kd_dist.checkpoint import RunFolder, load_model, read_metrics, read_settings, read_state, save_model
 from kd_dist.config import StudentConfig, StudyConfig
+from kd_dist.data.generated import generate
+from kd_dist.dist.runtime import Interrupted
 from kd_dist.errors import UserError
-from kd_dist.generated import generate
+from kd_dist.images import views
 from kd_dist.label import load_teacher
-from kd_dist.losses import kl
-from kd_dist.runtime import Interrupted
+from kd_dist.run.checkpoint import RunFolder, load_model, read_metrics, read_settings, read_state, save_model
 from kd_dist.study import __main__ as entry
 from kd_dist.study import arms, choice, online, runs
 from kd_dist.study.arms import ARMS
 from kd_dist.study.folder import StudyFolder, run_settings
-from kd_dist.training import Trainer
+from kd_dist.training import Trainer, objectives
+from kd_dist.training.batches import Batch
+from kd_dist.training.losses import kl
 from tests.entries import call, refused
 
 N, V, K = 12, 4, 3

@@ -10,7 +10,8 @@ import pytest
 from matplotlib.axes import Axes
 from scipy import stats
 
-from kd_dist.checkpoint import (
+from kd_dist.errors import UserError
+from kd_dist.run.checkpoint import (
     CACHE_SECONDS,
     RunFolder,
     append_metrics,
@@ -19,7 +20,6 @@ from kd_dist.checkpoint import (
     write_state,
     write_val_logits,
 )
-from kd_dist.errors import UserError
 from kd_dist.study import results, table
 from kd_dist.study.cost import cost_of, duration, run_seconds
 from kd_dist.study.statistics import resampled

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dist import checkpoint, inference, objectives, views
-from kd_dist.checkpoint import RunFolder
+from kd_dist import inference
 from kd_dist.config import MEAN, STD
+from kd_dist.dist.runtime import Runtime, StopRequest
 from kd_dist.errors import UserError
+from kd_dist.images import views
 from kd_dist.models import Cnn5
-from kd_dist.runtime import Runtime, StopRequest
-from kd_dist.training import Trainer, saving, watch
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import RunFolder
+from kd_dist.training import Trainer, objectives, saving, watch
 from kd_dist.training.profiling import TRACED_STEPS
 from tests.ranks import run_ranks
 from tests.test_exactness import K, make_trainer, random_data

@@ -2,7 +2,7 @@
 
 import torch
 
-from kd_dist.transfer import _room, to_device, unpacked
+from kd_dist.images.transfer import _room, to_device, unpacked
 
 
 def test_a_buffer_gives_every_tensor_back():

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from kd_dist import config, distill, job, teacher
-from kd_dist.batches import EpochBatches, FreshCrops, TrainData
 from kd_dist.cache import open_cache
-from kd_dist.checkpoint import RunFolder, load_model, read_metrics, read_val_logits
 from kd_dist.config import DistillConfig, TeacherConfig
+from kd_dist.data.folds import fold_of
+from kd_dist.data.generated import generate
 from kd_dist.dataset import fingerprint_of, scan
 from kd_dist.errors import UserError
-from kd_dist.folds import fold_of
-from kd_dist.generated import generate
+from kd_dist.images.store import Pixels
 from kd_dist.models import STUDENTS, TEACHERS, Cnn5
-from kd_dist.pixels import Pixels
 from kd_dist.report import report
+from kd_dist.run.checkpoint import RunFolder, load_model, read_metrics, read_val_logits
+from kd_dist.training.batches import EpochBatches, FreshCrops, TrainData
 from tests.entries import call, refused
 from tests.test_bad_input import TINY
 

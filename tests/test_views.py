@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_dist import views
 from kd_dist.errors import UserError
-from kd_dist.views import (
+from kd_dist.images import views
+from kd_dist.images.views import (
     Normalise,
     Shown,
     cached_views,

@@ -11,8 +11,8 @@ from pathlib import Path
 from kd_dist.cache import combine as combine_caches
 from kd_dist.cache import open_cache, render_info
 from kd_dist.config import PIXELS
+from kd_dist.dist.runtime import launched_rank, run_entry
 from kd_dist.errors import UserError
-from kd_dist.runtime import launched_rank, run_entry
 
 PROG = "python -m kd_dist.cache"
 

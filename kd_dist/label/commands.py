@@ -4,16 +4,17 @@ import argparse
 import os
 from pathlib import Path
 
-from kd_dist import job, label, views
+from kd_dist import job, label
 from kd_dist.cache import Cache, CachePlan, open_cache
 from kd_dist.cache.format import checksum_file_of
 from kd_dist.config import DataConfig, check_crop_scale, check_mixed_views, check_seed
 from kd_dist.dataset import SPLITS, locate, scan
+from kd_dist.dist.runtime import Runtime, StopRequest, joined
 from kd_dist.errors import UserError
+from kd_dist.images import views
 from kd_dist.inference import compute_dtype
 from kd_dist.label.teachers import Teacher
 from kd_dist.label.verify import largest_difference, why_not_computed
-from kd_dist.runtime import Runtime, StopRequest, joined
 
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
 """How far a logit that is computed again may lie from the stored one, as a share of max(1, |logit|), by the type that

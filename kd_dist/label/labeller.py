@@ -6,12 +6,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from kd_dist import views
 from kd_dist.cache import Block, Header, Table
 from kd_dist.dataset import Dataset
+from kd_dist.images import views
+from kd_dist.images.store import Pictures
 from kd_dist.inference import Forward
 from kd_dist.label.teachers import Teacher
-from kd_dist.pixels import Pictures
 
 
 class LabelData(Protocol):

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kd_dist import checkpoint
 from kd_dist.cache import TeacherRow
 from kd_dist.errors import UserError
 from kd_dist.models import TEACHERS
+from kd_dist.run import checkpoint
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import numpy as np
 
 from kd_dist.cache import Cache, TopK
+from kd_dist.dist.runtime import Runtime
 from kd_dist.inference import FORWARD_BATCH
 from kd_dist.label.labeller import Labeller
-from kd_dist.runtime import Runtime
 
 
 def why_not_computed(cache: Cache, labeller: Labeller) -> str | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from kd_dist.cache import Block, BlockWriter, CachePlan
+from kd_dist.dist.runtime import Interrupted, Runtime, StopRequest
 from kd_dist.inference import ahead
 from kd_dist.label.labeller import Labeller
-from kd_dist.runtime import Interrupted, Runtime, StopRequest
 
 GPU_BLOCKS_AT_ONCE = 2
 

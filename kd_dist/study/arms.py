@@ -17,11 +17,10 @@ from scipy.special import softmax, xlogy
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from kd_dist import objectives
 from kd_dist.config import DistillConfig, StudentConfig
 from kd_dist.distill import Loss, Rows
 from kd_dist.errors import UserError
-from kd_dist.training import LossTerms
+from kd_dist.training import LossTerms, objectives
 
 WITHIN, VIEW, ALL = range(3)  # one random stream for each way to shuffle
 LEAST_SMOOTHING = 1e-9

@@ -12,11 +12,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from kd_dist import views
 from kd_dist.cache import Cache
 from kd_dist.config import DistillConfig, StudentConfig, StudyConfig, parser_for, read_command_line
 from kd_dist.distill import require_known
 from kd_dist.errors import UserError
+from kd_dist.images import views
 from kd_dist.study.arms import ARMS, BASELINES, DISTILLED, Arm
 from kd_dist.study.folder import run_settings
 

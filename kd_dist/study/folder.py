@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_dist import checkpoint
-from kd_dist.checkpoint import RunFolder
 from kd_dist.config import StudentConfig, StudyConfig, flags_of
 from kd_dist.errors import UserError
 from kd_dist.files import locked, read_json, write_json
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import RunFolder
 
 if TYPE_CHECKING:
     from kd_dist.study.arms import Arm

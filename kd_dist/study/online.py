@@ -6,15 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kd_dist import config, distill, views
-from kd_dist.batches import Batch
+from kd_dist import config, distill
 from kd_dist.cache import Cache
 from kd_dist.config import StudentConfig
 from kd_dist.errors import UserError
+from kd_dist.images import views
+from kd_dist.images.store import Pictures
 from kd_dist.job import Data
 from kd_dist.label import Teacher, load_teacher
-from kd_dist.pixels import Pictures
 from kd_dist.training import LossTerms
+from kd_dist.training.batches import Batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,13 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from kd_dist import checkpoint, distill, job
+from kd_dist import distill, job
 from kd_dist.cache import Cache
-from kd_dist.checkpoint import RunFolder, read_state
 from kd_dist.config import StudentConfig, StudyConfig
+from kd_dist.dist.runtime import Interrupted, Runtime, StopRequest
 from kd_dist.errors import UserError
 from kd_dist.job import Data
-from kd_dist.runtime import Interrupted, Runtime, StopRequest
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import RunFolder, read_state
 from kd_dist.study.arms import Arm
 from kd_dist.study.folder import BASE, run_settings
 from kd_dist.study.online import OnlineTeacher

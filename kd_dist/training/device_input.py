@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kd_dist.batches import Batch
+from kd_dist.training.batches import Batch
 
 STEPS_AHEAD = 2
 """The host enqueues so many steps on a GPU before it waits for the oldest one: enough to hide the host's work, and a

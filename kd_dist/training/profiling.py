@@ -6,8 +6,8 @@ from typing import Self
 
 import torch
 
-from kd_dist import checkpoint
-from kd_dist.checkpoint import RunFolder
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import RunFolder
 
 TRACE_AFTER_STEPS, TRACED_STEPS = 20, 10
 

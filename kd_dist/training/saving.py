@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from kd_dist import checkpoint
-from kd_dist.checkpoint import RunFolder
 from kd_dist.errors import UserError
+from kd_dist.run import checkpoint
+from kd_dist.run.checkpoint import RunFolder
 
 HEARTBEAT_SECONDS = 30.0
 

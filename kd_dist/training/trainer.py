@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_dist import checkpoint, events, views
-from kd_dist.batches import Batch, EpochBatches, TrainData
-from kd_dist.checkpoint import RunFolder
+from kd_dist.dist.runtime import Interrupted, Runtime, StopRequest
 from kd_dist.errors import UserError
+from kd_dist.images import views
 from kd_dist.inference import autocast, compute_dtype, input_dtype
-from kd_dist.monitor import Monitor
-from kd_dist.runtime import Interrupted, Runtime, StopRequest
+from kd_dist.run import checkpoint, events
+from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.monitor import Monitor
+from kd_dist.training.batches import Batch, EpochBatches, TrainData
 from kd_dist.training.device_input import prepared
 from kd_dist.training.optimiser import Ema, Optimisation, make_optimizer
 from kd_dist.training.profiling import Trace

@@ -7,7 +7,7 @@ import pytest
 from box import SlurmBox, missing
 from shared import Cluster, log_of
 
-from kd_dist import generated
+from kd_dist.data import generated
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -3,8 +3,8 @@
 from box import wait_for
 from shared import log_of
 
-from kd_dist import events
-from kd_dist.events import Code
+from kd_dist.run import events
+from kd_dist.run.events import Code
 from launch.supervisor import Job
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kd_dist.generated import generate
+from kd_dist.data.generated import generate
 
 
 @pytest.mark.parametrize("devices", [1, 2])

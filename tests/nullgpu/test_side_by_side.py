@@ -2,7 +2,8 @@
 
 import json
 
-from kd_dist import generated, teacher
+from kd_dist import teacher
+from kd_dist.data import generated
 from tests.entries import call
 
 

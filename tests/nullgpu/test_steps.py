@@ -2,8 +2,8 @@
 
 import pytest
 
-from kd_dist.losses import SOFT_LOSSES
 from kd_dist.models import STUDENTS, TEACHERS
+from kd_dist.training.losses import SOFT_LOSSES
 
 
 @pytest.mark.parametrize(("model", "loss"), [

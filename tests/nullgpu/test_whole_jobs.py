@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_dist import generated
+from kd_dist.data import generated
 
 SHORT = ("--device", "cuda", "--image-size", 64, "--batch-size", 8, "--epochs", 3)
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from setting import ALONE, HARD_LOSS, launches, resident_data, trainer_of
 
-from kd_dist import resident
-from kd_dist.pixels import Pixels
+from kd_dist.images import device as resident
+from kd_dist.images.store import Pixels
 
 BATCH, BATCHES = 256, 4
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from setting import never_diverge
 
-from kd_dist import inference, resident
+from kd_dist import inference
+from kd_dist.images import device as resident
 from kd_dist.training import Trainer
 
 

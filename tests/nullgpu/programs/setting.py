@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from test_exactness import fresh_blended_data, make_trainer, random_data
 
-from kd_dist import objectives
-from kd_dist.batches import FreshCrops, TrainData
-from kd_dist.losses import SOFT_LOSSES
+from kd_dist.dist.runtime import Runtime
+from kd_dist.images.device import ResidentPixels
+from kd_dist.images.store import Pixels
 from kd_dist.models import STUDENTS, TEACHERS
-from kd_dist.pixels import Pixels
-from kd_dist.resident import ResidentPixels
-from kd_dist.runtime import Runtime
-from kd_dist.training import Trainer, watch
+from kd_dist.training import Trainer, objectives, watch
+from kd_dist.training.batches import FreshCrops, TrainData
+from kd_dist.training.losses import SOFT_LOSSES
 
 K = 10
 MODELS = {**TEACHERS, **STUDENTS}

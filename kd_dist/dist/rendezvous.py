@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from kd_dist.endings import environment_number, largest_number
+from kd_dist.dist.endings import environment_number, largest_number
 from kd_dist.errors import MachineError, UnreachableError, UserError
 
 RENDEZVOUS_SECONDS = 10.0  # how long rank 0's port may stay closed; KD_DIST_RENDEZVOUS_SECONDS changes it

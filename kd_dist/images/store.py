@@ -16,10 +16,10 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 
-from kd_dist import views
 from kd_dist.dataset import SampleList, decode, decoded_size
 from kd_dist.errors import UserError
 from kd_dist.files import disk_full, write_atomically
+from kd_dist.images import views
 
 DECODED_TOGETHER = 256
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kd_dist import endings
-from kd_dist.endings import Interrupted, StopRequest, ignore_stop_signals, launched_rank, run_entry
+from kd_dist.dist import endings
+from kd_dist.dist.endings import Interrupted, StopRequest, ignore_stop_signals, launched_rank, run_entry
 from kd_dist.errors import Failure, UserError
-from kd_dist.rendezvous import choose_device, open_store, refuse_shared_gpus, refuse_strays
-from kd_dist.watch import Watch
+from kd_dist.dist.rendezvous import choose_device, open_store, refuse_shared_gpus, refuse_strays
+from kd_dist.dist.watch import Watch
 
 __all__ = ["Interrupted", "Runtime", "StopRequest", "ignore_stop_signals", "joined", "launched_rank", "run_entry"]
 

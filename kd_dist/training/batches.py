@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from kd_dist import views
 from kd_dist.cache import SoftLabels
+from kd_dist.dist.runtime import Runtime, ignore_stop_signals
 from kd_dist.errors import UserError
-from kd_dist.pixels import Pictures
-from kd_dist.runtime import Runtime, ignore_stop_signals
-from kd_dist.transfer import to_device
+from kd_dist.images import views
+from kd_dist.images.store import Pictures
+from kd_dist.images.transfer import to_device
 
 ORDER, CROPS, FLIPS, VIEW_CHOICE, BLEND, PLAIN_VIEW_CHOICE = range(6)
 CHOICE_CELLS = 1 << 20  # numbers of views permuted at once

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from kd_dist.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, Failure, MachineError, UserError
-from kd_dist.watch import GO_ON, Watch
+from kd_dist.dist.watch import GO_ON, Watch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 # A rank that prints nothing waits this long: if it ended first, the launcher would end the one that prints.

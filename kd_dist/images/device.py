@@ -24,10 +24,10 @@ from math import ceil
 import numpy as np
 import torch
 
-from kd_dist import views
-from kd_dist.pixels import Pixels
-from kd_dist.transfer import to_device
-from kd_dist.views import Shown
+from kd_dist.images import views
+from kd_dist.images.store import Pixels
+from kd_dist.images.transfer import to_device
+from kd_dist.images.views import Shown
 
 TOLERANCE = 1  # grey levels by which a value may differ from the CPU's image
 TOLERATED_SHARE = 1e-3  # of the values that may differ at all; TF32 changes some 10 %, by one grey level

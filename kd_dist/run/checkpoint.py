@@ -42,9 +42,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd_dist import events
 from kd_dist.errors import UserError
 from kd_dist.files import read_json, write_atomically, write_json, writing
+from kd_dist.run import events
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ Completed = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 STATUSES = ("running", "finished", "interrupted", "failed")
 _VERSION = 1
-_RUN, _CHECKPOINT, _MODEL, _VAL_LOGITS = "kd_dist.run", "kd_dist.checkpoint", "kd_dist.model", "kd_dist.val_logits"
+_RUN, _CHECKPOINT, _MODEL, _VAL_LOGITS = "kd_dist.run", "kd_dist.run.checkpoint", "kd_dist.model", "kd_dist.val_logits"
 _SEAL_LENGTH = 64  # hex digits of a SHA-256
 _LOCK_PATIENCE_S = 20.0  # a killed launcher's ranks notice within seconds and let go
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from kd_dist.batches import Batch
-from kd_dist.losses import NEED_LABELS, SoftLoss, cross_entropy, hard_targets
-from kd_dist.training import LossTerms
+from kd_dist.training.batches import Batch
+from kd_dist.training.losses import NEED_LABELS, SoftLoss, cross_entropy, hard_targets
+from kd_dist.training.trainer import LossTerms
 
 
 def hard(classes: int, smoothing: float) -> LossTerms:
