@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from test_exactness import fresh_blended_data, make_trainer, random_data
 
+from kd_dist.cache.mixed import Mixed
 from kd_dist.dist.runtime import Runtime
+from kd_dist.images import views
 from kd_dist.images.device import ResidentPixels
 from kd_dist.images.store import Pixels
 from kd_dist.models import STUDENTS, TEACHERS
@@ -45,10 +47,15 @@ def imagewoof_like(n: int, batch: int, size: int, mix: float = 0.0) -> TrainData
     return resident_data(np.tile(np.array([[160, 213], [213, 160]], np.int64), (n // 2, 1)), batch, size, mix)
 
 
-def noise(n: int, batch: int, size: int, blended: bool = False) -> TrainData:
-    """The tests' noise pictures on the device: cached views and rows for a soft loss, or blends for a hard one."""
-    data = (fresh_blended_data if blended else random_data)(n, batch, size)
-    return replace(data, pixels=ResidentPixels(data.pixels, DEVICE))
+def noise(n: int, batch: int, size: int, images: str = "plain", pixels: str = "device") -> TrainData:
+    """The tests' noise images in the device's or the host's memory: cached views with logits for a soft loss, `plain`
+    or half of them `mixed`, or `fresh` crops with mixup and CutMix for a hard one.
+    """
+    data = (fresh_blended_data if images == "fresh" else random_data)(n, batch, size)
+    if images == "mixed":
+        columns = views.mixed_views(0, "train", n, range(4), 0.5)
+        data = replace(data, views_of_epoch=replace(data.views_of_epoch, mixed=Mixed(*columns)))
+    return replace(data, pixels=ResidentPixels(data.pixels, DEVICE)) if pixels == "device" else data
 
 
 def soft_loss(name: str):

@@ -1,4 +1,7 @@
-"""Launches and waits of a step with its input: step.py MODEL LOSS(hard or a soft one's name)."""
+"""Launches, waits and bytes of a step with its input: step.py MODEL LOSS IMAGES PIXELS [SIZE].
+
+LOSS is hard or the name of a soft one, IMAGES and PIXELS are those of setting.noise.
+"""
 
 import json
 import sys
@@ -6,17 +9,22 @@ import sys
 import nullgpu
 from setting import HARD_LOSS, launches, noise, soft_loss, trainer_of
 
-BATCH, SIZE, STEPS = 16, 64, 8  # launches depend on neither size; the student `origin` needs 64 pixels
+BATCH, STEPS = 16, 8
+SIZE = 64  # launches do not depend on it; the student `origin` needs 64 pixels
 
-model, loss = sys.argv[1:]
-data = noise(BATCH * STEPS, BATCH, SIZE, blended=loss == "hard")
+model, loss, images, pixels, *size = sys.argv[1:]
+data = noise(BATCH * STEPS, BATCH, int(size[0]) if size else SIZE, images, pixels)
 with trainer_of(model, data, HARD_LOSS if loss == "hard" else soft_loss(loss)) as trainer:
     batches = trainer.batches(0)
-    for _ in range(STEPS - 2):
+    for _ in range(STEPS - 3):
         trainer.train_step(next(batches))
+    batch = next(batches)
+    with nullgpu.Bytes() as moved:
+        trainer.train_step(batch)
     nullgpu.reset()
     with nullgpu.no_sync():
         batch = next(batches)
         of_input = launches()
         trainer.train_step(batch)
-    print(json.dumps({"launches": launches(), "step_launches": launches() - of_input}))
+    bytes_an_image = sum(moved.moved.values()) / BATCH
+    print(json.dumps({"launches": launches(), "step_launches": launches() - of_input, "step_bytes": bytes_an_image}))
