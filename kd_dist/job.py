@@ -269,7 +269,8 @@ def running(folder: RunFolder, runtime: Runtime, stop: StopRequest | None = None
         raise
     except BaseException as error:
         failure = endings.failure_of(error)
-        endings.tell(failure)
+        if runtime.world_size > 1:  # a rank that trains alone may go on with another run
+            endings.tell(failure)
         if runtime.is_main:
             _note_failure(folder, failure)
         raise

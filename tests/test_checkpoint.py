@@ -57,7 +57,7 @@ def run_python(code, *arguments, **options):
     """Run code in a process of its own and return its standard output; its failure is the test's."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=600,
@@ -521,7 +521,7 @@ time.sleep(60)
 
 def test_a_folder_in_use_is_refused_until_its_process_ends(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "_LOCK_PATIENCE_S", 0.0)
-    root = str(Path(checkpoint.__file__).parents[1])
+    root = str(Path(checkpoint.__file__).parents[2])
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder.path)], env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE
     )

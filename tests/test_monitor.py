@@ -154,7 +154,7 @@ def test_a_full_disk_ends_the_curves_in_one_line_and_not_the_run(tmp_path):
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(monitor.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(monitor.__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=600,

@@ -86,6 +86,11 @@ class Watch:
         self._left = True
         self._close()
 
+    def part(self) -> None:
+        """From now on the ranks work apart: the end of one is no matter of the others. The launcher's still is."""
+        self._send({"leaves": True, "stopped_by": None})
+        self._close()
+
     # ---- connecting
 
     def _accept(self, world_size: int, one_machine: bool, store: dist.Store, seconds: float) -> None:

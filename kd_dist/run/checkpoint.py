@@ -367,7 +367,7 @@ def write_state(folder: RunFolder, status: str, **facts: Any) -> None:
     """
     if status not in STATUSES:
         raise ValueError(f"status {status!r} is none of {STATUSES}")
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
     write_json(folder.state, {"status": status, **facts, "time": now, "pid": os.getpid(), "host": socket.gethostname()})
 
 

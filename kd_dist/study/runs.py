@@ -42,7 +42,7 @@ class PlannedRun:
     data: Data
     cache: Cache
     teacher: OnlineTeacher | None
-    since: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
+    since: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
     def name(self) -> str:
@@ -173,6 +173,8 @@ def train_side_by_side(runs: Sequence[PlannedRun], runtime: Runtime, stop: StopR
     A defect is printed and the rank takes no more runs (a GPU's error would fail them all); its peers train the rest.
     """
     failed, sound = {}, True
+    if runtime.watch:
+        runtime.watch.part()
     with contextlib.redirect_stdout(Prefixed(sys.stdout, f"rank {runtime.rank} | ")):
         try:
             failed = train_all(runs, alone(runtime), stop)
