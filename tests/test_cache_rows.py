@@ -191,6 +191,7 @@ def test_statistics_are_the_same_in_one_piece(dense, monkeypatch):
 
 
 def test_no_file_is_left_open(dense, tmp_path):
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)
