@@ -32,7 +32,9 @@ from kd_dist.config import (
     resolve,
 )
 from kd_dist.data.folds import Fold, fold_of, labelled_rows
-from kd_dist.dataset import SPLITS, Dataset, SampleList, locate, scan
+from kd_dist.data.releases import locate
+from kd_dist.data.samples import SPLITS, Dataset, SampleList
+from kd_dist.data.scan import default_folder, scan
 from kd_dist.dist import endings
 from kd_dist.dist.cores import available_cores
 from kd_dist.dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, launched_world_size
@@ -40,7 +42,7 @@ from kd_dist.errors import Failure, UserError
 from kd_dist.images import device as resident
 from kd_dist.images import views
 from kd_dist.images.device import free_bytes
-from kd_dist.images.store import Pictures, Pixels, build_pixels, default_folder, measure_files, open_files, open_pixels
+from kd_dist.images.store import Pictures, Pixels, build_pixels, measure_files, open_files, open_pixels
 from kd_dist.inference import Forward, compute_dtype
 from kd_dist.models import count_weights
 from kd_dist.run import checkpoint, events
@@ -173,11 +175,17 @@ def open_data(source: DataConfig, runtime: Runtime) -> Data:
 
     def prepare() -> None:
         samples = scan(root, manifest_folder=store, workers=threads)
+        written = 0
         for split in SPLITS:
-            make(samples.split(split), store, threads, progress_lines(runtime, f"{what} {split} images"))
+            written += make(samples.split(split), store, threads, progress_lines(runtime, f"{what} {split} images"))
+        if written:
+            kept = "sizes of the images" if from_files else "decoded images"
+            say(runtime, f"wrote {kept} to {store}: {written / 1e6:,.1f} MB; a later job reads them there")
 
     runtime.once_a_node("decode data", prepare)
     samples = scan(root, manifest_folder=store)
+    for note in samples.notes() if runtime.is_main else ():
+        say(runtime, note)
     pixels = {split: (open_files if from_files else open_pixels)(samples.split(split), store) for split in SPLITS}
     if None in pixels.values():
         raise UserError(

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from kd_dist.data import generated
-from kd_dist.dataset import Dataset, scan
+from kd_dist.data.samples import Dataset
+from kd_dist.data.scan import scan
 from kd_dist.dist.runtime import Runtime
 from kd_dist.images.store import Pixels, build_pixels, open_pixels
 

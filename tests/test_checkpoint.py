@@ -315,15 +315,40 @@ def test_models_that_are_none_are_refused(folder, tmp_path):
     save_checkpoint(folder, 1, some_payload(1))
     with pytest.raises(UserError, match=r"kd_dist\.model"):
         load_model(folder.checkpoint(1))
-    other = tmp_path / "resnet18.pth"
-    torch.save({"fc.weight": torch.ones(2)}, other)
-    with pytest.raises(UserError, match=r"resnet18\.pth is .* no file of ours"):
-        load_model(other)
-    other.write_text("short")
-    with pytest.raises(UserError, match=r"resnet18\.pth is cut short"):
-        load_model(other)
     with pytest.raises(UserError, match="cannot be read"):
         load_model(tmp_path)
+
+
+FOREIGN = {
+    "a PyTorch state dict": lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path),
+    "a PyTorch checkpoint": lambda path: torch.save({"epoch": 3, "state_dict": {"w": torch.ones(2)}}, path),
+    "a whole pickled network": lambda path: torch.save(torch.nn.Linear(2, 2), path),
+    "a TorchScript module": lambda path: torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path),
+    "a pickle of another program": lambda path: torch.save({"w": 1}, path, _use_new_zipfile_serialization=False),
+    "a safetensors file": lambda path: path.write_bytes((16).to_bytes(8, "little") + b'{"w":{"shape":[]}'),
+    "an HDF5 file": lambda path: h5py.File(path, "w").close(),
+    "an empty file": lambda path: path.write_bytes(b""),
+    "a file of another kind": lambda path: path.write_text("short"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_weights_of_another_program_are_not_called_damaged(tmp_path, kind):
+    path = tmp_path / "model.pt"
+    FOREIGN[kind](path)
+    with pytest.raises(UserError, match=f"was not written by kd_dist: it is {kind}.*name that of a run") as caught:
+        load_model(path)
+    assert "damaged" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_model_of_ours_that_is_cut_short_is_called_damaged(folder):
+    begin(folder)
+    save_model(folder.model, {"weights": {"a": torch.ones(2000)}, "arch": "cnn5"})
+    for length in (-1, -3000):
+        folder.model.write_bytes(folder.model.read_bytes()[:length])
+        with pytest.raises(UserError, match=r"model\.pt is cut short or damaged"):
+            load_model(folder.model)
 
 
 class Bomb:

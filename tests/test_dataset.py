@@ -13,8 +13,13 @@ from PIL import Image
 
 from kd_dist import dataset
 from kd_dist.data import generated
-from kd_dist.dataset import decode, decoded_size, fingerprint_of, locate, scan
+from kd_dist.data import scan as scanning
+from kd_dist.data.releases import DEFAULT_RELEASE, RELEASES, locate
+from kd_dist.data.samples import SPLITS
+from kd_dist.data.scan import scan
 from kd_dist.errors import UserError
+from kd_dist.fingerprint import fingerprint_of
+from kd_dist.images.decode import decode, decoded_size
 
 
 @pytest.fixture
@@ -75,7 +80,12 @@ def _spoil(root: Path, how: str) -> None:
         "no images": lambda: [path.unlink() for path in train.glob("*/*")],
         "empty class": lambda: [path.unlink() for path in val.glob("01*/*")],
         "lacks a class": lambda: shutil.rmtree(val / "01-disc-fine"),
-        "unknown class": lambda: (val / "zebra").mkdir(),
+        "unknown class": lambda: [(val / "zebra").mkdir(), shutil.copy(val / "01-disc-fine/00000.jpg", val / "zebra")],
+        "no image files": lambda: [path.rename(path.with_suffix(".TGA")) for path in val.glob("01*/*")],
+        "train images outside": lambda: [path.rename(train / f"{i}.jpg") for i, path in enumerate(train.glob("*/*"))],
+        "link loop": lambda: (train / "01-disc-fine/again").symlink_to("../.."),
+        "link to itself": lambda: (train / "01-disc-fine/x.jpg").symlink_to("x.jpg"),
+        "line break": lambda: (train / "a\nb").mkdir(),
         "dead link": lambda: (train / "01-disc-fine/x.jpg").symlink_to("nowhere"),
         "odd name": lambda: Path(os.fsdecode(os.fsencode(train / "01-disc-fine") + b"/\xff.jpg")).write_bytes(b""),
     }[how]()
@@ -86,11 +96,19 @@ def _spoil(root: Path, how: str) -> None:
     [
         ("no val", "no folders train/ and val/"),
         ("no folder", "no folders train/ and val/"),
-        ("one class", "train holds 1 class folders"),
+        ("one class", "train holds 1 class folder:"),
         ("no images", "train holds no images"),
         ("empty class", "val has no images of the class 01-disc-fine"),
-        ("lacks a class", "val lacks the class 01-disc-fine"),
-        ("unknown class", "val has the class zebra"),
+        ("lacks a class", "val has no images of the class 01-disc-fine"),
+        ("unknown class", "train has no images of the class zebra"),
+        (
+            "no image files",
+            r"class 01-disc-fine: images are val/<class>/\* with .jpg, .*.tiff; ignored 1 file: .tga 1;",
+        ),
+        ("train images outside", "train holds no images in class folders: .*images outside of a class folder 9"),
+        ("link loop", "01-disc-fine/again leads back"),
+        ("link to itself", "cannot read the image .*01-disc-fine/x.jpg"),
+        ("line break", "control character"),
         ("dead link", "01-disc-fine/x.jpg"),
         ("odd name", "not UTF-8"),
     ],
@@ -100,6 +118,72 @@ def test_unusable_set_is_refused_in_one_sentence(root: Path, how: str, words: st
     with pytest.raises(UserError, match=words) as caught:
         scan(root)
     assert "\n" not in str(caught.value)
+
+
+def test_gif_tiff_and_images_in_sub_folders_are_found(root: Path):
+    first = root / "train/00-disc-coarse"
+    (first / "more/still more").mkdir(parents=True)
+    for name in ("x.gif", "x.tif", "more/x.TIFF", "more/still more/é x.png"):
+        Image.new("RGB", (4, 4)).save(first / name)
+    found = scan(root)
+    names = [path.removeprefix("train/00-disc-coarse/") for path in found.train.paths if "00-disc-coarse" in path]
+    jpegs = [f"0000{i}.jpg" for i in range(3)]
+    assert names == [*jpegs, "more/still more/é x.png", "more/x.TIFF", "x.gif", "x.tif"]
+    assert found.ignored == ()
+    assert all(decode(root / path).ndim == 3 for path in found.train.paths)
+
+
+def test_files_that_are_no_images_are_counted_in_one_line(root: Path):
+    first = root / "train/00-disc-coarse"
+    for i in range(3):
+        (first / f"{i}.TXT").write_text("")
+    (first / "LICENSE").write_text("")
+    os.mkfifo(first / "pipe.jpg")
+    shutil.copy(first / "00000.jpg", root / "val/loose.jpg")
+    (first / os.fsdecode(b"\xff.csv")).write_text("")
+    assert scan(root).ignored == (
+        "ignored 7 files: .txt 3, .csv 1, images outside of a class folder 1, not a regular file 1, without a suffix 1",
+    )
+
+
+def test_stray_and_empty_folders_are_no_classes(root: Path):
+    before = scan(root)
+    for folder in ("train/__MACOSX/00-disc-coarse", "val/__MACOSX", "val/00-disc-coarse/__MACOSX", "train/empty/too"):
+        (root / folder).mkdir(parents=True)
+        shutil.copy(root / before.train.paths[0], root / folder / "._00000.jpg")
+    shutil.copy(root / before.train.paths[0], root / "train/__MACOSX/00-disc-coarse")
+    found = scan(root)
+    assert (found.classes, found.train.fingerprint) == (before.classes, before.train.fingerprint)
+    assert found.ignored == ("ignored folders that hold no images: train/__MACOSX, train/empty, val/__MACOSX",)
+
+
+def test_odd_class_names_work(root: Path):
+    for split in SPLITS:
+        (root / split / "00-disc-coarse").rename(root / split / "-a b ü")
+    found = scan(root)
+    assert found.classes[0] == "-a b ü" and len(found.train) == 9
+
+
+def test_linked_class_folders_are_followed(root: Path, tmp_path: Path):
+    before = scan(root).train.fingerprint
+    shutil.move(root / "train/00-disc-coarse", tmp_path / "elsewhere")
+    (root / "train/00-disc-coarse").symlink_to(tmp_path / "elsewhere")
+    assert scan(root).train.fingerprint == before
+
+
+def test_files_with_the_same_content_are_a_line_for_each_kind(root: Path):
+    assert scan(root).notes() == []
+    train, val = root / "train", root / "val"
+    shutil.copy(train / "00-disc-coarse/00001.jpg", train / "00-disc-coarse/same-class.jpg")
+    assert scan(root).notes() == []
+    shutil.copy(train / "00-disc-coarse/00000.jpg", val / "00-disc-coarse/again.jpg")
+    shutil.copy(train / "00-disc-coarse/00002.jpg", train / "01-disc-fine/again.jpg")
+    assert scan(root).notes() == [
+        "warning: files with the same content in train and in val: 1, such as train/00-disc-coarse/00000.jpg and "
+        "val/00-disc-coarse/again.jpg",
+        "warning: files with the same content in two classes: 1, such as train/00-disc-coarse/00002.jpg and "
+        "train/01-disc-fine/again.jpg",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- fingerprint
@@ -145,8 +229,8 @@ def test_fingerprint_does_not_depend_on_the_folder(root: Path, tmp_path: Path):
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files whose content was read for a digest, as they are read."""
-    seen, real = [], dataset._content_digest
-    monkeypatch.setattr(dataset, "_content_digest", lambda path: (seen.append(path), real(path))[1])
+    seen, real = [], scanning._content_digest
+    monkeypatch.setattr(scanning, "_content_digest", lambda path: (seen.append(path), real(path))[1])
     return seen
 
 
@@ -241,8 +325,25 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int):
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(undo(upright_HW3))).save(tmp_path / "x.png", exif=exif)
     assert np.array_equal(decode(tmp_path / "x.png"), upright_HW3)
-    Image.fromarray(np.ascontiguousarray(undo(upright_HW3))).save(tmp_path / "x.jpg", exif=exif)
-    assert decoded_size(tmp_path / "x.png") == decoded_size(tmp_path / "x.jpg") == upright_HW3.shape[:2]
+    for name in ("x.jpg", "x.tif"):
+        Image.fromarray(np.ascontiguousarray(undo(upright_HW3))).save(tmp_path / name, exif=exif)
+    assert np.array_equal(decode(tmp_path / "x.tif"), upright_HW3)
+    assert {decoded_size(tmp_path / f"x.{suffix}") for suffix in ("png", "jpg", "tif")} == {upright_HW3.shape[:2]}
+
+
+def test_of_several_frames_the_first_is_read(tmp_path: Path):
+    first, second = Image.fromarray(_picture_HW3()), Image.new("RGB", (4, 6), "white")
+    for name in ("x.gif", "x.tif"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        assert np.array_equal(decode(tmp_path / name), _picture_HW3())
+        assert decoded_size(tmp_path / name) == (6, 4)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_tiff_of_unknown_range_is_refused(tmp_path: Path, mode: str):
+    Image.new(mode, (4, 4)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"x\.tif.*unknown range"):
+        decode(tmp_path / "x.tif")
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "missing", "other format"])
@@ -257,7 +358,7 @@ def test_broken_image_is_named(root: Path, damage: str):
     elif damage == "missing":
         path.unlink()
     else:
-        Image.new("RGB", (4, 4)).save(path, format="GIF")
+        Image.new("RGB", (4, 4)).save(path, format="PPM")
     with pytest.raises(UserError, match=r"00-disc-coarse/00001\.jpg") as caught:
         decode(path)
     assert "\n" not in str(caught.value)
@@ -280,9 +381,7 @@ def test_drawn_set_is_the_same_each_time_and_a_larger_one_contains_it(root: Path
 
 def test_drawn_set_has_other_pictures_for_another_seed_and_split(root: Path, tmp_path: Path):
     generated.generate(tmp_path / "other", train_per_class=3, val_per_class=1, seed=1, classes=3)
-    digests = [
-        scan(folder).split(split).sha256_N32 for folder in (root, tmp_path / "other") for split in dataset.SPLITS
-    ]
+    digests = [scan(folder).split(split).sha256_N32 for folder in (root, tmp_path / "other") for split in SPLITS]
     assert len({row.tobytes() for rows in digests for row in rows}) == 2 * (9 + 3)
 
 
@@ -302,7 +401,7 @@ def test_folder_that_is_a_set_is_used_as_it_is(root: Path):
 
 def test_release_that_is_there_is_found_by_name(root: Path, tmp_path: Path):
     (tmp_path / "data").mkdir()
-    shutil.move(root, tmp_path / "data" / dataset.DEFAULT_RELEASE)
+    shutil.move(root, tmp_path / "data" / DEFAULT_RELEASE)
     assert locate(tmp_path / "data", None, None, None, explicit=True) == tmp_path / "data/imagewoof2-160"
 
 
@@ -359,6 +458,12 @@ def test_command_prints_classes_counts_and_fingerprints(root: Path):
     assert scan(root).val.fingerprint in done.stdout
 
 
+def test_command_prints_what_was_ignored(root: Path, capsys: pytest.CaptureFixture):
+    (root / "train/00-disc-coarse/notes.txt").write_text("")
+    assert dataset.main(["--data", str(root)]) == 0
+    assert "ignored 1 file: .txt 1\n" in capsys.readouterr().out
+
+
 def test_command_says_one_sentence_for_bad_input(tmp_path: Path):
     done = _command("--data", tmp_path / "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
@@ -368,7 +473,7 @@ def test_command_says_one_sentence_for_bad_input(tmp_path: Path):
 def test_command_lists_releases(capsys: pytest.CaptureFixture):
     assert dataset.main(["--list"]) == 0
     listed = capsys.readouterr().out
-    assert all(f"{name}\n" in listed or f"{name} (default)\n" in listed for name in dataset.RELEASES)
+    assert all(f"{name}\n" in listed or f"{name} (default)\n" in listed for name in RELEASES)
 
 
 def test_folder_in_the_environment_counts_as_chosen(

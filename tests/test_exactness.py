@@ -15,7 +15,7 @@ from kd_dist import label
 from kd_dist.cache import BlockWriter, TeacherRow, open_cache
 from kd_dist.config import MEAN, STD
 from kd_dist.data.generated import generate
-from kd_dist.dataset import scan
+from kd_dist.data.scan import scan
 from kd_dist.dist.runtime import Interrupted, StopRequest, joined
 from kd_dist.errors import UserError
 from kd_dist.images import views

@@ -23,7 +23,8 @@ import pytest
 
 from kd_dist import dataset
 from kd_dist.data import fetch, generated
-from kd_dist.dataset import Release, is_set, locate, scan
+from kd_dist.data.releases import DEFAULT_RELEASE, RELEASES, Release, locate
+from kd_dist.data.scan import is_set, scan
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
 
@@ -253,8 +254,8 @@ def test_error_page_instead_of_an_archive_keeps_nothing(tmp_path: Path, served: 
 @pytest.fixture
 def default_release(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
     """The server's archive as the release that is fetched when nobody names one."""
-    release = Release(dataset.DEFAULT_RELEASE, "", served.url, hashlib.sha256(served.content).hexdigest())
-    monkeypatch.setitem(dataset.RELEASES, release.name, release)
+    release = Release(DEFAULT_RELEASE, "", served.url, hashlib.sha256(served.content).hexdigest())
+    monkeypatch.setitem(RELEASES, release.name, release)
     return served
 
 
@@ -405,7 +406,7 @@ _KILL_WHILE_UNPACKING = """
 import os, signal, sys
 from pathlib import Path
 from kd_dist.data import fetch
-from kd_dist.dataset import locate
+from kd_dist.data.releases import locate
 fetch.publish = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 locate(Path(sys.argv[1]), None, sys.argv[2], None, explicit=True)
 """

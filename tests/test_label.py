@@ -14,7 +14,7 @@ from kd_dist.cache import BlockWriter, CachePlan, TeacherRow, open_cache, render
 from kd_dist.cache.__main__ import main
 from kd_dist.data.folds import fold_numbers
 from kd_dist.data.generated import generate
-from kd_dist.dataset import scan
+from kd_dist.data.scan import scan
 from kd_dist.dist.runtime import Interrupted, StopRequest, joined
 from kd_dist.errors import UserError
 from kd_dist.images import views

@@ -12,7 +12,7 @@ from kd_dist import config, distill, job, teacher
 from kd_dist.config import DistillConfig
 from kd_dist.data.folds import labelled_rows
 from kd_dist.data.generated import generate
-from kd_dist.dataset import scan
+from kd_dist.data.scan import scan
 from kd_dist.errors import UserError
 from kd_dist.models import STUDENTS, TEACHERS, Cnn5
 from kd_dist.run.checkpoint import read_metrics, read_settings

@@ -2,17 +2,22 @@
 
 import errno
 import os
+import re
 import shutil
 import socket
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from kd_dist.dataset import decode, scan
+from kd_dist.config import DataConfig
+from kd_dist.data.scan import default_folder, scan
 from kd_dist.errors import UserError
 from kd_dist.images import store as pixels
-from kd_dist.images.store import Pixels, build_pixels, default_folder, open_pixels
+from kd_dist.images.decode import decode
+from kd_dist.images.store import Pixels, build_pixels, open_pixels
+from kd_dist.job import open_data
 
 
 def build(samples, folder) -> None:
@@ -115,6 +120,72 @@ def test_changed_data_is_another_store(tiny, tiny_root, tmp_path):
     build(changed.val, folder)
     assert_holds(open_pixels(changed.val, folder), changed.val)
     assert_holds(open_pixels(tiny.val, folder), tiny.val)
+
+
+def _states(tiny_root, tmp_path, folder):
+    """Two states of one set, the first one's val store built."""
+    root = tmp_path / "set"
+    shutil.copytree(tiny_root, root)
+    first = scan(root).val
+    build(first, root / folder)
+    shutil.copy(root / first.paths[0], root / first.paths[1])
+    return root / folder, first, scan(root).val
+
+
+def test_store_of_an_earlier_state_is_deleted_from_the_sets_own_folder(tiny_root, tmp_path):
+    folder, _, second = _states(tiny_root, tmp_path, ".kd_dist")
+    for name, age in (("old", 2), ("new", 0)):
+        (folder / f".val-{name}.u8.host-1-2.tmp").touch()
+        os.utime(folder / f".val-{name}.u8.host-1-2.tmp", (time.time() - age * 86400,) * 2)
+    (folder / "train-0123456789abcdef.u8").touch()
+    (folder / "digests-0.npz").touch()
+    assert build_pixels(second, folder, 1, lambda done, total: None) == next(folder.glob("val*.u8")).stat().st_size
+    stem = f"val-{second.fingerprint[:16]}"
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"{stem}.u8", f"{stem}.npy", ".val-new.u8.host-1-2.tmp", "train-0123456789abcdef.u8", "digests-0.npz")
+    }
+    assert build_pixels(second, folder, 1, lambda done, total: None) == 0
+
+
+@pytest.mark.parametrize("where", ["memory", "off"])
+def test_job_prints_once_where_the_store_is_and_each_time_what_was_ignored(
+    tiny_root, tmp_path, one_process, capsys, where
+):
+    root = tmp_path / "set"
+    shutil.copytree(tiny_root, root)
+    (root / "val/notes.txt").write_text("")
+    source = DataConfig(data=str(root), pixels=where)
+    open_data(source, one_process)
+    printed = capsys.readouterr().out
+    assert re.search(rf" wrote (decoded images|sizes of the images) to {root}/.kd_dist: [\d.]+ MB", printed)
+    assert printed.count("ignored 1 file: .txt 1\n") == 1
+    open_data(source, one_process)
+    printed = capsys.readouterr().out
+    assert "wrote" not in printed and "ignored 1 file" in printed
+
+
+def test_store_of_an_earlier_state_stays_while_it_is_mapped_and_in_a_shared_folder(tiny_root, tmp_path):
+    folder, first, second = _states(tiny_root, tmp_path, ".kd_dist")
+    mapped = open_pixels(first, folder)
+    build(second, folder)
+    assert len(list(folder.glob("val-*"))) == 4
+    del mapped
+    build(second, folder)
+    assert len(list(folder.glob("val-*"))) == 2
+    shared, _, second = _states(tiny_root, tmp_path / "other", "shared")
+    build(second, shared)
+    assert len(list(shared.glob("val-*"))) == 4
+
+
+def test_stale_store_that_cannot_be_deleted_is_no_error(tiny_root, tmp_path, monkeypatch):
+    folder, first, second = _states(tiny_root, tmp_path, ".kd_dist")
+
+    def refuse(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(type(folder), "unlink", refuse)
+    build(second, folder)
+    assert open_pixels(first, folder) and open_pixels(second, folder)
 
 
 def test_broken_picture_is_named_and_leaves_nothing(tiny, tiny_root, tmp_path):

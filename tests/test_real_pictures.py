@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kd_dist.cache import open_cache
-from kd_dist.dataset import locate
+from kd_dist.data.releases import locate
 from kd_dist.run.checkpoint import RunFolder, read_metrics
 from tests.test_jobs import run, torchrun
 

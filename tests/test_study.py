@@ -747,7 +747,7 @@ def test_a_variant_that_makes_no_sense_is_refused(made, tmp_path, word, sentence
             "arm shuffled-view needs 3 views of every image, one of them for evaluation, and 2 are used",
         ),
         (["--arms", "one-view", "--views", "1"], "arm one-view needs 2 views"),
-        (["--teacher-model", "DATA/teacher/logits.h5", "--arms", "online"], "is cut short, damaged or no file of ours"),
+        (["--teacher-model", "DATA/teacher/logits.h5", "--arms", "online"], "it is an HDF5 file, such as a cache"),
     ],
 )
 def test_wrong_input_is_refused_in_one_sentence(made, tmp_path, typed, sentence):

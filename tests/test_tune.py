@@ -10,8 +10,9 @@ from kd_dist.cache import open_cache
 from kd_dist.config import DistillConfig, TeacherConfig
 from kd_dist.data.folds import fold_of
 from kd_dist.data.generated import generate
-from kd_dist.dataset import fingerprint_of, scan
+from kd_dist.data.scan import scan
 from kd_dist.errors import UserError
+from kd_dist.fingerprint import fingerprint_of
 from kd_dist.images.store import Pixels
 from kd_dist.models import STUDENTS, TEACHERS, Cnn5
 from kd_dist.report import report

@@ -1,4 +1,4 @@
-"""Which images there are: downloaded archives, the generated set, folds of the training images.
+"""Which images there are: the list of a folder's images, releases, downloaded archives, the generated set, folds.
 
 This package knows no pixels, no network and no config.
 """

@@ -3,10 +3,15 @@
 Two files a split, named after the split's fingerprint, so a store of other data is never picked up:
 `<split>-<fingerprint>.u8` holds the pictures one after another as [H, W, 3] bytes, `<split>-<fingerprint>.npy` their
 heights and widths, int64 [N, 2]. The sizes are written last; where both are and agree, the pictures are whole. A set
-larger than memory has the sizes alone, and its images are decoded each time they are shown.
+larger than memory has the sizes alone, and its images are decoded each time they are shown. In the set's own folder,
+DATA/.kd_dist, the files of earlier states of the split are deleted; a folder that several sets may share is left alone.
 """
 
+import contextlib
+import fcntl
 import os
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,12 +21,15 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 
-from kd_dist.dataset import SampleList, decode, decoded_size
+from kd_dist.data.samples import SampleList
+from kd_dist.data.scan import STORE_FOLDER
 from kd_dist.errors import UserError
 from kd_dist.files import disk_full, write_atomically
 from kd_dist.images import views
+from kd_dist.images.decode import decode, decoded_size
 
 DECODED_TOGETHER = 256
+ABANDONED_SECONDS = 24 * 3600  # after which a temporary file that nobody writes to is of a killed process
 
 
 class Pictures(Protocol):
@@ -132,16 +140,19 @@ def open_pixels(samples: SampleList, folder: Path) -> Pixels | None:
     if not whole:
         return None
     pictures = torch.from_file(str(pictures_path), shared=False, size=int(sizes_N.sum()), dtype=torch.uint8)
+    _keep_in_use(pictures_path, pictures)
     return Pixels(pictures, sizes_N2, np.concatenate([[0], np.cumsum(sizes_N)[:-1]]))
 
 
-def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Callable[[int, int], None]) -> None:
-    """Decode a split into `folder` unless it is there already. `progress` is told (pictures done, pictures in all).
+def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Callable[[int, int], None]) -> int:
+    """Decode a split into `folder` unless it is there already, and give the bytes written. `progress` is called with
+    (images done, images in all).
 
-    Raises UserError naming a picture that cannot be decoded, or the folder where it cannot be written.
+    Raises UserError naming an image that cannot be decoded, or the folder where it cannot be written.
     """
+    remove_stale(samples, folder)
     if open_pixels(samples, folder) is not None:
-        return
+        return 0
     pictures_path, sizes_path = _paths(samples, folder)
     sizes = []
 
@@ -158,12 +169,48 @@ def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Call
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(pictures_path, write_pictures)
         _write_sizes(sizes_path, sizes)
+        return pictures_path.stat().st_size
     except OSError as error:
         reason = "the disk is full" if disk_full(error) else error.strerror
         raise UserError(
-            f"cannot write the decoded pictures to {folder} ({reason}); name a folder with {_needed(samples)} free "
+            f"cannot write the decoded images to {folder} ({reason}); name a folder with {_needed(samples)} free "
             "by --pixels-dir."
         ) from error
+
+
+def remove_stale(samples: SampleList, folder: Path) -> None:
+    """Delete the files of other states of this split from the set's own folder, and abandoned temporary files.
+
+    What another process has mapped stays: on a network disk its pages would be gone with the file. Errors are passed
+    over, since such files only take space.
+    """
+    if folder.resolve() != (samples.root / STORE_FOLDER).resolve():
+        return
+    current = {path.name for path in _paths(samples, folder)}
+    for path in sorted(folder.glob(f"{samples.split}-*"), reverse=True):  # .u8 before .npy
+        if path.suffix in (".u8", ".npy") and path.name not in current:
+            with contextlib.suppress(OSError):
+                _delete_unused(path)
+    for path in folder.glob(f".{samples.split}-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
+
+
+def _delete_unused(path: Path) -> None:
+    """Delete a file of a store, and raise OSError where a process has it mapped or that cannot be found out."""
+    if path.with_suffix(".u8").exists():
+        with open(path.with_suffix(".u8"), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    path.unlink()
+
+
+def _keep_in_use(path: Path, mapped: torch.Tensor) -> None:
+    """Hold a shared lock on a mapped file as long as the tensor lives, for `remove_stale` to see."""
+    descriptor = os.open(path, os.O_RDONLY)
+    weakref.finalize(mapped, os.close, descriptor)
+    with contextlib.suppress(OSError):  # a filesystem without locks, where nothing is deleted either
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _write_sizes(path: Path, sizes: list[tuple[int, int]]) -> None:
@@ -179,13 +226,15 @@ def open_files(samples: SampleList, folder: Path) -> ImageFiles | None:
     return ImageFiles(samples, sizes_N2) if sizes_N2.shape == (len(samples), 2) else None
 
 
-def measure_files(samples: SampleList, folder: Path, workers: int, progress: Callable[[int, int], None]) -> None:
-    """Note every image's size in `folder`, read from its header, unless that is there already. No picture is kept.
+def measure_files(samples: SampleList, folder: Path, workers: int, progress: Callable[[int, int], None]) -> int:
+    """Write every image's size, read from its header, into `folder` unless that is there already; gives the bytes
+    written.
 
     Raises UserError naming an image that cannot be read, or the folder where it cannot be written.
     """
+    remove_stale(samples, folder)
     if open_files(samples, folder) is not None:
-        return
+        return 0
     sizes = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for size in pool.map(lambda path: decoded_size(samples.root / path), samples.paths):
@@ -193,7 +242,9 @@ def measure_files(samples: SampleList, folder: Path, workers: int, progress: Cal
             progress(len(sizes), len(samples))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_sizes(_paths(samples, folder)[1], sizes)
+        sizes_path = _paths(samples, folder)[1]
+        _write_sizes(sizes_path, sizes)
+        return sizes_path.stat().st_size
     except OSError as error:
         reason = "the disk is full" if disk_full(error) else error.strerror
         raise UserError(
@@ -203,12 +254,3 @@ def measure_files(samples: SampleList, folder: Path, workers: int, progress: Cal
 
 def _needed(samples: SampleList) -> str:
     return f"about {max(1, int(samples.bytes_N.sum() * 16 / 1e6)):,} MB"
-
-
-def default_folder(root: Path) -> Path:
-    """Where a data set's store goes when nobody says: inside the data folder, or the user's cache folder when that is
-    read-only.
-    """
-    if os.access(root, os.W_OK):
-        return root / ".kd_dist"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kd_dist"

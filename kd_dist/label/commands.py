@@ -8,7 +8,9 @@ from kd_dist import job, label
 from kd_dist.cache import Cache, CachePlan, open_cache
 from kd_dist.cache.format import checksum_file_of
 from kd_dist.config import DataConfig, check_crop_scale, check_mixed_views, check_seed
-from kd_dist.dataset import SPLITS, locate, scan
+from kd_dist.data.releases import locate
+from kd_dist.data.samples import SPLITS
+from kd_dist.data.scan import scan
 from kd_dist.dist.runtime import Runtime, StopRequest, joined
 from kd_dist.errors import UserError
 from kd_dist.images import views

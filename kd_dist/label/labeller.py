@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from kd_dist.cache import Block, Header, Table
-from kd_dist.dataset import Dataset
+from kd_dist.data.samples import Dataset
 from kd_dist.images import views
 from kd_dist.images.store import Pictures
 from kd_dist.inference import Forward

@@ -7,7 +7,7 @@ import numpy as np
 
 from kd_dist.cache import Cache, CachePlan, Header, Mixed, Table, mean_of
 from kd_dist.data.folds import fold_numbers
-from kd_dist.dataset import SPLITS, Dataset
+from kd_dist.data.samples import SPLITS, Dataset
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.label.labeller import LabelData

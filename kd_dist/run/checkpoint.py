@@ -32,6 +32,7 @@ import shlex
 import shutil
 import socket
 import time
+import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ Completed = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 STATUSES = ("running", "finished", "interrupted", "failed")
 _VERSION = 1
-_RUN, _CHECKPOINT, _MODEL, _VAL_LOGITS = "kd_dist.run", "kd_dist.run.checkpoint", "kd_dist.model", "kd_dist.val_logits"
+_RUN, _CHECKPOINT, _MODEL, _VAL_LOGITS = "kd_dist.run", "kd_dist.checkpoint", "kd_dist.model", "kd_dist.val_logits"
+_OUR_MARK = b"kd_dist."  # the format's name begins so, and torch.save does not compress it
 _SEAL_LENGTH = 64  # hex digits of a SHA-256
 _LOCK_PATIENCE_S = 20.0  # a killed launcher's ranks notice within seconds and let go
 
@@ -552,7 +554,15 @@ def _read_torch(path: Path, format_name: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     if data[-_SEAL_LENGTH:] != _seal_of(memoryview(data)[:-_SEAL_LENGTH]):
-        raise UserError(f"{path} is cut short, damaged or no file of ours: its SHA-256 is not the one at its end.")
+        if data.startswith(b"PK") and _OUR_MARK in data:
+            raise UserError(
+                f"{path} is cut short or damaged: the SHA-256 at its end is not its content's; copy it again, or train "
+                "again."
+            )
+        raise UserError(
+            f"{path} was not written by kd_dist: it is {_foreign_kind(data)}, and kd_dist reads only its own model.pt; "
+            "name that of a run, or train this network with kd_dist.teacher (kd_dist/models.py takes new networks)."
+        )
     try:
         document = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -560,6 +570,42 @@ def _read_torch(path: Path, format_name: str) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != format_name or document.get("version") != _VERSION:
         raise UserError(f"{path} was not written by this program as {format_name} version {_VERSION}.")
     return document
+
+
+def _foreign_kind(data: bytes) -> str:
+    """What another program's weights file is, in words; nothing in it is run."""
+    if not data.strip():
+        return "an empty file"
+    if data.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "an HDF5 file, such as a cache of logits"
+    if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") < len(data):
+        return "a safetensors file of another program"
+    if data.startswith(b"PK"):
+        return _foreign_torch_kind(data)
+    if data.startswith(b"\x80"):
+        return "a pickle of another program, as older versions of torch.save write"
+    return "a file of another kind"
+
+
+def _foreign_torch_kind(data: bytes) -> str:
+    import torch
+
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        return "a file of another program that is cut short or damaged"
+    if "constants.pkl" in names:
+        return "a TorchScript module of another program"
+    if "data.pkl" not in names:
+        return "a zip archive of another kind"
+    try:
+        document = torch.load(io.BytesIO(data), map_location="meta", weights_only=True)
+    except Exception:  # torch raises almost anything on a file that it cannot read
+        return "a whole pickled network or checkpoint of another program"
+    if isinstance(document, dict) and document and all(isinstance(value, torch.Tensor) for value in document.values()):
+        return "a PyTorch state dict of another program"
+    return "a PyTorch checkpoint of another program"
 
 
 # ---- a network's logits on what it is scored on

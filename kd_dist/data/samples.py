@@ -1,0 +1,85 @@
+"""The ordered list of a set's images, and the fingerprint that binds a cache to it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from kd_dist.errors import UserError
+from kd_dist.fingerprint import fingerprint_of
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, eq=False)
+class SampleList:
+    """The images of one split in their one order: sample i is row i of everything made from them.
+
+    The order is by class, then by the path below the class's folder, both by code point.
+    """
+
+    split: str
+    root: Path
+    classes: tuple[str, ...]  # a label is a position in here
+    paths: tuple[str, ...]  # relative to root, with "/": "train/n02086240/x.JPEG"
+    labels_N: np.ndarray  # int64
+    bytes_N: np.ndarray  # int64, file sizes
+    sha256_N32: np.ndarray  # uint8, digests of the files' contents
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def at(self, rows_M: np.ndarray, name: str) -> "SampleList":
+        """The samples in these rows as a list of their own, with its own fingerprint; `name` is its split's."""
+        paths = tuple(self.paths[row] for row in rows_M)
+        columns = (self.labels_N[rows_M], self.bytes_N[rows_M], self.sha256_N32[rows_M])
+        return SampleList(name, self.root, self.classes, paths, *columns)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest that changes with any byte, label, name or place in the order."""
+        return fingerprint_of(self.paths, self.labels_N, self.sha256_N32)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Both splits of one folder, with the same classes. `ignored` says in a line each which files were not taken."""
+
+    name: str
+    root: Path
+    classes: tuple[str, ...]
+    train: SampleList
+    val: SampleList
+    ignored: tuple[str, ...] = ()
+
+    def split(self, name: str) -> SampleList:
+        """The sample list of "train" or "val"."""
+        return {"train": self.train, "val": self.val}[name]
+
+    def notes(self) -> list[str]:
+        """What a user should know of the set, a line each: files not taken, and files with the same content."""
+        return [*self.ignored, *_notes_on_copies(self.train, self.val)]
+
+
+def _notes_on_copies(train: SampleList, val: SampleList) -> list[str]:
+    """A line on files with the same content in both splits, and one on those in two classes."""
+    paths, labels_N = train.paths + val.paths, np.concatenate([train.labels_N, val.labels_N])
+    sha256_N32 = np.concatenate([train.sha256_N32, val.sha256_N32])
+    order_N = np.argsort(sha256_N32[:, :8].copy().view("<u8")[:, 0], kind="stable")
+    repeats_M = np.flatnonzero((sha256_N32[order_N[1:]] == sha256_N32[order_N[:-1]]).all(axis=1))
+    pairs = [(int(order_N[at]), int(order_N[at + 1])) for at in repeats_M]
+    in_both = [(a, b) for a, b in pairs if a < len(train) <= b]
+    in_two_classes = [(a, b) for a, b in pairs if labels_N[a] != labels_N[b]]
+    found = {"in train and in val": in_both, "in two classes": in_two_classes}
+    return [
+        f"warning: files with the same content {where}: {len(those):,}, such as {paths[those[0][0]]} and "
+        f"{paths[those[0][1]]}"
+        for where, those in found.items()
+        if those
+    ]
+
+
+def unreadable(path: Path, why: object) -> UserError:
+    """The error for an image that cannot be read."""
+    return UserError(f"cannot read the image {path} ({why}): put back a good copy of it, or take it out of the set.")
