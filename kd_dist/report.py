@@ -11,9 +11,8 @@ import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +21,12 @@ import numpy as np
 from kd_dist import tables
 from kd_dist.cache import Cache, open_cache
 from kd_dist.errors import UserError, exit_code_of
-from kd_dist.run.checkpoint import RunFolder, read_metrics, read_settings, read_state, read_val_logits
+from kd_dist.run.checkpoint import RunFolder, read_val_logits
+from kd_dist.run.reading import Run
 from kd_dist.study.folder import StudyFolder
 
 COLUMNS = ("run", "kind", "alpha", "temperature", "epochs", "top-1", "agreement", "images/s", "status")
 _ABSENT = "-"
-
-
-@dataclass(frozen=True)
-class Run:
-    """The files of a run's folder, and the name to show it under. Reading raises UserError where they are damaged."""
-
-    folder: RunFolder
-    name: str
-
-    @cached_property
-    def kind(self) -> str:
-        return read_settings(self.folder)[0]
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        return read_settings(self.folder)[1]
-
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        return read_metrics(self.folder)
-
-    @cached_property
-    def state(self) -> dict[str, Any]:
-        """What state.json says; empty where the run has not started."""
-        return read_state(self.folder) or {}
-
-    @property
-    def cache(self) -> Path | None:
-        """The cache that this run wrote or reads."""
-        named = self.settings.get("cache")
-        return Path(named) if named else self.folder.cache if self.kind == "teacher" else None
-
-    @property
-    def prefix(self) -> str:
-        """The start of its metrics' names: "tune" where it is scored on a part of train, else "val"."""
-        return "tune" if self.settings.get("tune") else "val"
-
-    def row(self, agreement: float | None) -> tuple[str, ...]:
-        """The run's cells, one for each of COLUMNS."""
-        last = self.metrics[-1] if self.metrics else {}  # one line an epoch
-        rates = [line["images_per_s"] for line in self.metrics if line.get("images_per_s")]
-        return (
-            self.name,
-            self.kind,
-            _text(self.settings.get("alpha")),
-            _text(self.settings.get("temperature")),
-            f"{len(self.metrics)}/{_text(self.settings.get('epochs'))}",
-            _percent(last.get(f"{self.prefix}_top1")),
-            _percent(last.get(f"{self.prefix}_agreement") if agreement is None else agreement),
-            f"{statistics.median(rates):.0f}" if rates else _ABSENT,
-            _status(self.state),
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,7 +95,7 @@ def _rows(runs: Sequence[Run], named: Path | None) -> tuple[list[tuple[str, ...]
                 if named is not None:
                     raise
                 remarks.append(f"{run.name}: {error}")
-        rows.append(run.row(agreement))
+        rows.append(_row(run, agreement))
         if run.state.get("message"):
             remarks.append(f"{run.name}: {run.state['message']}")
     return rows, remarks
@@ -173,6 +121,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, metavar="FILE", help="compare all students with this file of soft labels")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     return parser
+
+
+def _row(run: Run, agreement: float | None) -> tuple[str, ...]:
+    """The run's cells, one for each of COLUMNS."""
+    last = run.metrics[-1] if run.metrics else {}  # one line an epoch
+    rates = [line["images_per_s"] for line in run.metrics if line.get("images_per_s")]
+    return (
+        run.name,
+        run.kind,
+        _text(run.settings.get("alpha")),
+        _text(run.settings.get("temperature")),
+        f"{len(run.metrics)}/{_text(run.settings.get('epochs'))}",
+        _percent(last.get(f"{run.prefix}_top1")),
+        _percent(last.get(f"{run.prefix}_agreement") if agreement is None else agreement),
+        f"{statistics.median(rates):.0f}" if rates else _ABSENT,
+        _status(run.state),
+    )
 
 
 def _text(value: object) -> str:

@@ -1,0 +1,44 @@
+"""A run as its folder tells it, for tables: what was asked for, its metrics, how it stands."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kd_dist.run.checkpoint import RunFolder, read_metrics, read_settings, read_state
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run's folder, and the name to show it under. Reading raises UserError where they are damaged."""
+
+    folder: RunFolder
+    name: str
+
+    @cached_property
+    def kind(self) -> str:
+        return read_settings(self.folder)[0]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return read_settings(self.folder)[1]
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.folder)
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What state.json says; empty where the run has not started."""
+        return read_state(self.folder) or {}
+
+    @property
+    def cache(self) -> Path | None:
+        """The cache that this run wrote or reads."""
+        named = self.settings.get("cache")
+        return Path(named) if named else self.folder.cache if self.kind == "teacher" else None
+
+    @property
+    def prefix(self) -> str:
+        """The start of its metrics' names: "tune" where it is scored on a part of train, else "val"."""
+        return "tune" if self.settings.get("tune") else "val"
