@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: number for number, name in enumerate(INTEGRATION)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
-        if item.path.parent.name in ("cluster", "nullgpu"):
+        if item.path.parent.name in ("cluster", "nullgpu", "gpu"):
             item.add_marker(item.path.parent.name)
         elif not KINDS & {marker.name for marker in item.iter_markers()}:
             whole = item.path.stem in order or STARTERS & set(item.function.__code__.co_names)
