@@ -1,8 +1,11 @@
 """The rows that only a GPU has: rates of training, the share of the processor's peak, and memory."""
 
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,22 +14,27 @@ from benchmarks.setting import Bench
 from benchmarks.steps import Steps
 from kd_dist import job
 from kd_dist.config import TeacherConfig
+from kd_dist.dist.endings import StopRequest
 from kd_dist.training import Trainer, objectives
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 FLOP a second of the SXM models, from NVIDIA's data sheets, by a part of the device's name."""
 
+RUN_EPOCHS = 5  # of a short run that is timed whole
+
 ON_H100 = {("teacher", 160): Goal(16_000), ("student", 128): Goal(60_000)}
 
 
 def rates(bench: Bench) -> Iterator[Row]:
-    """Images a second of teacher and student training, whole steps; with --quick one size on a CPU too."""
+    """Images a second of teacher and student: whole steps, and whole short runs with evaluation, metrics and
+    checkpoints; with --quick one size on a CPU too.
+    """
     if not (bench.on_gpu or bench.quick):
         return
     for size in (32,) if bench.quick else (160, 128):
-        yield from _measured(bench, "teacher", size, _teacher(bench, size))
+        yield from _measured(bench, "teacher", size, lambda size=size: _teacher(bench, size))
     size = 32 if bench.quick else 128
-    yield from _measured(bench, "student", size, bench.student_trainer(image_size=size))
+    yield from _measured(bench, "student", size, lambda: bench.student_trainer(image_size=size, student="cnn5"))
 
 
 def _teacher(bench: Bench, size: int) -> Trainer:
@@ -36,8 +44,9 @@ def _teacher(bench: Bench, size: int) -> Trainer:
     return bench.trainer(settings, bench.network(settings.labelling.teacher), terms, crops)
 
 
-def _measured(bench: Bench, who: str, size: int, trainer: Trainer) -> Iterator[Row]:
-    device, batch = bench.runtime.device, trainer.data.batch_size
+def _measured(bench: Bench, who: str, size: int, make: Callable[[], Trainer]) -> Iterator[Row]:
+    device, trainer = bench.runtime.device, make()
+    batch = trainer.data.batch_size
     if bench.on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     count = 2 if bench.quick else trainer.steps_per_epoch
@@ -51,8 +60,22 @@ def _measured(bench: Bench, who: str, size: int, trainer: Trainer) -> Iterator[R
     peak = peak_flops(device)
     if peak:
         yield row(f"gpu {name}, share of {peak / 1e12:.0f} TFLOP/s", rate * flops / peak)
+    yield row(f"gpu {name}, seconds of a whole run / of its steps alone", np.median(rate) / whole_run_rate(bench, make))
     if bench.on_gpu:
         yield Row(f"gpu {name}, peak memory", torch.cuda.max_memory_allocated(device) / 2**30, unit="GiB")
+
+
+def whole_run_rate(bench: Bench, make: Callable[[], Trainer]) -> np.ndarray:
+    """Images a second of short runs from end to end: input, steps, evaluation, metrics, checkpoints; one a round."""
+    rates, epochs = [], 1 if bench.quick else RUN_EPOCHS
+    for _ in range(1 if bench.quick else 3):
+        trainer = make()
+        trainer.optimisation = replace(trainer.optimisation, epochs=epochs)
+        trainer.total_steps = epochs * trainer.steps_per_epoch
+        started = time.perf_counter()
+        trainer.run(StopRequest())
+        rates.append(epochs * len(trainer.data) / (time.perf_counter() - started))
+    return np.array(rates)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -11,8 +11,9 @@ from kd_dist.training.batches import Batch
 class Steps:
     """An arm: the next `count` steps of a trainer, as its `run` would take them; gives the seconds a step took.
 
-    A step is all of it: the wait for the batch, forward, backward, update, bookkeeping, and the ranks' agreement; the
-    start of an epoch counts with each step's share. What comes once an epoch, evaluation and checkpoint, is left out.
+    A step is all of it: the batch as the trainer prepares it, beside the step before on a GPU, forward, backward,
+    update, bookkeeping, and what the ranks do together; the start of an epoch counts with each step's share. What comes
+    once an epoch, evaluation and checkpoint, is left out: `gpu_rows` times whole runs too.
     With `fixed` every step gets the same batch, in memory on the device but not yet normalised: that is part of a step.
     """
 
@@ -21,7 +22,7 @@ class Steps:
         self.epoch, self.left = -1, 0
         self.epoch_start_seconds = 0.0
         trainer.sums.start_clock()
-        self.fixed = self._coming().to(trainer.runtime.device) if fixed else None
+        self.fixed = next(trainer.data.epoch(0, trainer.runtime)).to(trainer.runtime.device) if fixed else None
 
     def __call__(self) -> float:
         if self.fixed is None and self.left < self.count:
@@ -29,7 +30,7 @@ class Steps:
         synchronise(self.trainer.runtime.device)
         started = time.perf_counter()
         for _ in range(self.count):
-            self._step(self.fixed or self._coming())
+            self._step(self.trainer.prepare(self.fixed) if self.fixed else self._coming())
         synchronise(self.trainer.runtime.device)
         seconds = (time.perf_counter() - started) / self.count
         return seconds if self.fixed else seconds + self.epoch_start_seconds / self.trainer.steps_per_epoch
@@ -39,7 +40,7 @@ class Steps:
         trainer = self.trainer
         self.epoch, self.left = self.epoch + 1, trainer.steps_per_epoch
         started = time.perf_counter()
-        self._batches = trainer.data.epoch(self.epoch, trainer.runtime, trainer.execution.workers, 0)
+        self._batches = trainer.batches(self.epoch)
         self._next = next(self._batches)
         self.epoch_start_seconds = time.perf_counter() - started
 
@@ -52,7 +53,7 @@ class Steps:
 
     def _step(self, batch: Batch) -> None:
         trainer = self.trainer
-        trainer.train_step(trainer.prepare(batch))
+        trainer.train_step(batch)
         # At an epoch's end the synchronisation also saves, which is not a step's work.
         if trainer.step % trainer.sync_every == 0 and trainer.step % trainer.steps_per_epoch:
             trainer.sync()

@@ -9,7 +9,7 @@ import torch
 
 from kd_dist import inference
 from kd_dist.config import MEAN, STD
-from kd_dist.dist.runtime import Runtime, StopRequest
+from kd_dist.dist.runtime import StopRequest
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.models import Cnn5
@@ -226,20 +226,3 @@ def test_work_ahead_keeps_its_order_and_its_errors(threads):
     assert list(inference.ahead(lambda item: item * 2, range(10), threads)) == list(range(0, 20, 2))
     with pytest.raises(ZeroDivisionError):
         list(inference.ahead(lambda item: 1 // item, [1, 2, 0, 3], threads))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_on_a_gpu_never_waits_for_the_device(tmp_path):  # pragma: no cover
-    """torch raises wherever the host would wait, in copies and .item() alike."""
-    runtime = Runtime(0, 1, 0, 1, torch.device("cuda", 0), None)
-    trainer = make_trainer(
-        runtime, tmp_path, Cnn5(K, channels=(4, 4, 8, 8, 8)), random_data(150, 24, 32), objectives.hard(K, 0.0)
-    )
-    batches = list(trainer.batches(0))
-    trainer.train_step(batches[0])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for batch in batches[1:]:
-            trainer.train_step(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
