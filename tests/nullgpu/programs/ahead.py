@@ -21,7 +21,7 @@ def counted(event) -> None:
 
 torch.cuda.Event.synchronize = counted
 unfinished = []
-with trainer_of("cnn5", noise(BATCH * STEPS, BATCH, 32, blended=True)) as trainer:
+with trainer_of("cnn5", noise(BATCH * STEPS, BATCH, 32, images="fresh")) as trainer:
     for step, batch in enumerate(trainer.batches(0)):
         unfinished.append(step - waited)
         trainer.train_step(batch)

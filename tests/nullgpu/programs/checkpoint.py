@@ -15,7 +15,7 @@ def tensors(tree) -> list[torch.Tensor]:
     return [tree] if isinstance(tree, torch.Tensor) else []
 
 
-with trainer_of("cnn5", noise(32, 16, 32, blended=True)) as trainer:
+with trainer_of("cnn5", noise(32, 16, 32, images="fresh")) as trainer:
     for batch in trainer.batches(0):
         trainer.train_step(batch)
     trained = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()["state"]}
