@@ -201,7 +201,7 @@ def test_no_file_is_left_open(dense, tmp_path):
             del cache
         gc.collect()
     assert [str(warning.message) for warning in caught] == []
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 # --------------------------------------------------------------------------------------------------------------- top k
