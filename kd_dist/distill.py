@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import job
+from kd_dist import job, models
 from kd_dist.cache import Cache, SoftLabels, TopK, open_cache, require_temperature
 from kd_dist.config import OF_DATA, DistillationConfig, DistillConfig, StudentConfig, carried, command
 from kd_dist.dist.runtime import Runtime, StopRequest, joined, run_entry
 from kd_dist.errors import UserError
 from kd_dist.images.views import require_renderer
 from kd_dist.job import Data
-from kd_dist.models import STUDENTS
 from kd_dist.run.checkpoint import RunFolder
 from kd_dist.training import LossTerms, objectives
 from kd_dist.training.batches import CachedCrops
@@ -48,11 +47,10 @@ def main() -> None:
 
 
 def require_known(distillation: DistillationConfig) -> None:
-    """Raise UserError for a student or a loss that no table has, or a loss that needs labels which are not used."""
-    for name, table in (("student", STUDENTS), ("loss", SOFT_LOSSES)):
-        value = getattr(distillation, name)
-        if value not in table:
-            raise UserError(f"--{name} {value} is not known; choose from {', '.join(table)}.")
+    """Raise UserError for a student or a loss that is not known, or a loss that needs labels which are not used."""
+    models.require_known(distillation.student, "--student")
+    if distillation.loss not in SOFT_LOSSES:
+        raise UserError(f"--loss {distillation.loss} is not known; choose from {', '.join(SOFT_LOSSES)}.")
     loss, fraction = distillation.loss, distillation.label_fraction
     if fraction < 1 and distillation.alpha and SOFT_LOSSES[loss] in NEED_LABELS:
         raise UserError(
@@ -111,8 +109,9 @@ def run(
 def require_student(config: StudentConfig, data: Data, runtime: Runtime) -> nn.Module:
     """The student with its first weights. Raises UserError where batch, pictures, ranks and network do not fit."""
     torch.manual_seed(config.seed)
-    model = STUDENTS[config.distillation.student](len(data.samples.classes))
-    job.require_trainable(config, data, model, runtime, config.distillation.labels)
+    name = config.distillation.student
+    model = models.build(name, len(data.samples.classes))
+    job.require_trainable(config, data, name, model, runtime, config.distillation.labels)
     return model
 
 
