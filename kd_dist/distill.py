@@ -21,7 +21,7 @@ from kd_dist.job import Data
 from kd_dist.run.checkpoint import RunFolder
 from kd_dist.training import LossTerms, objectives
 from kd_dist.training.batches import CachedCrops
-from kd_dist.training.losses import NEED_LABELS, SOFT_LOSSES
+from kd_dist.training.losses import NEED_LABELS, require_usable_loss, soft_loss
 
 DESCRIPTION = """Train a student from a cache of soft labels and the hard labels: total = alpha * soft + (1 - alpha) *
 hard. The teacher is not loaded; only its cache is read. Running the same command again resumes."""
@@ -49,10 +49,8 @@ def main() -> None:
 def require_known(distillation: DistillationConfig) -> None:
     """Raise UserError for a student or a loss that is not known, or a loss that needs labels which are not used."""
     models.require_known(distillation.student, "--student")
-    if distillation.loss not in SOFT_LOSSES:
-        raise UserError(f"--loss {distillation.loss} is not known; choose from {', '.join(SOFT_LOSSES)}.")
     loss, fraction = distillation.loss, distillation.label_fraction
-    if fraction < 1 and distillation.alpha and SOFT_LOSSES[loss] in NEED_LABELS:
+    if soft_loss(loss) in NEED_LABELS and fraction < 1 and distillation.alpha:
         raise UserError(
             f"--loss {loss} needs every image's label, --label-fraction {fraction} uses fewer; choose another --loss."
         )
@@ -62,6 +60,8 @@ def open_inputs(config: StudentConfig, runtime: Runtime) -> tuple[Cache | None, 
     """The cache that is read, if any, and the data that it was made of. Raises UserError where one cannot be used."""
     cache = open_for(config, runtime)
     data = job.open_data(config.data, runtime)
+    if config.distillation.alpha:
+        require_usable_loss(config.distillation.loss, config.distillation.temperature, len(data.samples.classes))
     if cache is not None:
         require_cache_fits(config, data, cache)
         warn_missing_checksum(cache, runtime)
@@ -250,7 +250,7 @@ def loss_of(config: StudentConfig, classes: int) -> LossTerms:
     own, smoothing = config.distillation, config.optimisation.label_smoothing
     if own.alpha == 0:
         return objectives.hard(classes, smoothing)
-    return objectives.distilled(classes, smoothing, SOFT_LOSSES[own.loss], own.alpha, own.temperature)
+    return objectives.distilled(classes, smoothing, soft_loss(own.loss), own.alpha, own.temperature)
 
 
 def crops_of(config: StudentConfig, data: Data, cache: Cache | None):

@@ -224,7 +224,8 @@ class DistillationConfig:
     temperature: float = flag(4.0, "Temperature that softens both distributions in the soft loss.", "T")
     loss: str = flag(
         "kl",
-        "The soft loss: kl (times T squared), ce, mse, std (standardised logits), or dkd (decoupled).",
+        "The soft loss: kl (times T squared), ce, mse, std (standardised logits), dkd (decoupled), or a function "
+        "(student_logits_BK, teacher_logits_BK, temperature) -> loss_B as my_module:function.",
         "NAME",
     )
     label_fraction: float = flag(
