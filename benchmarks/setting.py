@@ -21,7 +21,7 @@ from kd_dist.config import DataConfig, DistillConfig, JobConfig, TeacherConfig
 from kd_dist.dist.runtime import Runtime, StopRequest
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
-from kd_dist.models import STUDENTS, TEACHERS
+from kd_dist.models import build
 from kd_dist.run.checkpoint import RunFolder
 from kd_dist.training import LossTerms, Trainer
 
@@ -85,7 +85,7 @@ class Bench:
     def network(self, name: str) -> nn.Module:
         """A teacher or a student of this name with fresh weights, always the same."""
         torch.manual_seed(0)
-        return {**TEACHERS, **STUDENTS}[name](self.classes)
+        return build(name, self.classes)
 
     @cached_property
     def untrained(self) -> label.Teacher:

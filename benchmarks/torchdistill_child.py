@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from benchmarks.children import serve, take_standard_output
 from kd_dist.config import MEAN, STD
-from kd_dist.models import STUDENTS, TEACHERS
+from kd_dist.models import build
 
 
 class Pictures(Dataset):
@@ -78,7 +78,7 @@ def box(told: dict) -> DistillationBox:
         },
     }
     torch.manual_seed(0)
-    teacher, student = TEACHERS[told["teacher"]](told["classes"]), STUDENTS[told["student"]](told["classes"])
+    teacher, student = (build(told[kind], told["classes"]) for kind in ("teacher", "student"))
     device = torch.device(told["device"])
     data = {"train": Pictures(told)}
     return DistillationBox(teacher.to(device).eval(), student.to(device), data, config, device, None, False, 1)

@@ -11,18 +11,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_dist import job
+from kd_dist import job, models
 from kd_dist.cache import Cache, SoftLabels, TopK, open_cache, require_temperature
 from kd_dist.config import OF_DATA, DistillationConfig, DistillConfig, StudentConfig, carried, command
 from kd_dist.dist.runtime import Runtime, StopRequest, joined, run_entry
 from kd_dist.errors import UserError
 from kd_dist.images.views import require_renderer
 from kd_dist.job import Data
-from kd_dist.models import STUDENTS
 from kd_dist.run.checkpoint import RunFolder
 from kd_dist.training import LossTerms, objectives
 from kd_dist.training.batches import CachedCrops
-from kd_dist.training.losses import NEED_LABELS, SOFT_LOSSES
+from kd_dist.training.losses import NEED_LABELS, require_usable_loss, soft_loss
 
 DESCRIPTION = """Train a student from a cache of soft labels and the hard labels: total = alpha * soft + (1 - alpha) *
 hard. The teacher is not loaded; only its cache is read. Running the same command again resumes."""
@@ -48,13 +47,10 @@ def main() -> None:
 
 
 def require_known(distillation: DistillationConfig) -> None:
-    """Raise UserError for a student or a loss that no table has, or a loss that needs labels which are not used."""
-    for name, table in (("student", STUDENTS), ("loss", SOFT_LOSSES)):
-        value = getattr(distillation, name)
-        if value not in table:
-            raise UserError(f"--{name} {value} is not known; choose from {', '.join(table)}.")
+    """Raise UserError for a student or a loss that is not known, or a loss that needs labels which are not used."""
+    models.require_known(distillation.student, "--student")
     loss, fraction = distillation.loss, distillation.label_fraction
-    if fraction < 1 and distillation.alpha and SOFT_LOSSES[loss] in NEED_LABELS:
+    if soft_loss(loss) in NEED_LABELS and fraction < 1 and distillation.alpha:
         raise UserError(
             f"--loss {loss} needs every image's label, --label-fraction {fraction} uses fewer; choose another --loss."
         )
@@ -64,6 +60,8 @@ def open_inputs(config: StudentConfig, runtime: Runtime) -> tuple[Cache | None, 
     """The cache that is read, if any, and the data that it was made of. Raises UserError where one cannot be used."""
     cache = open_for(config, runtime)
     data = job.open_data(config.data, runtime)
+    if config.distillation.alpha:
+        require_usable_loss(config.distillation.loss, config.distillation.temperature, len(data.samples.classes))
     if cache is not None:
         require_cache_fits(config, data, cache)
         warn_missing_checksum(cache, runtime)
@@ -111,8 +109,9 @@ def run(
 def require_student(config: StudentConfig, data: Data, runtime: Runtime) -> nn.Module:
     """The student with its first weights. Raises UserError where batch, pictures, ranks and network do not fit."""
     torch.manual_seed(config.seed)
-    model = STUDENTS[config.distillation.student](len(data.samples.classes))
-    job.require_trainable(config, data, model, runtime, config.distillation.labels)
+    name = config.distillation.student
+    model = models.build(name, len(data.samples.classes))
+    job.require_trainable(config, data, name, model, runtime, config.distillation.labels)
     return model
 
 
@@ -251,7 +250,7 @@ def loss_of(config: StudentConfig, classes: int) -> LossTerms:
     own, smoothing = config.distillation, config.optimisation.label_smoothing
     if own.alpha == 0:
         return objectives.hard(classes, smoothing)
-    return objectives.distilled(classes, smoothing, SOFT_LOSSES[own.loss], own.alpha, own.temperature)
+    return objectives.distilled(classes, smoothing, soft_loss(own.loss), own.alpha, own.temperature)
 
 
 def crops_of(config: StudentConfig, data: Data, cache: Cache | None):

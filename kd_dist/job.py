@@ -3,7 +3,6 @@ train, keep the result.
 """
 
 import contextlib
-import copy
 import os
 import sys
 import time
@@ -44,7 +43,7 @@ from kd_dist.images import views
 from kd_dist.images.device import free_bytes
 from kd_dist.images.store import Pictures, Pixels, build_pixels, measure_files, open_files, open_pixels
 from kd_dist.inference import Forward, compute_dtype
-from kd_dist.models import count_weights
+from kd_dist.models import count_weights, require_usable
 from kd_dist.run import checkpoint, events
 from kd_dist.run.checkpoint import RunFolder
 from kd_dist.run.events import Code, Reason
@@ -59,7 +58,6 @@ AfterEpoch = Callable[[int, nn.Module, dict[str, float]], None]
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
 ALL_LABELS = LabelUse()
-LARGEST_TRIED_SIZE = 257  # pixels a side, in search of one that a network takes
 FEWEST_IMAGES_A_GPU = 128  # in a step; with fewer a GPU waits for its kernels to be launched
 RESIDENT_SHARE = 0.4  # of a GPU's free memory that pictures may take unasked; the network needs the rest
 
@@ -522,9 +520,11 @@ def _first_names(names: Sequence[str], most: int = 3) -> str:
 
 
 def require_trainable(
-    config: JobConfig, data: Data, model: nn.Module, runtime: Runtime, labels: LabelUse = ALL_LABELS
+    config: JobConfig, data: Data, name: str, model: nn.Module, runtime: Runtime, labels: LabelUse = ALL_LABELS
 ) -> None:
-    """Raise UserError where the batch does not suit the data and the ranks, or the image size the network."""
+    """Raise UserError where the batch does not suit the data and the ranks, or the network (of this name) the task and
+    the image size.
+    """
     members_M = members_of(config.split, labels, data)
     images, ranks = len(data.samples.train if members_M is None else members_M), runtime.world_size
     batch_size = config.optimisation.batch_size
@@ -540,31 +540,7 @@ def require_trainable(
             f"--batch-size {batch_size} over {ranks} ranks leaves some with fewer than two of the {images} "
             "images a step; use a larger --batch-size or fewer ranks."
         )
-    require_image_size(config.augmentation.image_size, model)
-
-
-def require_image_size(size: int, model: nn.Module) -> None:
-    """Raise UserError where a network cannot take images of so many pixels a side, naming the smallest size that
-    works.
-    """
-    tried = copy.deepcopy(model).eval()
-    reason = _refusal(tried, size)
-    if reason is None:
-        return
-    larger = next((side for side in range(size + 1, LARGEST_TRIED_SIZE) if _refusal(tried, side) is None), None)
-    if "allocate memory" in reason or larger is None:
-        raise UserError(f"--image-size {size} does not suit this network ({reason}); choose another one.")
-    raise UserError(f"--image-size {size} is too small for this network; the smallest that works is {larger}.")
-
-
-def _refusal(model: nn.Module, size: int) -> str | None:
-    """What torch says against an image of so many pixels a side, None where the network takes it."""
-    try:
-        with torch.inference_mode():
-            model(torch.zeros(1, 3, size, size))
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
+    require_usable(name, model, len(data.samples.classes), config.augmentation.image_size)
 
 
 class Validation:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kd_dist import job, label
+from kd_dist import job, label, models
 from kd_dist.cache import check_top_k, open_cache
 from kd_dist.cache.format import shards_folder_of
 from kd_dist.config import OF_DATA, TeacherConfig, carried, command
@@ -20,7 +20,6 @@ from kd_dist.dist.runtime import Runtime, StopRequest, joined, run_entry
 from kd_dist.errors import UserError
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
-from kd_dist.models import TEACHERS
 from kd_dist.run.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
 from kd_dist.run.events import Code
 from kd_dist.training import objectives
@@ -33,14 +32,13 @@ same command trains at a small size on the CPU. Next: torchrun --nproc_per_node=
 
 def main() -> None:
     config = job.read_config(TeacherConfig, "kd_dist.teacher", DESCRIPTION, EPILOG)
-    if config.labelling.teacher not in TEACHERS:
-        raise UserError(f"--teacher {config.labelling.teacher} is not known; choose from {', '.join(TEACHERS)}.")
+    models.require_known(config.labelling.teacher, "--teacher")
     target = Path(config.labelling.cache) if config.labelling.cache else RunFolder(Path(config.out)).cache
     with joined(config.run.device) as runtime:
         data = job.open_data(config.data, runtime)
         torch.manual_seed(config.seed)
-        model = TEACHERS[config.labelling.teacher](len(data.samples.classes))
-        job.require_trainable(config, data, model, runtime)
+        model = models.build(config.labelling.teacher, len(data.samples.classes))
+        job.require_trainable(config, data, config.labelling.teacher, model, runtime)
         initial = job.start_from(model, config.init)
         if config.labelling.views:
             check_top_k(config.labelling.top_k, len(data.samples.classes))

@@ -18,7 +18,7 @@ from pathlib import Path
 import h5py
 import pytest
 
-from kd_dist import distill, job, teacher
+from kd_dist import distill, models, teacher
 from kd_dist.cache.__main__ import main as cache_main
 from kd_dist.cache.format import checksum_file_of
 from kd_dist.data.generated import generate
@@ -67,7 +67,7 @@ TYPED = {
     "seed too large": (["--seed", "9" * 30], "must be at least 0 and below 2^63"),
     "negative epochs": (["--epochs", "-3"], "--epochs -3 must be at least 1"),
     "no batch": (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
-    "unknown student": (["--student", "vgg"], "choose from cnn5, cnn5_wide, origin"),
+    "unknown student": (["--student", "vgg"], "--student vgg is not known (did you mean torchvision:vgg"),
     "unknown loss": (["--loss", "hinge"], "choose from kl, ce, mse, std, dkd"),
     "unknown preset": (["--preset", "tpu"], "choose from gpu-128px, cpu-64px, demo"),
     "unknown crops": (["--crops", "stale"], "choose from cached, fresh"),
@@ -87,7 +87,8 @@ def test_wrong_settings(made, tmp_path, typed, expected):
 
 
 def test_unknown_teacher(made, tmp_path):
-    assert "choose from resnet18" in refused(teacher.main, "--teacher", "resnet1001", "--out", tmp_path / "run")
+    sentence = refused(teacher.main, "--teacher", "resnet1001", "--out", tmp_path / "run")
+    assert "resnet1001 is not known (did you mean " in sentence and "choose from resnet18" in sentence
     assert not (tmp_path / "run").exists()
 
 
@@ -104,9 +105,9 @@ def test_image_too_small_for_the_network(made, tmp_path, student, size, smallest
     named = int(re.fullmatch(rf"--image-size {size} is too small .*; the smallest that works is (\d+)\.", sentence)[1])
     assert smallest in (named, None)
     model = STUDENTS[student](10)
-    job.require_image_size(named, model)
+    models.require_image_size(named, model)
     with pytest.raises(UserError):
-        job.require_image_size(named - 1, model)
+        models.require_image_size(named - 1, model)
 
 
 # ---- the cache

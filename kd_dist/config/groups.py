@@ -151,7 +151,12 @@ class LabellingConfig:
 
     title: ClassVar[str] = "teacher and its soft labels"
 
-    teacher: str = flag("resnet18", "Network to train: resnet18, or resnet18_s1 (stride-1 stem, small images).", "NAME")
+    teacher: str = flag(
+        "resnet18",
+        "Network to train: resnet18, resnet18_s1 (stride-1 stem, small images), torchvision:NAME, timm:NAME, or a "
+        "function of the number of classes as my_module:function.",
+        "NAME",
+    )
     cache: str | None = flag(
         None, "Output: the file that the soft labels are written to [OUT/logits.h5].", "FILE", may_change=True
     )
@@ -200,7 +205,12 @@ class DistillationConfig:
 
     title: ClassVar[str] = "student and distillation"
 
-    student: str = flag("cnn5", "Network to train: cnn5, cnn5_wide (slower, finer), or origin.", "NAME")
+    student: str = flag(
+        "cnn5",
+        "Network to train: cnn5, cnn5_wide (slower, finer), origin, torchvision:NAME, timm:NAME, or a function of the "
+        "number of classes as my_module:function.",
+        "NAME",
+    )
     cache: str | None = flag(
         None,
         "Input: the file of soft labels that the teacher's job wrote [runs/teacher/logits.h5].",
@@ -214,7 +224,8 @@ class DistillationConfig:
     temperature: float = flag(4.0, "Temperature that softens both distributions in the soft loss.", "T")
     loss: str = flag(
         "kl",
-        "The soft loss: kl (times T squared), ce, mse, std (standardised logits), or dkd (decoupled).",
+        "The soft loss: kl (times T squared), ce, mse, std (standardised logits), dkd (decoupled), or a function "
+        "(student_logits_BK, teacher_logits_BK, temperature) -> loss_B as my_module:function.",
         "NAME",
     )
     label_fraction: float = flag(

@@ -8,7 +8,7 @@ from torch import nn
 
 from kd_dist.cache import TeacherRow
 from kd_dist.errors import UserError
-from kd_dist.models import TEACHERS
+from kd_dist.models import restored
 from kd_dist.run import checkpoint
 
 
@@ -32,11 +32,8 @@ def load_teacher(path: Path, device: torch.device) -> Teacher:
     saved = checkpoint.load_model(path)
     if saved.get("kind") != "teacher":
         raise UserError(f"{path} holds a {saved.get('kind')}, not a teacher; name a teacher's model.pt.")
-    if saved["arch"] not in TEACHERS:
-        raise UserError(f"{path} is a {saved['arch']}, which is not known; add it to TEACHERS in kd_dist/models.py.")
     fold = saved.get("fold") or {"number": -1, "folds": 0}
-    model = TEACHERS[saved["arch"]](len(saved["classes"]))
-    model.load_state_dict(saved["weights"])
+    model = restored(saved, path)
     row = TeacherRow(
         sha256=checkpoint.weights_digest(saved["weights"]),
         arch=saved["arch"],

@@ -1,8 +1,9 @@
 """Loss functions of logits, one value per sample.
 
 Everything is computed in float32 or better, whatever the logits came in. `total = alpha * soft + (1 - alpha) * hard`:
-alpha weighs the soft loss. A new soft loss is a function (student_logits_BK, teacher_logits_BK, temperature) -> loss_B
-and a line in SOFT_LOSSES; one that needs the labels_B too takes them as a fourth argument and stands in NEED_LABELS.
+alpha weighs the soft loss. A new soft loss is a function (student_logits_BK, teacher_logits_BK, temperature) -> loss_B,
+named on the command line as `my_module:function`, or by a line in SOFT_LOSSES; one of ours that needs the labels_B too
+takes them as a fourth argument and stands in NEED_LABELS.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
+
+from kd_dist.errors import UserError
+from kd_dist.functions import cause, function_of, near
 
 LEAST_VARIANCE = 1e-12  # of a row of logits: equal ones have no direction to scale
 OTHERS_WEIGHT = 8.0
@@ -141,3 +145,42 @@ SOFT_LOSSES: dict[str, SoftLoss] = {
     "dkd": decoupled_kl,
 }
 NEED_LABELS = frozenset({decoupled_kl})
+
+
+def soft_loss(name: str) -> SoftLoss:
+    """The soft loss of this name, or the user's function that `my_module:function` names. Raises UserError."""
+    if name in SOFT_LOSSES:
+        return SOFT_LOSSES[name]
+    if ":" not in name:
+        raise UserError(
+            f"--loss {name} is not known{near(name, SOFT_LOSSES)}; choose from {', '.join(SOFT_LOSSES)}, or name a "
+            "function as my_module:function."
+        )
+    return function_of(name)
+
+
+def require_usable_loss(name: str, temperature: float, classes: int) -> None:
+    """Raise UserError unless a user's function gives one finite loss a sample with a gradient for the student.
+
+    It is tried on random logits float32 [3, K]; torch's random numbers are left as they are.
+    """
+    if name in SOFT_LOSSES:
+        return
+    own, samples = soft_loss(name), 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student_BK, teacher_BK = torch.randn(samples, classes, requires_grad=True), torch.randn(samples, classes)
+        try:
+            loss_B = own(student_BK, teacher_BK, temperature)
+        except Exception as error:
+            raise UserError(f"--loss {name} raises {cause(error)}.") from error
+    if not isinstance(loss_B, Tensor) or tuple(loss_B.shape) != (samples,):
+        given = f"the shape {list(loss_B.shape)}" if isinstance(loss_B, Tensor) else f"a {type(loss_B).__name__}"
+        raise UserError(f"--loss {name} gives {given} for {samples} samples; a loss of each, [{samples}], is needed.")
+    if not (loss_B.is_floating_point() and loss_B.isfinite().all()):
+        raise UserError(f"--loss {name} gives losses that are not finite numbers of a floating type.")
+    if not loss_B.requires_grad:
+        raise UserError(f"--loss {name} gives losses without a gradient for the student's logits.")
+    loss_B.sum().backward()
+    if student_BK.grad is None or not student_BK.grad.isfinite().all():
+        raise UserError(f"--loss {name} gives the student's logits no gradient, or one that is not finite.")

@@ -1,7 +1,7 @@
-"""The networks by name: TEACHERS and STUDENTS, each a function of the number of classes.
+"""Our own networks by name: TEACHERS and STUDENTS, each a function of the number of classes.
 
-To add one, write a function `classes -> nn.Module` that takes images [B, 3, S, S] and gives logits [B, K], and put it
-in a table. Only the teachers need torchvision, and it is imported when one is built: a student's process never does.
+Only the teachers need torchvision, and it is imported when one is built: a student's process does not, unless it is
+asked for such a network.
 """
 
 import torch
