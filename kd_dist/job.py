@@ -387,7 +387,7 @@ def training(
     validation = Validation(scored_on(config.split, data), data, runtime, image_size, precision, cache)
 
     def evaluate(epoch: int, model: nn.Module) -> dict[str, float]:
-        metrics = validation.metrics(model)
+        metrics = validation.metrics(model) if config.is_evaluated_after(epoch) else {}
         if after_epoch:
             runtime.on_main(lambda: after_epoch(epoch, model, metrics))
         emit(folder, runtime, Code.EPOCH_FINISHED, epoch=epoch, epochs=config.optimisation.epochs, **metrics)

@@ -125,7 +125,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _row(run: Run, agreement: float | None) -> tuple[str, ...]:
     """The run's cells, one for each of COLUMNS."""
-    last = run.metrics[-1] if run.metrics else {}  # one line an epoch
     rates = [line["images_per_s"] for line in run.metrics if line.get("images_per_s")]
     return (
         run.name,
@@ -133,8 +132,8 @@ def _row(run: Run, agreement: float | None) -> tuple[str, ...]:
         _text(run.settings.get("alpha")),
         _text(run.settings.get("temperature")),
         f"{len(run.metrics)}/{_text(run.settings.get('epochs'))}",
-        _percent(last.get(f"{run.prefix}_top1")),
-        _percent(last.get(f"{run.prefix}_agreement") if agreement is None else agreement),
+        _percent(run.scores.get(f"{run.prefix}_top1")),
+        _percent(run.scores.get(f"{run.prefix}_agreement") if agreement is None else agreement),
         f"{statistics.median(rates):.0f}" if rates else _ABSENT,
         _status(run.state),
     )

@@ -126,7 +126,8 @@ class Standing:
             return "?", "?"
         last = done[-1] if done else {}
         at = f"{state['epoch']:.1f}/{state['epochs']}" if state and "epochs" in state else None
-        scores = [f"{100 * last[f'{part}_top1']:.1f} %{note}" for part, note in _SCORED if f"{part}_top1" in last]
+        names = [(f"{part}_top1", note) for part, note in _SCORED]
+        scores = [f"{100 * e[name]:.1f} %{note}" for e in reversed(done) for name, note in names if name in e]
         return at or (f"{last['epoch']}/{last['epochs']}" if last else "-"), scores[0] if scores else "-"
 
 

@@ -262,6 +262,7 @@ class RunConfig:
         "auto", "fp32, bf16, or auto: bf16 on GPUs and fp32 on CPUs, most of which are slow in bf16.", "NAME"
     )
     checkpoint_minutes: float = flag(2.0, "Minutes between checkpoints; a stopped run saves at once.", "M", True)
+    evaluate_every: int = flag(1, "Evaluate on val after every so many epochs, and after the last one.", "E", True)
     profile: bool = flag(
         False, "Write a trace of some steps to OUT/trace.json, for https://ui.perfetto.dev.", None, True
     )
@@ -271,6 +272,7 @@ class RunConfig:
         require(self.workers is None or self.workers >= 0, "workers", self.workers, "must be at least 0")
         minutes = self.checkpoint_minutes
         require(0 < minutes < math.inf, "checkpoint_minutes", minutes, "must be above 0")
+        require(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, "must be at least 1")
         one_of("device", self.device, ("auto", "cpu", "cuda"))
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))
 

@@ -54,6 +54,10 @@ class JobConfig:
         """Epochs in which images are mixed, where any are: the first ones."""
         return self.optimisation.epochs - self.augmentation.no_mix_epochs
 
+    def is_evaluated_after(self, epoch: int) -> bool:
+        """Whether this epoch, counted from 1, ends with an evaluation."""
+        return epoch % self.run.evaluate_every == 0 or epoch == self.optimisation.epochs
+
     def resolved(self) -> Self:
         """The same config with what follows from other values filled in."""
         return self
@@ -119,6 +123,10 @@ class TeacherConfig(JobConfig):
         epochs = self.optimisation.epochs
         for epoch in self.labelling.keep_epochs:
             require(1 <= epoch <= epochs, "keep_epochs", epoch, f"must lie in 1 to {epochs} (--epochs)")
+
+    def is_evaluated_after(self, epoch: int) -> bool:
+        """As other jobs, and where weights are kept: their scores are kept with them."""
+        return super().is_evaluated_after(epoch) or epoch in self.labelling.keep_epochs
 
 
 @dataclass(frozen=True)

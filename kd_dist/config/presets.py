@@ -73,6 +73,7 @@ PRESETS: dict[str, Preset] = {
             "mixup": 0.25,
             "cutmix": 0.25,
             "no_mix_epochs": 25,
+            "evaluate_every": 5,
         },
         distill={
             "student": "cnn5_wide",
@@ -82,6 +83,7 @@ PRESETS: dict[str, Preset] = {
             "batch_size": 512,
             "ema": 0.999,
             "temperature": 2.0,
+            "evaluate_every": 5,
         },
     ),
     # A CPU box: the teacher sees 96 px, the student the same boxes at 64 px. `make imagewoof-cpu`, two cores with

@@ -33,6 +33,12 @@ class Run:
         return read_state(self.folder) or {}
 
     @property
+    def scores(self) -> dict[str, Any]:
+        """The metrics of the last epoch that ended with an evaluation; empty where none did yet."""
+        scored = (row for row in reversed(self.metrics) if f"{self.prefix}_top1" in row)
+        return next(scored, {})
+
+    @property
     def cache(self) -> Path | None:
         """The cache that this run wrote or reads."""
         named = self.settings.get("cache")

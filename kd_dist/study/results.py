@@ -68,7 +68,7 @@ class SeedRun(Run):
     @property
     def agreement(self) -> float | None:
         """Share of val images in the teacher's class after the last epoch, None where the run had no cache."""
-        return self.metrics[-1].get(f"{self.prefix}_agreement") if self.metrics else None
+        return self.scores.get(f"{self.prefix}_agreement")
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ LossTerms = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 Evaluate = Callable[[int, nn.Module], dict[str, float]]
 """Validation after an epoch: (epochs done, evaluated model) -> metrics by name, equal on all ranks; "val_" begins the
-names of those of val, "tune_" those of a part of train."""
+names of those of val, "tune_" those of a part of train. Empty where this epoch is not evaluated."""
 
 SCORES = ("val_", "tune_")
 
@@ -278,9 +278,9 @@ class Trainer:
         speed = {"speed/images_per_s": row["images_per_s"], "speed/data_wait_s": row["data_wait_s"], "lr": row["lr"]}
         self.monitor.scalars(self.step, speed)
         scores = [name.partition("_") for name in row if name.startswith(SCORES)]
-        shown = ", ".join(f"{name} {row[prefix + _ + name]:.4f}" for prefix, _, name in scores)
+        shown = "".join(f" {prefix} {name} {row[prefix + _ + name]:.4f}," for prefix, _, name in scores)
         self.monitor.line(
-            f"epoch {row['epoch']}/{self.optimisation.epochs}: loss {row['train_total']:.4f}, {scores[0][0]} {shown}, "
+            f"epoch {row['epoch']}/{self.optimisation.epochs}: train loss {row['train_total']:.4f},{shown} "
             f"{row['images_per_s']:.0f} images/s, waited {row['data_wait_s']:.1f} s for data"
         )
         self.monitor.flush()  # this step may have its checkpoint already: a resume from it will not log this again
