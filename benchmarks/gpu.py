@@ -31,6 +31,7 @@ from kd_dist.files import read_json, write_json
 BENCH_ROWS = ("gpu", "1", "2", "3", "4", "5", "7", "job")
 ENDING_SECONDS = 60.0  # what a step gets to save after SIGTERM, before it is killed
 LEAST_SECONDS = 120.0  # no step is begun with less
+ATTEMPTS = 2  # of a step that cannot go on where it was stopped; then it counts as done, without a result
 UNFINISHED = 75  # exit code: call again (EX_TEMPFAIL)
 
 
@@ -132,7 +133,8 @@ def run(step: Step, out: Path, deadline: float | None) -> int | None:
     """Run a step: its exit code, noted as done with it; None where the deadline stopped it. Its output goes to a file
     and is not shown, but for the file's name.
     """
-    before = read_record(out, step).get("seconds", 0.0) if step.resumes else 0.0
+    earlier = read_record(out, step)
+    before = earlier.get("seconds", 0.0) if step.resumes else 0.0
     print(f"{time.strftime('%H:%M:%S')} {step.name}: {shlex.join(step.command)} (see {log_of(out, step)})", flush=True)
     started = time.monotonic()
     with open(log_of(out, step), "ab") as log:
@@ -140,11 +142,15 @@ def run(step: Step, out: Path, deadline: float | None) -> int | None:
             [sys.executable, *step.command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
         )
         code = _wait(process, deadline)
-    seconds = before + time.monotonic() - started
-    done = code is not None and (code == 0 or step.may_fail)
-    write_json(
-        record_of(out, step), {"seconds": seconds, "code": code, "done": done, "command": shlex.join(step.command)}
-    )
+    facts = {
+        "seconds": before + time.monotonic() - started,
+        "code": code,
+        "attempts": earlier.get("attempts", 0) + 1,
+        "command": shlex.join(step.command),
+    }
+    ended = code is not None and (code == 0 or step.may_fail)
+    too_long = code is None and not step.resumes and facts["attempts"] >= ATTEMPTS
+    write_json(record_of(out, step), {**facts, "done": ended or too_long})
     return code
 
 

@@ -40,6 +40,16 @@ def test_at_the_deadline_a_step_is_stopped_and_counts_as_unfinished(tmp_path, mo
     assert gpu.read_record(tmp_path, HANGS)["seconds"] > first  # the seconds of all attempts together
 
 
+def test_a_step_that_never_fits_does_not_stop_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(gpu, "ENDING_SECONDS", 1.0)
+    long = Step("long", HANGS.command, resumes=False, may_fail=True)
+    assert not gpu.go_on([long, PASSES], tmp_path, time.monotonic() + 3)
+    assert not gpu.go_on([long, PASSES], tmp_path, time.monotonic() + 3)
+    assert gpu.read_record(tmp_path, long)["code"] is None
+    assert gpu.go_on([long, PASSES], tmp_path, time.monotonic() + 60)
+
+
 def test_no_step_is_begun_shortly_before_the_deadline(tmp_path):
     assert not gpu.go_on([PASSES], tmp_path, time.monotonic() + 1)
     assert not gpu.log_of(tmp_path, PASSES).exists()
