@@ -27,8 +27,37 @@ def help_of(module: str, command: str) -> str:
     return run_command(module, *([command] if command else []), "--help").stdout
 
 
-def test_the_documents_hold_commands():
-    assert len(commands()) >= 8
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "guide", "study", "cluster")))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_hold_commands(page):
+    assert len(COMMAND.findall((REPO / page).read_text())) >= 4
+
+
+@pytest.mark.parametrize("page, most", [("README.md", 100), ("docs/glossary.md", 40)])
+def test_short_pages_stay_short(page, most):
+    assert len((REPO / page).read_text().splitlines()) <= most
+
+
+def test_numbers_of_decisions_are_unique():
+    pages = sorted((REPO / "docs/decisions").glob("*.md"))
+    assert len({page.name[:4] for page in pages}) == len(pages)
+    assert all(page.read_text().startswith(f"# {page.name[:4]} ") for page in pages)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_of_the_repository_that_are_named_exist(document):
+    named = re.findall(r"`((?:kd_dist|launch|slurm|tests|docs|benchmarks)/[\w./-]*)`", document.read_text())
+    assert [name for name in named if not (REPO / name).exists()] == []
+
+
+def test_the_readme_s_picture_is_drawn_by_its_command(tmp_path):
+    """From the committed figures; the PNG itself depends on the fonts of the machine."""
+    page = (REPO / "docs/study.md").read_text()
+    (figures,) = re.findall(r"study summary (\S+) -o docs/results/imagewoof-cpu-summary.png", page)
+    run_command("kd_dist.study", "summary", str(REPO / figures), "-o", str(tmp_path / "summary.png"))
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("line", commands())
@@ -50,6 +79,7 @@ def test_links_lead_somewhere(document):
             assert (document.parent / target).exists(), f"{document.name} points to {target}"
 
 
-def test_make_targets_of_the_readme_exist():
+def test_make_targets_of_the_pages_exist():
     targets = set(re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make ([\w-]+)", (REPO / "README.md").read_text())) <= targets
+    for page in (*PAGES, "CONTRIBUTING.md"):
+        assert set(re.findall(r"(?:`|^ {4})make ([\w-]+)", (REPO / page).read_text(), re.MULTILINE)) <= targets

@@ -26,7 +26,8 @@ them. The same command, typed again, completes a study: finished runs stay, inte
 at once, on machines that share a disk or as a job array, it shares the work: each process takes the next free run.
 Further arms and seeds may be added. --list shows the arms; NAME=ARM,setting=value makes a variant of one; --grid makes
 one for each combination. More commands, each with --help: `table` writes the table and plot of a study again,
-`compare` compares two finished runs."""
+`compare` compares two finished runs,
+`summary` plots a published study in brief."""
 EPILOG = f"""Examples: python -m kd_dist.study --cache runs/teacher/logits.h5 --arms baseline distilled --seeds 0 1 2
 --epochs 30; a grid of six arms: --grid alpha=0,0.5,0.9 temperature=2,4; the arm online needs the teacher:
 --teacher-model runs/teacher/model.pt; arms of other caches and settings: --arms distilled
@@ -158,6 +159,24 @@ def _compare(words: Sequence[str]) -> None:
     tables.show(compare(options.a, options.b))
 
 
+def _summary(words: Sequence[str]) -> None:
+    from kd_dist.files import read_json, write_bytes
+    from kd_dist.study.pictures import plot_summary
+
+    parser = _Parser("summary", "Plot a published study in brief: the teacher's top-1 and the primary contrast's arms.")
+    parser.add_argument("figures", type=Path, metavar="JSON", help="such as docs/results/imagewoof-cpu.json")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PNG", help="the plot to write")
+    options = parser.parse_args(words)
+    published = read_json(options.figures, "name a published study, such as docs/results/imagewoof-cpu.json.")
+    try:
+        study, teacher_top1 = published["study"], published["teacher"]["val_top1"]
+        names = study["primary"]["baseline"], study["primary"]["arm"]
+        arms = {name: {"top1": [run["top1"] for run in study["arms"][name]["runs"]]} for name in names}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{options.figures} has no top-1 of a teacher and two arms; name a published study.") from error
+    write_bytes(options.output, plot_summary(arms, teacher_top1))
+
+
 def _list(words: Sequence[str]) -> None:
     _Parser("--list", "List the built-in arms.").parse_args(words)
     tables.show(tables.plain([(arm.name, arm.isolates) for arm in ARMS.values()], tables.terminal_width()))
@@ -171,7 +190,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` shows how to use it.")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"table": _table, "compare": _compare, "--list": _list}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "table": _table,
+    "compare": _compare,
+    "summary": _summary,
+    "--list": _list,
+}
 
 
 if __name__ == "__main__":

@@ -74,6 +74,22 @@ def plot_lines(lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]], axi
     return _png(figure)
 
 
+def plot_summary(arms: Values, teacher_top1: float) -> bytes:
+    """A PNG: top-1 of a few arms with 95 % intervals over seeds, and the teacher's top-1 as a line."""
+    figure = Figure(figsize=(7, 0.9 + 0.45 * len(arms)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for row, values in enumerate(arms.values()):
+        _draw(axis, row, 100 * np.array(values["top1"]))
+    axis.axvline(100 * teacher_top1, color="tab:green", linestyle="--", label="teacher")
+    axis.set_yticks(range(len(arms)), list(arms))
+    axis.set_ylim(len(arms) - 0.4, -0.6)
+    axis.set_xlabel("top-1 on val, %: mean with its 95 % interval over seeds; small dots: seeds")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower left")
+    return _png(figure)
+
+
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
