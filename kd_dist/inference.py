@@ -6,8 +6,8 @@ asks for fixed pieces of a split gets rows that do not depend on how many ranks 
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ def compute_dtype(device: torch.device, precision: str = "auto") -> str:
     return chosen.get(precision, "bfloat16" if device.type == "cuda" else "float32")
 
 
-def autocast(device: torch.device, dtype: str):
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
     """A context in which convolutions and linear layers run in the type of this name."""
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
@@ -56,7 +56,7 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], threads: int) ->
         yield from map(function, items)
         return
     with ThreadPoolExecutor(threads) as pool:
-        begun = deque()
+        begun: deque[Future] = deque()
         for item in items:
             begun.append(pool.submit(function, item))
             if len(begun) > threads:
@@ -81,8 +81,8 @@ class Forward:
         model: nn.Module,
         pixels: Pictures,
         image_size: int,
-        mean,
-        std,
+        mean: Sequence[float],
+        std: Sequence[float],
         device: torch.device,
         dtype: str | None = None,
         threads: int = 0,

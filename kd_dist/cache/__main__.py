@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from kd_dist.cache import combine as combine_caches
 from kd_dist.cache import open_cache, render_info
@@ -80,8 +81,15 @@ COMMANDS = {
 """Name -> what runs it, one line of help, and what its own help adds to that."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one sentence; those of its commands too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{PROG} --help` lists the commands, `{PROG} COMMAND --help` their flags.")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROG,
         description="Caches of soft labels: describe, verify, write from trained teachers, add views, combine.",
         epilog=f"Example: {PROG} verify runs/teacher/logits.h5 --data data/imagewoof2-160",
@@ -94,8 +102,6 @@ def _parser() -> argparse.ArgumentParser:
             _add_flags_of_combine(command.add_argument)
         else:
             _add_flags(command.add_argument, name)
-    for each in (parser, *commands.choices.values()):
-        each.error = _refuse
     return parser
 
 
@@ -152,10 +158,6 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
-
-
-def _refuse(message: str):
-    raise UserError(f"{message}; `{PROG} --help` lists the commands, `{PROG} COMMAND --help` their flags.")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class _Region:
 
     def append(self, rows: np.ndarray) -> None:
         """Write the next rows. Raises OSError on a full disk."""
-        content = memoryview(little_endian(rows))
+        content = little_endian(rows)
         self._sha256.update(content)
         while content:
             written = os.pwrite(self._file.fileno(), content, self._end)
@@ -208,12 +208,12 @@ def _write_attributes(file: h5py.File, header: Header) -> None:
         file.attrs.create(name, array, dtype=array.dtype)
 
 
-def _write_column(group: h5py.Group, name: str, dtype: np.dtype | None, values: Sequence) -> None:
+def _write_column(group: h5py.Group, name: str, dtype: np.dtype, values: Sequence | np.ndarray) -> None:
     array = _as_array(dtype, values)
     group.create_dataset(name, data=array, dtype=array.dtype, track_times=False)
 
 
-def _as_array(dtype: np.dtype | None, value: object) -> np.ndarray:
+def _as_array(dtype: np.dtype, value: Any) -> np.ndarray:
     if dtype is not TEXT:
         return np.asarray(value, dtype)
     texts = [text.encode() for text in ([value] if isinstance(value, str) else value)]

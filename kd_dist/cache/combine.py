@@ -150,7 +150,7 @@ def _mean(caches: Sequence[Cache], block: Block, temperature: float | None) -> n
     """A block's rows, float16 [B, K], computed in float64."""
     rows = (cache.split(block.split).logits_NVK[block.start : block.stop, block.view] for cache in caches)
     if temperature is None:
-        return (sum(logits_BK.astype(np.float64) for logits_BK in rows) / len(caches)).astype(LOGITS.dtype)
+        return np.asarray(sum(logits_BK.astype(np.float64) for logits_BK in rows) / len(caches), LOGITS.dtype)
     log_p_BK = np.full((1, 1), -np.inf)
     for logits_BK in rows:
         log_p_BK = np.logaddexp(log_p_BK, _log_softmax(logits_BK.astype(np.float64) / temperature))

@@ -14,9 +14,14 @@ MEND = "name the data it was made from with --data, or write a cache of this dat
 class Samples(Protocol):
     """The ordered images of one split."""
 
-    paths: tuple[str, ...]
-    labels_N: np.ndarray
-    sha256_N32: np.ndarray
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+
+    @property
+    def labels_N(self) -> np.ndarray: ...
+
+    @property
+    def sha256_N32(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,10 @@ def check_samples(names: Pair, split: str, cached: Samples, given: Samples) -> N
     for row, (ours, theirs) in enumerate(zip(cached.paths, given.paths, strict=True)):
         if ours != theirs:
             names.refuse(f"{ours} as {split} image {row}", theirs)
-    row = first_true(cached.labels_N != given.labels_N)
-    if row is not None:
-        names.refuse(f"label {cached.labels_N[row]} for {cached.paths[row]}", f"label {given.labels_N[row]}")
-    row = first_true((cached.sha256_N32 != given.sha256_N32).any(axis=1))
-    if row is not None:
-        ours, theirs = (samples.sha256_N32[row].tobytes().hex() for samples in (cached, given))
-        names.refuse(f"SHA-256 {ours} for the content of {cached.paths[row]}", theirs)
+    place = first_true(cached.labels_N != given.labels_N)
+    if place is not None:
+        names.refuse(f"label {cached.labels_N[place]} for {cached.paths[place]}", f"label {given.labels_N[place]}")
+    place = first_true((cached.sha256_N32 != given.sha256_N32).any(axis=1))
+    if place is not None:
+        ours, theirs = (samples.sha256_N32[place].tobytes().hex() for samples in (cached, given))
+        names.refuse(f"SHA-256 {ours} for the content of {cached.paths[place]}", theirs)

@@ -27,7 +27,7 @@ SPLITS = ("train", "val")
 PIECE_BYTES = 1 << 22  # of a column that is looked at from end to end
 
 INT, FLOAT, FLAG = np.dtype("<i8"), np.dtype("<f8"), np.dtype("u1")
-TEXT = None  # fixed-length UTF-8, as long as its longest value needs
+TEXT = np.dtype("S")  # fixed-length UTF-8, as long as its longest value needs
 HEADER_ATTRIBUTES = {  # field of Header -> type and shape of the file's attribute of that name
     "dataset": (TEXT, ()),
     "image_size": (INT, ()),
@@ -65,7 +65,7 @@ class Column:
 
     name: str
     field: str
-    dtype: np.dtype | None
+    dtype: np.dtype
     axes: tuple[str | int, ...]
 
 
@@ -239,10 +239,10 @@ def pieces_of(column: Any) -> Iterator[tuple[int, np.ndarray]]:
         yield start, column[start : min(start + rows, column.shape[0])]
 
 
-def little_endian(values: np.ndarray) -> np.ndarray:
-    """The bytes of an array as a file holds them: uint8 [bytes]."""
+def little_endian(values: np.ndarray) -> memoryview:
+    """The bytes of an array as a file holds them."""
     values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    return values.reshape(-1).view(np.uint8)
+    return values.reshape(-1).view(np.uint8).data
 
 
 def digest_of(column: Any) -> str:
@@ -329,9 +329,10 @@ def _check_teacher(number: int, row: TeacherRow) -> None:
 
 
 def _check_temperature(header: Header) -> None:
-    given = header.temperature is not None
-    if given != (ONE_TEMPERATURE in header.features) or (given and not 0 < header.temperature < np.inf):
-        raise ValueError(f"temperature is {header.temperature} with the features {list(header.features)}")
+    temperature = header.temperature
+    fits = temperature is None or 0 < temperature < np.inf
+    if not fits or (temperature is not None) != (ONE_TEMPERATURE in header.features):
+        raise ValueError(f"temperature is {temperature} with the features {list(header.features)}")
 
 
 def _check_views(header: Header) -> None:
@@ -364,7 +365,7 @@ def check_table(split: str, table: Table, header: Header) -> None:
 def refuse_rows(split: str, name: str, column: Any, is_bad: Callable[[np.ndarray], np.ndarray], what: str = "") -> None:
     """Raise ValueError with the first row of a column in which `is_bad` marks a value; `what` is wrong with it."""
     for start, rows in pieces_of(column):
-        place = first_true(is_bad(rows).reshape(len(rows), -1).any(axis=1))
+        place = first_true(np.any(is_bad(rows).reshape(len(rows), -1), axis=1))
         if place is not None:
             raise ValueError(f"{split}/{name} of row {start + place} {what or f'is {rows[place].tolist()}'}")
 

@@ -65,5 +65,5 @@ def _require(holds_N: np.ndarray, group: str, view: int, name: str, values_N: An
 
 def _is_box(paste_N4: np.ndarray) -> np.ndarray:
     """Whether edges lie in [0, 1] in their order; all 0 is no box."""
-    inside_N = ((paste_N4 >= 0) & (paste_N4 <= 1)).all(axis=1)
-    return inside_N & ((paste_N4[:, :2] < paste_N4[:, 2:]).all(axis=1) | ~paste_N4.any(axis=1))
+    inside_N = np.all((paste_N4 >= 0) & (paste_N4 <= 1), axis=1)
+    return inside_N & (np.all(paste_N4[:, :2] < paste_N4[:, 2:], axis=1) | ~np.any(paste_N4, axis=1))

@@ -132,7 +132,7 @@ class CachePlan:
 
 def _joined(known: LabelledTable, table: Table) -> Table:
     """A table whose first views are those of a cache."""
-    longer = {
+    longer: dict[str, Any] = {
         column.field: np.concatenate([known.of_views[column], values[:, known.views :]], axis=1)
         for column, values in table.of_views.items()
     }

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from kd_dist.cache.fits import Pair, check_classes, check_samples
+from kd_dist.cache.fits import Pair, Samples, check_classes, check_samples
 from kd_dist.cache.format import (
     CHECK_ATTRIBUTES,
     FLAG,
@@ -155,7 +155,7 @@ class Cache:
                 "no use: put the file back, and start the run again with --start-over."
             )
 
-    def check_fits(self, dataset: str, classes: Sequence[str], splits: Mapping[str, object]) -> None:
+    def check_fits(self, dataset: str, classes: Sequence[str], splits: Mapping[str, Samples]) -> None:
         """Raise UserError, naming both values, unless this is a cache of exactly these images in this order.
 
         `dataset` is the data's name for messages; `splits` maps "train" and "val" to anything with paths, labels_N

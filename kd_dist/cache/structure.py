@@ -6,6 +6,7 @@ fill the memory.
 
 import mmap
 from math import prod
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,7 +16,7 @@ from kd_dist.cache.format import SPLITS, TEXT, shape_of
 GROUPS = ("/", "teachers", *SPLITS, *(f"{split}/view" for split in SPLITS))
 
 
-def attribute(file: h5py.File, name: str, dtype: np.dtype | None, shape: tuple[int, ...] | None) -> object:
+def attribute(file: h5py.File, name: str, dtype: np.dtype, shape: tuple[int, ...] | None) -> Any:
     """The value of an attribute of exactly this type and shape (None: one axis of any length), as plain Python.
 
     Raises ValueError where it is missing or another.
@@ -29,15 +30,15 @@ def attribute(file: h5py.File, name: str, dtype: np.dtype | None, shape: tuple[i
     return _plain(file.attrs[name])
 
 
-def _plain(value: np.ndarray | np.generic) -> object:
+def _plain(array: np.ndarray | np.generic) -> Any:
     """Tuples, strings and numbers of Python instead of numpy's."""
-    value = value.tolist()
+    value = array.tolist()
     if isinstance(value, list):
         return tuple(item.decode() if isinstance(item, bytes) else item for item in value)
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _check_type(what: str, found: np.dtype, dtype: np.dtype | None) -> None:
+def _check_type(what: str, found: np.dtype, dtype: np.dtype) -> None:
     fits = found.kind == "S" if dtype is TEXT else found == dtype
     if not fits:
         raise ValueError(f"{what} is of type {found} instead of {'fixed-length text' if dtype is TEXT else dtype}")
@@ -59,7 +60,7 @@ class Columns:
         for name in (*GROUPS, *(f"{split}/top" for split in SPLITS if f"{split}/top" in file)):
             self._refuse_links(name)
 
-    def read(self, name: str, dtype: np.dtype | None, axes: tuple[str | int, ...], sizes: dict[str, int]) -> object:
+    def read(self, name: str, dtype: np.dtype, axes: tuple[str | int, ...], sizes: dict[str, int]) -> Any:
         """A dataset: a tuple of strings or numbers, an array, or of a column over N and V the mapped file's own bytes.
 
         Its shape has to be what `sizes` says of its named axes; one that is not in there yet is added.

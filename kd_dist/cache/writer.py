@@ -69,7 +69,9 @@ class BlockWriter:
 
     def take_known(self, block: Block) -> None:
         """Store a known block as the known cache holds it."""
-        columns = self.plan.known[block.split].logit_columns
+        known = self.plan.known
+        assert known is not None  # the block is_known
+        columns = known[block.split].logit_columns
         self.put_columns(block, [column[block.start : block.stop, block.view] for column in columns])
 
     def publish(self) -> Path:

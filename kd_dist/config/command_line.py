@@ -9,12 +9,19 @@ import shlex
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from kd_dist.config.groups import RunConfig, one_of
 from kd_dist.config.jobs import JobConfig, flags_of, groups_of
 from kd_dist.config.presets import PRESETS, scaled
 from kd_dist.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `python -m {self.prog} --help` lists the flags.")
 
 
 class _Page(argparse.HelpFormatter):
@@ -26,7 +33,7 @@ class _Page(argparse.HelpFormatter):
 
 def parser_for(kind: type[JobConfig], prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser of a job's flags, by group; only what was typed ends up in the namespace."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         description=description,
         epilog=epilog,
@@ -34,24 +41,16 @@ def parser_for(kind: type[JobConfig], prog: str, description: str, epilog: str) 
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.error = _raise_user_error(prog)
     parser.usage = f"torchrun --nproc_per_node=N -m {prog} [FLAG ...]"
     groups = groups_of(kind)
     sections = {RunConfig.title: parser.add_argument_group(RunConfig.title)}
     own = [each for each in dataclasses.fields(kind) if each.name not in groups]
     _add_flags(sections[RunConfig.title], kind, kind, own)
     for group in groups.values():
-        section = sections.setdefault(group.title, None) or parser.add_argument_group(group.title)
+        section = sections[group.title] if group.title in sections else parser.add_argument_group(group.title)
         _add_flags(section, kind, group, dataclasses.fields(group))
     parser.add_argument_group("presets", "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items()))
     return parser
-
-
-def _raise_user_error(prog: str):
-    def error(message: str):
-        raise UserError(f"{message}; `python -m {prog} --help` lists the flags.")
-
-    return error
 
 
 def _add_flags(section: Any, kind: type[JobConfig], holder: type, flags: Sequence[dataclasses.Field]) -> None:

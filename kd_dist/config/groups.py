@@ -72,7 +72,7 @@ class SplitConfig:
         require(self.folds is None or self.folds >= 2, "folds", self.folds, "must be at least 2")
         if (self.folds is None) != (self.fold is None):
             raise UserError("--folds and --fold go together: --folds 10 --fold 0 leaves out the first tenth of train.")
-        if self.fold is not None:
+        if self.folds is not None and self.fold is not None:
             in_range = 0 <= self.fold < self.folds
             require(in_range, "fold", self.fold, f"must be at least 0 and below --folds {self.folds}")
         if self.tune and self.fold is None:

@@ -3,10 +3,10 @@ run's folder the flags are flat, under the names of the fields.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 from kd_dist.config.groups import (
     AugmentationConfig,
@@ -23,6 +23,8 @@ from kd_dist.config.groups import (
 )
 
 USUAL_CACHE = "runs/teacher/logits.h5"
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class JobConfig:
     def of(cls, **values: Any) -> Self:
         """A config from values by flag name, and defaults for the others. Raises TypeError for an unknown name."""
         groups = groups_of(cls)
-        nested = {group: {} for group in groups}
+        nested: dict[str, dict[str, Any]] = {group: {} for group in groups}
         place_of = {name: group for group, name in _places(cls)}
-        own = {}
+        own: dict[str, Any] = {}
         for name, value in values.items():
             place = place_of.get(name, "")
             (nested[place] if place else own)[name] = value
@@ -239,7 +241,12 @@ class StudyConfig(JobConfig):
         return self.changed(cache=self.distillation.cache or USUAL_CACHE)
 
 
-@cache
+def _cached(function: Callable[[K], T]) -> Callable[[K], T]:
+    """functools.cache, whose own type takes no class of configs: mypy finds only the instances' __hash__ there."""
+    return cache(function)
+
+
+@_cached
 def groups_of(kind: type[JobConfig]) -> dict[str, Any]:
     """The groups that a job is composed of, by the names of their fields."""
     hints = get_type_hints(kind)
@@ -247,18 +254,18 @@ def groups_of(kind: type[JobConfig]) -> dict[str, Any]:
     return {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}
 
 
-@cache
+@_cached
 def flags_of(kind: type[JobConfig]) -> dict[str, dataclasses.Field]:
     """Every flag of a job by its name: its default, help text and the rest of it."""
     groups = groups_of(kind)
-    found = {}
+    found: dict[str, dataclasses.Field] = {}
     for each in dataclasses.fields(kind):
         inside = dataclasses.fields(groups[each.name]) if each.name in groups else [each]
         found |= {one.name: one for one in inside}
     return found
 
 
-@cache
+@_cached
 def _places(kind: type[JobConfig]) -> list[tuple[str, str]]:
     """(group, flag) of every flag; group "" for those that are the job's own."""
     groups = groups_of(kind)

@@ -44,9 +44,9 @@ def scaled(
 
 def origin_of_lr(config: JobConfig) -> str:
     """Where a learning rate comes from that was not typed for this batch size, in words; else nothing."""
-    preset = PRESETS.get(config.preset)
-    if preset is None:
+    if config.preset not in PRESETS:
         return ""
+    preset = PRESETS[config.preset]
     own, optimisation = preset.of(type(config)), config.optimisation
     lr, images = own["lr"], own["batch_size"]
     if preset.per_gpu and optimisation.lr == lr * optimisation.batch_size / images:

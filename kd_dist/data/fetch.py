@@ -191,11 +191,11 @@ def unpack(archive: Path, folder: Path, name: str, progress: Progress | None = N
         ) from error
 
 
-def _decompressed(raw: BinaryIO) -> IO[bytes]:
+def _decompressed(raw: BinaryIO) -> IO[bytes] | gzip.GzipFile:
     """The tar stream in a file, told by its first bytes. Not tarfile's own, which does not check gzip's sum."""
     start = raw.read(6)
     raw.seek(0)
-    openers: dict[bytes, Callable[..., IO[bytes]]]
+    openers: dict[bytes, Callable[[BinaryIO], IO[bytes] | gzip.GzipFile]]
     openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
     return next((opener(raw) for magic, opener in openers.items() if start.startswith(magic)), raw)
 
@@ -213,7 +213,7 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def _write_members(stream: IO[bytes], folder: Path, name: str) -> Iterator[int]:
+def _write_members(stream: IO[bytes] | gzip.GzipFile, folder: Path, name: str) -> Iterator[int]:
     """Write the stream's files into the folder, yielding their count so far."""
     with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK_BYTES, tarinfo=_Header) as tar:
         for count, member in enumerate(tar, start=1):

@@ -77,6 +77,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal: int | None = None
+        self._first = 0.0  # when that signal came
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}

@@ -84,7 +84,7 @@ def check_master_address(rank: int, several_machines: bool) -> None:
             "rank 0's machine as the others know it."
         ) from error
     if rank != 0 and not _opens(address):
-        loopback = several_machines and address[0].startswith(("127.", "::1"))
+        loopback = several_machines and str(address[0]).startswith(("127.", "::1"))
         hint = ", a loopback address, leads to this machine itself" if loopback else ""
         raise UnreachableError(
             f"nothing answers at MASTER_ADDR:MASTER_PORT {host}:{port} ({address[0]}{hint}) as seen from "

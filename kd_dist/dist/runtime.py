@@ -92,7 +92,7 @@ class Runtime:
         key = f"kd_dist/{task}/{self.rank - self.local_rank}"
         if self.local_rank == 0:
             self.store.set(key, json.dumps(self._outcome(work)))
-        self._wait_for(key)
+        self._wait_for(self.store, key)
         return self._result(json.loads(self.store.get(key)))
 
     def wait_for_all(self) -> None:
@@ -104,12 +104,12 @@ class Runtime:
         key = f"kd_dist/wait/{next(self._waits)}"
         if self.store.add(key, 1) == self.world_size:
             self.store.set(f"{key}/all", "")
-        self._wait_for(f"{key}/all")
+        self._wait_for(self.store, f"{key}/all")
 
-    def _wait_for(self, key: str) -> None:
+    def _wait_for(self, store: dist.Store, key: str) -> None:
         """Wait for a key of the store in Python, where signals are handled; the store's own wait warns when it ends."""
         pause = 0.001
-        while not self.store.check([key]):
+        while not store.check([key]):
             if self.watch and self.watch.stopped_by:
                 raise Interrupted(self.watch.stopped_by)
             time.sleep(pause)
@@ -156,6 +156,7 @@ def joined(device: str = "auto", timeout_seconds: float = COLLECTIVE_SECONDS) ->
     endings.watch_by(watch, None)
     store = None
     if world_size > 1:
+        assert watch is not None  # who sets WORLD_SIZE sets RANK
         several_machines = local_world_size < world_size
         store = open_store(rank, world_size, several_machines, timeout_seconds)
         watch.connect(world_size, not several_machines, store, timeout_seconds)

@@ -142,6 +142,7 @@ class Watch:
         while not self._left:
             with contextlib.suppress(OSError):  # closed by the main thread just now
                 for connection in wait(list(self._peers), HEARTBEAT_SECONDS):
+                    assert isinstance(connection, Connection)  # as all of them
                     self._read(connection)
             if time.monotonic() - beat_at >= HEARTBEAT_SECONDS:
                 beat_at = time.monotonic()
@@ -182,7 +183,7 @@ class Watch:
 
     def _fail(self, failure: Failure) -> None:
         self.tell(failure)
-        self._on_failure(self.failure)
+        self._on_failure(self.failure or failure)
 
     # ---- connections
 

@@ -20,6 +20,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
     """Within, float32 matrix products of this thread are computed in float32, whatever autocast, TF32 or
     `torch.set_float32_matmul_precision` say outside; what they say is restored.
     """
-    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    backends: Any = torch.backends  # torch makes an object of each by itself, which types do not see
+    matmul = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
     before = matmul.fp32_precision
     lowered = before not in ("ieee", "none")
     with torch.autocast(device.type, enabled=False):
@@ -69,7 +71,7 @@ class ResidentPixels:
         self.pixels_Q = torch.empty(len(pixels.bytes_) + 3 * _padded(LONGEST_SIDE), dtype=torch.uint8, device=device)
         self.pixels_Q[: len(pixels.bytes_)].copy_(pixels.bytes_)
         self._numbers = torch.arange(_padded(LONGEST_SIDE), device=device)
-        self._tables: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._tables: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.sizes_N2)
@@ -103,7 +105,7 @@ class ResidentPixels:
             _mix(own_BHW3, partner_MHW3, slot_M, edges_22M1, lambda_M, self._numbers[:size])
         return own_BHW3.permute(0, 3, 1, 2)
 
-    def _crop_numbers(self, index_C, box_C4, flip_C, size: int) -> np.ndarray:
+    def _crop_numbers(self, index_C: np.ndarray, box_C4: np.ndarray, flip_C: np.ndarray, size: int) -> np.ndarray:
         """What the kernels need to know of each crop, int64 [C, 6]: where its first pixel lies, pixels from one line to
         the next, and where its filters lie in a table, down and across: the first and the step from one to the next.
         """
@@ -235,13 +237,20 @@ def _mix_numbers(mixed: Shown, mixed_M: np.ndarray, size: int) -> tuple[np.ndarr
     """For each of M mixes its image's place in the batch; the box that is mixed, int64 [2, 2, M, 1]: first and end, of
     rows and of columns; and the own share in there: CutMix's box has none, mixup's box is all of the image.
     """
-    is_cutmix_M = mixed.paste_B4.any(axis=1)
+    is_cutmix_M = np.any(mixed.paste_B4, axis=1)
     box_M4 = np.where(is_cutmix_M[:, None], (mixed.paste_B4.astype(np.float64) * size).round(), [0, 0, size, size])
     edges_22M1 = box_M4.astype(np.int64).T.reshape(2, 2, -1, 1)  # top and left, then bottom and right
     return mixed_M, edges_22M1, np.where(is_cutmix_M, 0, mixed.weight_B).astype(np.float32)
 
 
-def _mix(own_BHW3, partner_MHW3, slot_M, edges_22M1, lambda_M, numbers_S: torch.Tensor) -> None:
+def _mix(
+    own_BHW3: torch.Tensor,
+    partner_MHW3: torch.Tensor,
+    slot_M: torch.Tensor,
+    edges_22M1: torch.Tensor,
+    lambda_M: torch.Tensor,
+    numbers_S: torch.Tensor,
+) -> None:
     """Mix partners into their images in place, as `views.blend` does."""
     inside_2MS = (numbers_S >= edges_22M1[0]) & (numbers_S < edges_22M1[1])
     inside_MHW1 = (inside_2MS[0, :, :, None] & inside_2MS[1, :, None, :])[..., None]
@@ -281,8 +290,9 @@ def fault_of(resident: ResidentPixels, pixels: Pixels) -> str | None:
     index_B = np.append(rng.integers(0, len(pixels), COMPARED_CROPS - 1), pixels.sizes_N2.prod(axis=1).argmax())
     crops = (index_B, views.draw_boxes(rng, pixels.sizes_N2[index_B], (0.08, 1.0)), views.draw_flips(rng, len(index_B)))
     mixes = views.draw_blends(rng, len(index_B), 0.25, 0.25)
-    partners = (column[mixes.partner_N] for column in crops)
-    shown = Shown(*crops, *partners, mixes.weight_N.astype(np.float32), mixes.paste_N4.astype(np.float32))
+    index_P, box_P4, flip_P = (column[mixes.partner_N] for column in crops)
+    blend = (mixes.weight_N.astype(np.float32), mixes.paste_N4.astype(np.float32))
+    shown = Shown(*crops, index_P, box_P4, flip_P, *blend)
     of_host, of_device = (drawer.show(shown, COMPARED_SIZE).cpu().int() for drawer in (pixels, resident))
     off = (of_device - of_host).abs()
     most, share = int(off.max()), float((off > 0).float().mean())

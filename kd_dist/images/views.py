@@ -65,7 +65,7 @@ def draw_boxes(rng: np.random.Generator, sizes_N2: np.ndarray, crop_scale: tuple
     n = len(sizes_N2)
     height_N, width_N = sizes_N2[:, :1], sizes_N2[:, 1:]
     area_NA = height_N * width_N * rng.uniform(*crop_scale, (n, ATTEMPTS))
-    ratio_NA = np.exp(rng.uniform(*LOG_RATIO, (n, ATTEMPTS)))
+    ratio_NA = np.exp(rng.uniform(LOG_RATIO[0], LOG_RATIO[1], (n, ATTEMPTS)))
     h_NA = np.rint(np.sqrt(area_NA / ratio_NA)).astype(np.int64)
     w_NA = np.rint(np.sqrt(area_NA * ratio_NA)).astype(np.int64)
     fits_NA = (h_NA > 0) & (w_NA > 0) & (h_NA <= height_N) & (w_NA <= width_N)
@@ -170,7 +170,8 @@ def mixed_views(
     Functions of (seed, split, v) and the image's place, as `cached_views`, whose draws do not depend on these.
     """
     drawn = [_mixed_view(seed, split, n, view, share, group_N) for view in views]
-    return tuple(np.stack(column, axis=1) for column in zip(*drawn, strict=True))
+    partner, view, weight, paste = (np.stack(column, axis=1) for column in zip(*drawn, strict=True))
+    return partner, view, weight, paste
 
 
 def _mixed_view(seed, split, n, view, share, group_N):
@@ -233,10 +234,17 @@ class Shown:
 class Mixed(Protocol):
     """The blends of N images in V cached views: partner, the partner's own view, own share, CutMix's box."""
 
-    partner_NV: np.ndarray
-    partner_view_NV: np.ndarray
-    weight_NV: np.ndarray
-    paste_NV4: np.ndarray
+    @property
+    def partner_NV(self) -> np.ndarray: ...
+
+    @property
+    def partner_view_NV(self) -> np.ndarray: ...
+
+    @property
+    def weight_NV(self) -> np.ndarray: ...
+
+    @property
+    def paste_NV4(self) -> np.ndarray: ...
 
     def mixed_views(self) -> np.ndarray:
         """The numbers of the views in which some picture is blended, ascending."""
@@ -246,9 +254,14 @@ class Mixed(Protocol):
 class CachedViews(Protocol):
     """The views of a split as a cache holds them; `mixed` is None where none is blended."""
 
-    box_NV4: np.ndarray
-    flip_NV: np.ndarray
-    mixed: Mixed | None
+    @property
+    def box_NV4(self) -> np.ndarray: ...
+
+    @property
+    def flip_NV(self) -> np.ndarray: ...
+
+    @property
+    def mixed(self) -> Mixed | None: ...
 
 
 def shown_in(cached: CachedViews, index_B: np.ndarray, view_B: np.ndarray | int) -> Shown:
@@ -289,7 +302,8 @@ def _drawn(crops: Iterable[torch.Tensor], flip_B: np.ndarray, size: int) -> torc
     slots = pictures_BHWC.permute(0, 3, 1, 2).split(1)[: len(flip_B)]  # an empty tensor splits into one piece
     with _one_thread():
         for slot_1CHW, crop_1CHW in zip(slots, crops, strict=True):
-            torch._C._nn._upsample_bilinear2d_aa(crop_1CHW, (size, size), False, None, out=slot_1CHW)
+            # torch's stub lacks `out`.
+            torch._C._nn._upsample_bilinear2d_aa(crop_1CHW, (size, size), False, None, out=slot_1CHW)  # type: ignore[call-arg]
     flipped = torch.from_numpy(np.flatnonzero(flip_B))
     pictures_BHWC[flipped] = pictures_BHWC[flipped].flip(2)
     return pictures_BHWC.permute(0, 3, 1, 2)

@@ -17,9 +17,14 @@ from kd_dist.label.teachers import Teacher
 class LabelData(Protocol):
     """The images that are labelled, and their pixels by split; `threads` of a rank may draw them ahead."""
 
-    samples: Dataset
-    pixels: Mapping[str, Pictures]
-    threads: int
+    @property
+    def samples(self) -> Dataset: ...
+
+    @property
+    def pixels(self) -> Mapping[str, Pictures]: ...
+
+    @property
+    def threads(self) -> int: ...
 
 
 class Labeller:
@@ -66,11 +71,11 @@ class Labeller:
         A teacher's samples go through it in their order in fixed batches, so that equal calls give equal bits.
         """
         shown, teacher_B = views.shown_in(table, index_B, view), table.teacher_N[index_B]
-        logits_BK = None
+        logits_BK = np.empty((0, 0), np.float32)
         for number in np.unique(teacher_B):
             places = np.flatnonzero(teacher_B == number)
             rows = self._of_teacher(split, int(number), shown.at(places))
-            logits_BK = np.empty((len(index_B), rows.shape[1]), np.float32) if logits_BK is None else logits_BK
+            logits_BK = np.empty((len(index_B), rows.shape[1]), np.float32) if not len(logits_BK) else logits_BK
             logits_BK[places] = rows
         return logits_BK
 
@@ -79,4 +84,4 @@ class Labeller:
         if not members:
             return self.forwards[split, number].logits(shown)
         total_BK = sum(self._of_teacher(split, member, shown).astype(np.float64) for member in members)
-        return (total_BK / len(members)).astype(np.float32)
+        return np.asarray(total_BK / len(members), np.float32)

@@ -44,7 +44,7 @@ def load_teacher(path: Path, device: torch.device) -> Teacher:
         folds=fold["folds"],
     )
     return Teacher(
-        model=model.to(device, memory_format=torch.channels_last).eval(),
+        model=model.to(device).to(memory_format=torch.channels_last).eval(),
         row=row,
         mean=tuple(saved["mean"]),
         std=tuple(saved["std"]),

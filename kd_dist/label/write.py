@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def write_cache(
     missing = runtime.on_main(writer.missing)
     mine = [missing[position] for position in runtime.shard(len(missing))]
     with ThreadPoolExecutor(1) as files:  # a block is written while the next one is computed
-        writing = deque()
+        writing: deque[Future] = deque()
         for done, write in enumerate(_labelled(mine, writer, labeller, stop), start=1):
             writing.append(files.submit(write))
             if len(writing) > 1:

@@ -6,6 +6,7 @@ and the ranks' parts of a batch put together are the batch a single process woul
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Batch:
         else by one together.
         """
         small = {name: value for name, value in self._on_host().items() if name != "images_BCHW"}
-        moved = dict(zip(small, to_device(list(small.values()), device), strict=True))
+        moved: dict[str, Any] = dict(zip(small, to_device(list(small.values()), device), strict=True))
         return replace(self, **moved, images_BCHW=self.images_BCHW.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
@@ -224,16 +225,18 @@ class EpochBatches(Dataset):
 
     def soft_labels(self, step: int) -> torch.Tensor | None:
         """The cached logits [B, K] of the rank's part of a step, in the views of this epoch; None without a cache."""
-        if self.data.logits_NVK is None:
+        logits_NVK = self.data.logits_NVK
+        if logits_NVK is None:
             return None
         ahead = self._ahead
         if step not in ahead:
-            ahead = self._ahead = self._read_ahead(step)
+            ahead = self._ahead = self._read_ahead(logits_NVK, step)
         return torch.from_numpy(ahead[step])
 
-    def _read_ahead(self, first: int) -> dict[int, np.ndarray]:
+    def _read_ahead(self, logits_NVK: SoftLabels, first: int) -> dict[int, np.ndarray]:
         """Soft labels of this and later steps of this process, read together: sorted, rows of a file lie close."""
-        logits_NVK, worker = self.data.logits_NVK, get_worker_info()
+        worker, choice_N = get_worker_info(), self.views.choice_N
+        assert choice_N is not None  # soft labels come with the cache's own views
         wanted = AHEAD_BYTES // (logits_NVK.shape[2] * logits_NVK.dtype.itemsize)
         mine, count = {}, 0
         for step in range(first, len(self), worker.num_workers if worker else 1):
@@ -242,7 +245,7 @@ class EpochBatches(Dataset):
             if count >= wanted:
                 break
         index_R = np.concatenate(list(mine.values()))
-        rows_RK = logits_NVK[index_R, self.views.choice_N[index_R]]
+        rows_RK = logits_NVK[index_R, choice_N[index_R]]
         ends = np.cumsum([len(index_B) for index_B in mine.values()])[:-1]
         return dict(zip(mine, np.split(rows_RK, ends), strict=True))
 

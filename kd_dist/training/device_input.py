@@ -38,7 +38,8 @@ def _on_side_stream(
             batch = next(batches, None)
             return None if batch is None else prepare(batch)
 
-    steps, coming = deque(), begin()
+    steps: deque[torch.cuda.Event] = deque()
+    coming = begin()
     while coming is not None:
         main.wait_stream(side)
         for tensor in coming.tensors().values():

@@ -40,7 +40,7 @@ def hard_targets(
     not known (UNKNOWN) has a row of zeros, which no loss and no gradient comes from; in a blend, only its share has.
     """
     targets_BK = _targets(labels_B, classes, smoothing)
-    if partners_B is None:
+    if partners_B is None or weight_B is None:
         return targets_BK
     return torch.lerp(_targets(partners_B, classes, smoothing), targets_BK, weight_B[:, None])
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -33,7 +33,7 @@ class Trace:
             self._stack.enter_context(self._profiler)
         return self
 
-    def __exit__(self, *error) -> bool | None:
+    def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
 
     def step(self) -> None:

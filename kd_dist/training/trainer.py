@@ -84,7 +84,7 @@ class Trainer:
         self.data, self.loss_terms, self.evaluate, self.optimisation = data, loss_terms, evaluate, optimisation
         self.execution, self.runtime, self.folder = execution, runtime, folder
         self.compute_dtype = compute_dtype(runtime.device, execution.precision)
-        self.model = model.to(runtime.device, memory_format=torch.channels_last)
+        self.model = model.to(runtime.device).to(memory_format=torch.channels_last)
         self.parallel = under_ddp(self.model, runtime) if runtime.world_size > 1 else self.model
         keep_counters_on_host(self.model)
         dtype = input_dtype(self.model, runtime.device, self.compute_dtype)
@@ -128,8 +128,8 @@ class Trainer:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
         self.sums.start_clock()
         batches = self.batches(epoch, first_step)
-        progress = self.monitor.epoch(epoch + 1, self.optimisation.epochs, self.steps_per_epoch, first_step)
-        with progress as progress, fastest_kernels():
+        shown = self.monitor.epoch(epoch + 1, self.optimisation.epochs, self.steps_per_epoch, first_step)
+        with shown as progress, fastest_kernels():
             for done in range(first_step + 1, self.steps_per_epoch + 1):
                 with self.sums.waiting():
                     batch = next(batches)
@@ -317,6 +317,7 @@ class Trainer:
             "world_size": self.runtime.world_size,
         }
         position = self._position()
+        assert self.checkpoints is not None  # rank 0 has them within `run`
         self.checkpoints.save(self.step, payload, then=lambda: self.heartbeat.write(**position))
 
     def _position(self) -> dict[str, float]:

@@ -5,7 +5,7 @@ Everything stays on the device until the ranks synchronise, so that no step wait
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ class EpochSums:
     The clock is read when the terms are fetched, because the device has then done what was counted.
     """
 
-    def __init__(self, names=(), totals=(), seconds: float = 0.0, wait_seconds: float = 0.0):
+    def __init__(
+        self, names: Sequence[str] = (), totals: Sequence[float] = (), seconds: float = 0.0, wait_seconds: float = 0.0
+    ):
         self.names, self.totals = list(names), list(totals)  # totals[0] counts images, the rest go with names
         self.seconds, self.wait_seconds = seconds, wait_seconds
         self.recent: dict[str, float] = {}
