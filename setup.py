@@ -7,6 +7,6 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["kd_dist", "kd_dist.*"]), "kd_dist.launch", "kd_dist.slurm"],
     package_dir={"kd_dist": "kd_dist", "kd_dist.launch": "launch", "kd_dist.slurm": "slurm"},
-    package_data={"kd_dist.slurm": ["*"]},
+    package_data={"kd_dist.slurm": ["*"], "kd_dist.models": ["*.txt"]},
     include_package_data=False,
 )

@@ -111,7 +111,7 @@ def require_student(config: StudentConfig, data: Data, runtime: Runtime) -> nn.M
     torch.manual_seed(config.seed)
     name = config.distillation.student
     model = models.build(name, len(data.samples.classes))
-    job.require_trainable(config, data, name, model, runtime, config.distillation.labels)
+    job.require_trainable(config, data, model, runtime, config.distillation.labels, name)
     return model
 
 
@@ -180,9 +180,10 @@ def require_unseen(config: StudentConfig, data: Data, cache: Cache) -> None:
     for number in np.unique(cache.split("train").teacher_N[fold.train_M]):
         row = cache.header.teachers[number]
         if (row.fold, row.folds) != (fold.number, fold.folds):
+            saw = "may have seen" if row.trained_on == "elsewhere" else "saw"
             raise UserError(
                 f"{cache.path} has labels of a teacher trained {row.trained_on}, but --tune scores on {fold.name}, "
-                f"which it saw; name the cache of a teacher trained with --folds {fold.folds} --fold {fold.number}."
+                f"which it {saw}; name the cache of a teacher trained with --folds {fold.folds} --fold {fold.number}."
             )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +44,7 @@ from kd_dist.images.device import free_bytes
 from kd_dist.images.store import Pictures, Pixels, build_pixels, measure_files, open_files, open_pixels
 from kd_dist.inference import Forward, compute_dtype
 from kd_dist.models import count_weights, require_usable
+from kd_dist.models.weights import misfits
 from kd_dist.run import checkpoint, events
 from kd_dist.run.checkpoint import RunFolder
 from kd_dist.run.events import Code, Reason
@@ -496,31 +497,19 @@ def start_from(model: nn.Module, init: str | None) -> dict[str, str]:
     path = Path(init)
     path = RunFolder(path).model if path.is_dir() else path
     given = checkpoint.load_model(path)["weights"]
-    if misfits := _misfits(model.state_dict(), given):
-        raise UserError(f"--init {path} does not fit this network: {misfits}; name the weights of the same network.")
+    if wrong := misfits(model.state_dict(), given):
+        raise UserError(f"--init {path} does not fit this network: {wrong}; name the weights of the same network.")
     model.load_state_dict(given)
     return {"initial weights": checkpoint.weights_digest(given)}
 
 
-def _misfits(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
-    """The keys in which two sets of weights differ, in words; empty where they fit."""
-    other = [name for name in own.keys() & given.keys() if own[name].shape != given[name].shape]
-    shapes = [f"{name} (there {tuple(given[name].shape)}, here {tuple(own[name].shape)})" for name in sorted(other)]
-    kinds = {
-        "missing": sorted(own.keys() - given.keys()),
-        "not known": sorted(given.keys() - own.keys()),
-        "of another shape": shapes,
-    }
-    return ", ".join(f"{kind} {_first_names(names)}" for kind, names in kinds.items() if names)
-
-
-def _first_names(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def require_trainable(
-    config: JobConfig, data: Data, name: str, model: nn.Module, runtime: Runtime, labels: LabelUse = ALL_LABELS
+    config: JobConfig,
+    data: Data,
+    model: nn.Module,
+    runtime: Runtime,
+    labels: LabelUse = ALL_LABELS,
+    name: str = "the network",
 ) -> None:
     """Raise UserError where the batch does not suit the data and the ranks, or the network (of this name) the task and
     the image size.

@@ -20,7 +20,8 @@ from kd_dist.dist.runtime import Runtime, StopRequest, joined, run_entry
 from kd_dist.errors import UserError
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
-from kd_dist.run.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics
+from kd_dist.models.weights import read_weights, take_weights
+from kd_dist.run.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics, weights_digest
 from kd_dist.run.events import Code
 from kd_dist.training import objectives
 
@@ -38,8 +39,9 @@ def main() -> None:
         data = job.open_data(config.data, runtime)
         torch.manual_seed(config.seed)
         model = models.build(config.labelling.teacher, len(data.samples.classes))
-        job.require_trainable(config, data, config.labelling.teacher, model, runtime)
-        initial = job.start_from(model, config.init)
+        initial = given_weights(config, model, len(data.samples.classes), runtime)
+        job.require_trainable(config, data, model, runtime, name=config.labelling.teacher)
+        initial |= job.start_from(model, config.init)
         if config.labelling.views:
             check_top_k(config.labelling.top_k, len(data.samples.classes))
             runtime.on_main(lambda: require_own_cache(config, target, data))
@@ -52,6 +54,18 @@ def main() -> None:
                 train(config, data, model, folder, runtime, stop)
             if config.labelling.views:
                 write(config, data, target, folder, runtime, stop)
+
+
+def given_weights(config: TeacherConfig, model: nn.Module, classes: int, runtime: Runtime) -> dict[str, str]:
+    """Start from the weights that --weights names, and give what binds a run to them. Raises UserError."""
+    if config.labelling.weights is None:
+        return {}
+    path = Path(config.labelling.weights)
+    weights = read_weights(path)
+    replaced = take_weights(model, weights, path, classes)
+    head = f"; their head for {replaced} classes is replaced by a new one for {classes}" if replaced else ""
+    job.say(runtime, f"initial weights from {path}{head}")
+    return {"initial weights": weights_digest(weights)}
 
 
 def require_writable(target: Path) -> None:

@@ -111,7 +111,13 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
     if name == "info":
         return
     of_folds = "; of out-of-fold labels, those of all K teachers"
-    add("--teacher", type=Path, nargs="+", metavar="FILE", required=name != "verify", help=f"model.pt{of_folds}")
+    foreign = "" if name == "extend" else "; or a network not trained here, torchvision:resnet34 or my_module:build"
+    add("--teacher", nargs="+", metavar="FILE", required=name != "verify", help=f"model.pt{of_folds}{foreign}")
+    if name != "extend":
+        of_weights = "weights of such a network: .safetensors, or a .pt state dict"
+        add("--weights", type=Path, metavar="FILE", help=of_weights)
+        of_map = "which of its classes the data's are: two columns or JSON, or imagenet (by synset)"
+        add("--class-map", metavar="FILE", help=of_map)
     add("--data", metavar="DIR", help="the image folder [$KD_DIST_DATA" + ("]" if name == "verify" else " or data]"))
     add("--pixels", choices=PIXELS, default="auto", help="where decoded images are, as in training [auto]")
     add("--pixels-dir", metavar="DIR", help="where decoded images are kept [inside the data folder]")
@@ -128,6 +134,10 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
 
 
 def _add_flags_of_write(add: Callable[..., object]) -> None:
+    add("--image-size", type=_positive, metavar="PX", help="what a network not trained here sees")
+    for name, default in (("mean", "0.485 0.456 0.406"), ("std", "0.229 0.224 0.225")):
+        triple = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+        add(f"--{name}", **triple, help=f"{name} by colour that it needs of pixels in 0 to 1 [{default}]")
     add("--like", type=Path, metavar="FILE", help="label the very views of this cache, to combine the two")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="what the network computes in [auto]")
     add("--seed", type=int, metavar="N", help="of the crops and flips [the teacher's]")

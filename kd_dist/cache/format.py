@@ -123,6 +123,8 @@ class TeacherRow:
     @property
     def trained_on(self) -> str:
         """The images it was trained on, in words."""
+        if self.seed < 0 and not self.members:
+            return "elsewhere"
         return "on all of train" if self.fold < 0 else f"without fold {self.fold} of {self.folds or '?'} of train"
 
 

@@ -187,6 +187,8 @@ def _describe_teacher(row: TeacherRow) -> str:
     figures = f"val {row.val_top1:.1%}, sha256 {row.sha256[:12]}"
     if row.members:
         return f"{row.arch} (rows {row.members} of the teachers), {figures}"
+    if row.trained_on == "elsewhere":
+        return f"{row.arch} trained elsewhere, {row.image_size} px, {figures}; it may have seen val"
     return f"{row.arch} {row.trained_on}, seed {row.seed}, {row.image_size} px, {figures}"
 
 

@@ -157,6 +157,13 @@ class LabellingConfig:
         "function of the number of classes as my_module:function.",
         "NAME",
     )
+    weights: str | None = flag(
+        None,
+        "Start from the weights in this file, .safetensors or a .pt state dict; a head for other classes is replaced "
+        "[random weights].",
+        "FILE",
+        may_change=True,
+    )
     cache: str | None = flag(
         None, "Output: the file that the soft labels are written to [OUT/logits.h5].", "FILE", may_change=True
     )

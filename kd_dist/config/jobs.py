@@ -122,6 +122,10 @@ class TeacherConfig(JobConfig):
     def __post_init__(self):
         super().__post_init__()
         check_seed(self.seed)
+        both = self.init is not None and self.labelling.weights is not None
+        require(
+            not both, "weights", self.labelling.weights, f"and --init {self.init} are two beginnings; leave out one"
+        )
         epochs = self.optimisation.epochs
         for epoch in self.labelling.keep_epochs:
             require(1 <= epoch <= epochs, "keep_epochs", epoch, f"must lie in 1 to {epochs} (--epochs)")

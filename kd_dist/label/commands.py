@@ -7,7 +7,7 @@ from pathlib import Path
 from kd_dist import job, label
 from kd_dist.cache import Cache, CachePlan, open_cache
 from kd_dist.cache.format import checksum_file_of
-from kd_dist.config import DataConfig, check_crop_scale, check_mixed_views, check_seed
+from kd_dist.config import MEAN, STD, DataConfig, check_crop_scale, check_mixed_views, check_seed
 from kd_dist.data.releases import locate
 from kd_dist.data.samples import SPLITS
 from kd_dist.data.scan import scan
@@ -15,6 +15,7 @@ from kd_dist.dist.runtime import Runtime, StopRequest, joined
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.inference import compute_dtype
+from kd_dist.label.foreign import ForeignTeacher, is_foreign
 from kd_dist.label.teachers import Teacher
 from kd_dist.label.verify import largest_difference, why_not_computed
 
@@ -60,7 +61,8 @@ def _verify_data(cache: Cache, data: Path, runtime: Runtime) -> None:
 
 
 def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime) -> None:
-    teachers = [label.load_teacher(path, runtime.device) for path in options.teacher]
+    header = cache.header
+    data, teachers = _data_and_teachers(options, runtime, (header.image_size, header.mean, header.std))
     known = {row.sha256: row.trained_on for row in cache.header.teachers if not row.members}
     for teacher in teachers:
         if teacher.row.sha256 not in known:
@@ -69,7 +71,7 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
                 f"{', '.join(known)}; name that teacher's model.pt."
             )
     views.require_renderer(cache.header.renderer, cache.path)
-    labeller = label.Labeller(teachers, _open_data(options, runtime), cache.header, runtime.device)
+    labeller = label.Labeller(teachers, data, cache.header, runtime.device)
     why_not = why_not_computed(cache, labeller)
     if why_not:
         job.say(runtime, f"teacher: not checked; {why_not}")
@@ -95,16 +97,45 @@ def write(options: argparse.Namespace) -> None:
     """Write a cache from one teacher's checkpoint, or from those of all folds."""
     _require_one_source_of_views(options)
     with joined(options.device) as runtime:
-        teachers = [label.load_teacher(path, runtime.device) for path in options.teacher]
         like = open_cache(options.like, runtime.once_a_node) if options.like else None
+        size, mean, std = options.image_size, options.mean or MEAN, options.std or STD
+        data, teachers = _data_and_teachers(options, runtime, (size, mean, std))
         rule = None if like else _rule(options, teachers[0])
-        data = _open_data(options, runtime)
         dtype = compute_dtype(runtime.device, options.precision)
         if like:
             plan = label.plan_like(teachers, data, like, dtype, options.top_k)
         else:
             plan = label.plan(teachers, data, rule, dtype, options.top_k)
         _write(options.output, plan, teachers, data, runtime)
+
+
+def _data_and_teachers(
+    options: argparse.Namespace, runtime: Runtime, seen: tuple[int | None, tuple[float, ...], tuple[float, ...]]
+) -> tuple[label.LabelData, list[Teacher]]:
+    """The images, and the teachers that --teacher names; one that was not trained here `seen` images of this size,
+    normalised by this mean and deviation.
+    """
+    foreign = [name for name in options.teacher if is_foreign(name, options.weights)]
+    if not foreign:
+        _require_no_flags_of_foreign_teachers(options)
+        teachers = [label.load_teacher(Path(path), runtime.device) for path in options.teacher]
+        return _open_data(options, runtime), teachers
+    if len(options.teacher) > 1:
+        raise UserError(f"--teacher {foreign[0]} was not trained here, so it labels alone; name one teacher.")
+    image_size, mean, std = seen
+    if image_size is None:
+        raise UserError(f"which size does --teacher {foreign[0]} see images at? Add --image-size 224, say.")
+    teacher = ForeignTeacher(foreign[0], options.weights, options.class_map)
+    data = _open_data(options, runtime)
+    job.say(runtime, teacher.what_it_saw(data.samples.classes))
+    return data, [teacher.teacher(data.samples.classes, image_size, mean, std, runtime.device)]
+
+
+def _require_no_flags_of_foreign_teachers(options: argparse.Namespace) -> None:
+    for name in ("class_map", "image_size", "mean", "std"):
+        if getattr(options, name, None) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is for a teacher that was not trained here; {options.teacher[0]} has its own.")
 
 
 def _require_one_source_of_views(options: argparse.Namespace) -> None:
@@ -121,7 +152,7 @@ def _rule(options: argparse.Namespace, teacher: Teacher) -> label.ViewRule:
     rule = label.ViewRule(
         views=options.views,
         crop_scale=tuple(options.crop_scale or teacher.crop_scale),
-        seed=teacher.row.seed if options.seed is None else options.seed,
+        seed=max(0, teacher.row.seed) if options.seed is None else options.seed,
         mixed_share=options.mixed_views or 0.0,
     )
     check_seed(rule.seed)
@@ -138,7 +169,7 @@ def extend(options: argparse.Namespace) -> None:
             raise UserError(f"--views {options.views}, but {cache.path} holds {cache.views} already; ask for more.")
         if cache.is_combined:
             raise UserError(f"{cache.path} is the mean of other caches: extend those, then combine them again.")
-        teachers = [label.load_teacher(path, runtime.device) for path in options.teacher]
+        teachers = [label.load_teacher(Path(path), runtime.device) for path in options.teacher]
         data = _open_data(options, runtime)
         plan = label.plan_extended(teachers, data, cache, options.views)
         _write(options.output, plan, teachers, data, runtime)
