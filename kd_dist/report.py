@@ -5,6 +5,7 @@ cached teacher's, from the logits that the student saved and view 0 of the cache
 """
 
 import argparse
+import io
 import os
 import shlex
 import shutil
@@ -32,7 +33,8 @@ _ABSENT = "-"
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m kd_dist.report`; returns the exit code."""
     options = _parser().parse_args(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what the terminal cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what the terminal cannot show
     return exit_code_of(
         "kd_dist.report",
         lambda: tables.show(report(options.runs, options.cache, options.markdown, tables.terminal_width())),
@@ -78,7 +80,8 @@ def find_runs(entries: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def _rows(runs: Sequence[Run], named: Path | None) -> tuple[list[tuple[str, ...]], list[str]]:
     """The rows, headed by COLUMNS, and remarks on runs of which something is missing."""
-    rows, remarks = [COLUMNS], []
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    remarks: list[str] = []
     opened = lru_cache(open_cache)
     # A student on hard labels alone names no cache: it is compared with the first one that another run names.
     beside = [run.cache for run in runs if run.cache is not None]

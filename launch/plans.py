@@ -42,7 +42,7 @@ class Plan:
 
 def _plan(kind: str, typed: dict[str, Any], resources: Resources, site: Site) -> Plan:
     """A job from what was typed for it; the preset is settled here, so that no restart elsewhere picks another."""
-    typed = {"out": KINDS[kind].out, **typed}
+    typed = {"out": config.flags_of(KINDS[kind])["out"].default, **typed}
     if site.scratch and "pixels_dir" not in typed:
         typed["pixels_dir"] = f"{site.scratch}/kd_dist-pixels"
     cpus = resources.cpus or site.cpus_per_task
@@ -136,6 +136,7 @@ def plan_study(options: argparse.Namespace, own: list[str], resources: Resources
     words = [word for name in STUDY_WORDS for word in _words_of(name, getattr(options, name))]
     typed = {"out": str(options.runs / "study"), **_typed("study", [*words, *own])}
     plan = _plan("study", typed, resources, site)
+    assert isinstance(plan.settings, StudyConfig)
     arms, folder = chosen_arms(plan.settings), StudyFolder(plan.run)
     with_variants(folder, folder.document(), arms)
     runs = tuple(run_settings(plan.settings, arm, seed) for arm, seed in product(arms, plan.settings.seeds))

@@ -6,6 +6,7 @@ connect within seconds of it. Nodes may start late, so no time-out runs before r
 """
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -60,7 +61,7 @@ def wait_for_all_ranks(
     if env.world_size == 1:
         return
     try:
-        address = socket.getaddrinfo(env.address, env.port, type=socket.SOCK_STREAM)[0][4][0]
+        address = str(socket.getaddrinfo(env.address, env.port, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise UserError(
             f"MASTER_ADDR {env.address} (rank 0's node) does not resolve on {socket.gethostname()} "
@@ -79,7 +80,7 @@ def _listen(env: DistributedEnvironment, note: Path, abort: Callable[[], bool]) 
     except OSError as error:
         raise UserError(
             f"port {env.port} (MASTER_PORT, from job id {env.job_id}) on {socket.gethostname()} is taken "
-            f"({os.strerror(error.errno)}); submit the job again: another id gives another port."
+            f"({os.strerror(error.errno or errno.EADDRINUSE)}); submit the job again: another id gives another port."
         ) from None
     with server, contextlib.ExitStack() as connections:
         server.settimeout(POLL_SECONDS)
@@ -147,11 +148,11 @@ def _connect(
             time.sleep(POLL_SECONDS)
     with connection:
         connection.settimeout(START_SECONDS)
-        answer = b""
+        reply = b""
         with contextlib.suppress(OSError):
             connection.sendall(f"{env.job_id} {env.rank}\n".encode())
-            answer = connection.recv(10)
-    if answer != b"go\n":
+            reply = connection.recv(10)
+    if reply != b"go\n":
         raise UserError(f"rank 0 at {env.address}:{env.port} ended before all ranks had connected; see its log.")
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kd_dist.errors import UserError
 
@@ -50,7 +51,7 @@ def read_site(path: Path | None) -> Site:
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: {error}; put each value between two double quotes.") from None
-    values = {}
+    values: dict[str, str] = {}
     for word in words:
         name, _, value = word.partition("=")
         if "=" not in word or name not in _NAMES:
@@ -59,9 +60,10 @@ def read_site(path: Path | None) -> Site:
     cpus = values.get("cpus_per_task", "1")
     if not cpus.isdigit() or int(cpus) < 1:
         raise UserError(f"{path}: invalid SITE_CPUS_PER_TASK {cpus}; write a number of cores such as 8.")
+    typed: dict[str, Any] = {**values, "options": tuple(shlex.split(values.get("options", "")))}
     if "cpus_per_task" in values:
-        values["cpus_per_task"] = int(cpus)
-    return Site(**{**values, "options": tuple(shlex.split(values.get("options", "")))})
+        typed["cpus_per_task"] = int(cpus)
+    return Site(**typed)
 
 
 def minutes_of(text: str) -> int:

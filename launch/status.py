@@ -7,6 +7,7 @@ each job that failed, the error of the rank that failed first. With --follow the
 import argparse
 import contextlib
 import getpass
+import io
 import os
 import shutil
 import signal
@@ -246,6 +247,7 @@ def cancel(found: Sequence[Standing]) -> list[str]:
     """Ask the living jobs to save and end, those that wait first; gives a line for each."""
     lines = []
     for standing in sorted((one for one in found if one.lives), key=lambda one: one.state != "waiting"):
+        assert standing.job.id is not None  # it lives: its state is known by its id
         answer = "asked to save and end"
         if standing.job.cluster == "slurm":
             done = subprocess.run(["scancel", standing.job.id], capture_output=True, text=True)
@@ -287,7 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--every", type=float, default=5.0, metavar="S", help="seconds between two looks with --follow [5]")
     add("--cancel", action="store_true", help="cancel what waits or runs; each saves before it ends")
     options = parser.parse_args(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a log line may hold what the terminal cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a log line may hold what the terminal cannot show
     codes: list[int] = []
     with contextlib.suppress(KeyboardInterrupt):
         return exit_code_of("launch.status", lambda: codes.append(_show(options))) or codes[0]

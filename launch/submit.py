@@ -32,7 +32,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError, environment_variables
 from submitit.local.local import LocalExecutor
@@ -85,27 +85,28 @@ def submit(given: list[str]) -> None:
 # ---- the command line
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one sentence; those of its jobs too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(
+            f"{message}; `python -m {__package__}.submit --help` and `... teacher --help` list the options, the job's "
+            "own come after --."
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     page = __doc__.replace("-m launch.", f"-m {__package__}.")
     layout = argparse.RawDescriptionHelpFormatter
     usage = f"python -m {__package__}.submit JOB [where and how much] -- [the job's own options]"
-    parser = argparse.ArgumentParser(usage=usage, description=page, formatter_class=layout)
+    parser = _Parser(usage=usage, description=page, formatter_class=layout)
     jobs = parser.add_subparsers(dest="job", required=True, metavar="|".join(PLANNERS), help=argparse.SUPPRESS)
     for name in PLANNERS:
         text = "The job's own options come after --, such as: -- --epochs 200"
         job = jobs.add_parser(name, allow_abbrev=False, usage=usage.replace("JOB", name), description=text)
         _add_own_options(name, job.add_argument_group(name))
         _add_options(job)
-        job.error = _raise_user_error
-    parser.error = _raise_user_error
     return parser
-
-
-def _raise_user_error(message: str) -> None:
-    raise UserError(
-        f"{message}; `python -m {__package__}.submit --help` and `... teacher --help` list the options, the job's own "
-        "come after --."
-    )
 
 
 def _add_own_options(job: str, group: Any) -> None:
@@ -289,7 +290,7 @@ def refuse_used(run: Path, runs: Path) -> None:
     """Raise UserError where a job in the queue, or a process that anybody started, has this run folder."""
     jobs = [job for job in map(Job.read, job_folders(runs)) if Path(job.run) == run]
     for job in jobs:
-        state = status.states(jobs).get(job.id)
+        state = status.states(jobs).get(job.id) if job.id else None
         if state and state.lives:
             raise UserError(
                 f"{run} belongs to job {job.id} ({job.kind}, {state.name}); wait for it, or cancel it by `python -m "
@@ -441,7 +442,8 @@ def _run_here(plans: list[Plan]) -> None:
     """--cluster debug: the jobs, one after the other, in this process, where a debugger can look."""
     for plan in plans:
         name = MODULES[plan.kind]
-        in_package = importlib.util.find_spec(name).submodule_search_locations
+        found = importlib.util.find_spec(name)
+        in_package = found is not None and found.submodule_search_locations
         sys.argv = [name, *plan.arguments]
         importlib.import_module(f"{name}.__main__" if in_package else name).main()
 

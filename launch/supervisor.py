@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import submitit
 
@@ -180,8 +180,11 @@ class Job:
     def read(cls, folder: JobFolder) -> Self:
         """What `write` wrote. Raises UserError where it is damaged."""
         try:
-            stored = json.loads(folder.job.read_text(encoding="utf-8"))
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+            stored: dict[str, Any] = json.loads(folder.job.read_text(encoding="utf-8"))
+            values: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+            }
+            return cls(**values)
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{folder.job} cannot be read ({error}); remove that folder if its job is over.") from error
 
@@ -448,7 +451,7 @@ class Supervisor:
             self._fail(1, f"requeueing failed ({asked.stderr.strip()}); everything is saved: submit again to resume.")
         sys.exit(0)
 
-    def _fail(self, code: int, message: str = "") -> None:
+    def _fail(self, code: int, message: str = "") -> NoReturn:
         """Note the last lines of this rank's output, for launch.status, and leave."""
         if message:
             self._say(message)

@@ -105,6 +105,7 @@ def write(options: argparse.Namespace) -> None:
         if like:
             plan = label.plan_like(teachers, data, like, dtype, options.top_k)
         else:
+            assert rule is not None
             plan = label.plan(teachers, data, rule, dtype, options.top_k)
         _write(options.output, plan, teachers, data, runtime)
 

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from kd_dist import distill, job, tables
 from kd_dist.cache import Cache, open_cache
@@ -60,6 +61,7 @@ def study(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime, stop: St
         check(settings, arm, data, caches[arm.name], cache, runs.alone(runtime) if side_by_side else runtime)
     teacher = None
     if any(arm.needs_teacher for arm in arms):
+        assert settings.teacher_model is not None  # chosen_arms sees to it
         teacher = open_teacher(Path(settings.teacher_model), data, cache, runtime.device)
     runtime.on_main(lambda: note(folder, settings, arms, cache.digest))
     planned = runs.planned(settings, arms, data, caches, teacher)
@@ -87,6 +89,7 @@ def open_inputs(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime) ->
     paths = {arm.name: Path(run_settings(settings, arm, 0).cache).absolute() for arm in arms}
     own = Path(settings.cache).absolute()
     cache, data = distill.open_inputs(settings, runtime)
+    assert cache is not None  # a study has one
     opened = {own: cache}
     for path in paths.values():
         if path not in opened:
@@ -186,7 +189,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str) -> None:
         super().__init__(f"python -m kd_dist.study {command}", description=description, allow_abbrev=False)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` shows how to use it.")
 
 

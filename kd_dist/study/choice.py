@@ -74,13 +74,13 @@ def _check(settings: StudyConfig, arm: Arm) -> None:
         require_known(run_settings(settings, arm, 0).distillation)
     except UserError as error:
         raise UserError(f"--arms {word}: {error}") from error
-    if _is_base(settings, arm):
+    if _is_base(settings, arm, ARMS[arm.base]):
         raise UserError(f"--arms {word} changes nothing: the study's {arm.base} has these values already.")
 
 
-def _is_base(settings: StudyConfig, arm: Arm) -> bool:
+def _is_base(settings: StudyConfig, arm: Arm, base_arm: Arm) -> bool:
     """Whether a variant has the values that its base has in this study."""
-    base = run_settings(settings, ARMS[arm.base], 0)
+    base = run_settings(settings, base_arm, 0)
     return all(getattr(base, name) == value for name, value in arm.own.items())
 
 
@@ -172,9 +172,10 @@ def _grid(settings: StudyConfig, bases: Sequence[str]) -> Iterator[Arm]:
     At alpha 0 the base is the hard-label baseline. A setting without effect on a combination is left out of it. The
     combination that the study's own settings are is the base itself.
     """
-    axes = [_axis(word) for word in settings.grid]
+    words = settings.grid or ()
+    axes = [_axis(word) for word in words]
     if len({setting for axis in axes for setting in axis[0]}) < len(axes):
-        raise UserError(f"--grid {' '.join(settings.grid)} names a setting twice; give all its values after one name.")
+        raise UserError(f"--grid {' '.join(words)} names a setting twice; give all its values after one name.")
     for base in map(_built_in, bases):
         for combination in product(*axes):
             own = {name: value for values in combination for name, value in values.items()}
@@ -197,7 +198,7 @@ def _cell(settings: StudyConfig, asked: Arm, own: Mapping[str, Any]) -> Arm:
     own = {name: value for name, value in own.items() if not _is_idle(name, base, own)}
     values = (f"{_flag(name)}-{_text(name, value).replace('/', '-')}" for name, value in own.items())
     arm = _varied("_".join([*([] if base.name == DISTILLED else [base.name]), *values]), base.name, own)
-    return base if _is_base(settings, arm) else arm
+    return base if _is_base(settings, arm, base) else arm
 
 
 # ---- caches that suit an arm

@@ -26,7 +26,7 @@ def cost_of(cache: Path | None) -> Cost:
     """The costs that the teacher job in the cache's folder noted, where the cache is its own."""
     size = cache.stat().st_size if cache and cache.exists() else None
     folder = RunFolder(cache.parent) if cache else None
-    if not folder or cache.name != folder.cache.name or not folder.costs.exists():
+    if cache is None or folder is None or cache.name != folder.cache.name or not folder.costs.exists():
         return {"training_s": None, "writing_s": None, "bytes": size}
     training_s = run_seconds(read_metrics(folder))
     return {"training_s": training_s, "writing_s": read_costs(folder).get(CACHE_SECONDS), "bytes": size}
@@ -39,9 +39,10 @@ def sentences(cost: Cost, distilled_s: float | None, online_s: float | None) -> 
         f"Writing the cache took {duration(cost['writing_s'])}, training its teacher {duration(cost['training_s'])}; "
         f"the cache has {size}; a distilled student takes {duration(distilled_s)}. Wall time of the jobs as they ran."
     ]
-    if cost["writing_s"] is not None and None not in (distilled_s, online_s):
+    writing_s = cost["writing_s"]
+    if writing_s is not None and distilled_s is not None and online_s is not None:
         saved_s = online_s - distilled_s
-        students = math.ceil(cost["writing_s"] / saved_s) if saved_s > 0 else None
+        students = math.ceil(writing_s / saved_s) if saved_s > 0 else None
         pays = f"pays after {students} student{'s' * (students > 1)}" if students else "never pays"
         found.append(f"With the teacher in the loop a student takes {duration(online_s)}: the cache {pays}.")
     return found

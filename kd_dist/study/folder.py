@@ -146,7 +146,7 @@ def _earlier(folder: StudyFolder, shared: dict[str, Any], cache_digest: str, sta
     """What study.json says; nothing where there is none, or where it is another study and is removed now. Raises
     UserError for another study that --start-over does not remove.
     """
-    nothing = {"arms": [], "grid": [], "seeds": []}
+    nothing: dict[str, Any] = {"arms": [], "grid": [], "seeds": []}
     try:
         document = json.loads(folder.study.read_text(encoding="utf-8"))
         if (document["format"], document["version"]) != (_FORMAT, _VERSION):

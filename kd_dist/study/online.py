@@ -42,6 +42,7 @@ class OnlineTeacher:
             with torch.no_grad():  # not inference mode: the soft loss keeps these logits for its gradient
                 images_BCHW = batch.images_BCHW
                 if not sees_the_same:
+                    assert batch.shown is not None  # as the trainer's batches have it
                     images_BCHW = normalise(self.pixels.show(batch.shown, size).to(self.device))
                 teacher_logits_BK = self.teacher.model(images_BCHW)
             return cached(model, replace(batch, teacher_logits_BK=teacher_logits_BK))

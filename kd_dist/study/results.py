@@ -109,6 +109,11 @@ class ArmRuns:
         values = (getattr(run, metric) for run in self.finished.values())
         return [value for value in values if value is not None]
 
+    @property
+    def mean_top1(self) -> float:
+        """Mean top-1 over its finished runs, of which there is one at least."""
+        return float(np.mean(self.values("top1")))
+
     def spread(self, metric: str) -> Spread | None:
         """Mean and standard deviation over finished seeds, None without any."""
         values = self.values(metric)
@@ -118,7 +123,8 @@ class ArmRuns:
     def seconds(self) -> float | None:
         """Mean wall seconds of its finished runs, None where one of them did not note them."""
         found = [run_seconds(run.metrics) for run in self.finished.values()]
-        return sum(found) / len(found) if found and None not in found else None
+        known = [seconds for seconds in found if seconds is not None]
+        return sum(known) / len(known) if known and len(known) == len(found) else None
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def contrast(arm: ArmRuns, baseline: ArmRuns) -> Contrast:
         mean=float(np.mean(a_S) - np.mean(b_S)) if shared else float(np.mean(all_a_S) - np.mean(all_b_S)),
         paired=paired(a_S, b_S),
         welch=welch(all_a_S, all_b_S),
-        resampled=resampled(*(np.stack([run.hit_N for run in side]) for side in runs)) if len(shared) > 1 else None,
+        resampled=resampled(_hits_SN(runs[0]), _hits_SN(runs[1])) if len(shared) > 1 else None,
         upper_bound=upper_bound(a_S, b_S),
     )
 
@@ -196,7 +202,7 @@ class Study:
         found = {name: arm for name, arm in found.items() if arm.labelled == labelled}
         enough = min(ENOUGH_SEEDS, max((len(arm.finished) for arm in found.values()), default=0))
         among = [name for name, arm in found.items() if len(arm.finished) >= enough]
-        return max(among, key=lambda name: found[name].spread("top1").mean, default=None)
+        return max(among, key=lambda name: found[name].mean_top1, default=None)
 
     @property
     def primary(self) -> tuple[str, str]:
@@ -224,8 +230,8 @@ class Study:
     def corrected(self) -> dict[str, float]:
         """p of the paired differences to the best baseline after Holm, without the primary contrast."""
         first = self.primary_contrast
-        rest = {name: one for name, one in self.contrasts.items() if one is not first and one.paired}
-        return holm({name: one.paired.p for name, one in rest.items()})
+        rest = {name: one.paired for name, one in self.contrasts.items() if one is not first and one.paired}
+        return holm({name: found.p for name, found in rest.items() if found.p is not None})
 
     @cached_property
     def bug_check(self) -> Contrast | None:
@@ -272,7 +278,7 @@ def read_study(out: Path) -> Study:
         if known := (ARMS | variants).get(name):
             arms[name] = ArmRuns(name, known.isolates, runs, known.base or name, known.own)
         else:  # study.json is lost or older: its runs still know
-            bases = {run.settings.get(BASE) for run in runs if run.finished} - {None}
+            bases = {run.settings[BASE] for run in runs if run.finished and run.settings.get(BASE) is not None}
             arms[name] = ArmRuns(name, "-", runs, next(iter(bases), name))
     require_same_val([run for arm in arms.values() for run in arm.finished.values()])
     return Study(out, document, arms)
@@ -292,6 +298,10 @@ def _require_same_images(path_a: Path, a: ValLogits, path_b: Path, b: ValLogits)
         )
 
 
+def _hits_SN(runs: Sequence[SeedRun]) -> np.ndarray:
+    return np.stack([run.hit_N for run in runs])
+
+
 def _hits(val: ValLogits) -> np.ndarray:
     return val.logits_NK.argmax(axis=1) == val.labels_N
 
@@ -306,8 +316,8 @@ def compare(a: Path, b: Path) -> str:
     vals = [read_val_logits(file) for file in files]
     _require_same_images(files[0], vals[0], files[1], vals[1])
     hits = [_hits(val) for val in vals]
-    difference, low, high = over_images(*hits)
-    only_a, only_b, p = mcnemar(*hits)
+    difference, low, high = over_images(hits[0], hits[1])
+    only_a, only_b, p = mcnemar(hits[0], hits[1])
     same = float(np.mean(vals[0].logits_NK.argmax(axis=1) == vals[1].logits_NK.argmax(axis=1)))
     runs = [
         f"{name}: {path}, top-1 {100 * hit.mean():.2f} %, calibration error {_calibration_error(val):.3f}"

@@ -73,7 +73,7 @@ class PlannedRun:
 
     def failure(self) -> str | None:
         """Why the run failed since this command began, in this process or another one; None where it did not."""
-        return read_state(self.folder).get("message", "") if self._ended_now("failed") else None
+        return (read_state(self.folder) or {}).get("message", "") if self._ended_now("failed") else None
 
     def _ended_now(self, status: str) -> bool:
         state = read_state(self.folder) or {}
@@ -82,8 +82,16 @@ class PlannedRun:
     def train(self, runtime: Runtime, stop: StopRequest) -> None:
         """Train the student, or go on with it."""
         job.say(runtime, f"{self.name}: {self.arm.isolates}")
-        how = {"rows": self.arm.soft_labels, "loss": self.teacher or self.arm.loss}
-        distill.run(self.settings, self.data, self.cache, runtime, stop=stop, **how, **self.identity)
+        distill.run(
+            self.settings,
+            self.data,
+            self.cache,
+            runtime,
+            rows=self.arm.soft_labels,
+            loss=self.teacher or self.arm.loss,
+            stop=stop,
+            **self.identity,
+        )
 
 
 def planned(
@@ -189,9 +197,10 @@ def train_side_by_side(runs: Sequence[PlannedRun], runtime: Runtime, stop: StopR
 
 def _wait_for_peers(runtime: Runtime, stop: StopRequest) -> None:
     """Wait until all ranks are here, in no collective: an hour is no time-out. A signal ends it."""
-    key = "kd_dist/study/done"
-    runtime.store.add(key, 1)
-    while runtime.store.add(key, 0) < runtime.world_size:
+    store, key = runtime.store, "kd_dist/study/done"
+    assert store is not None  # runs are side by side where there are several ranks
+    store.add(key, 1)
+    while store.add(key, 0) < runtime.world_size:
         if stop.signal:
             raise Interrupted(stop.signal)
         time.sleep(LOOK_AGAIN_S)

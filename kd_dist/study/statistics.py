@@ -8,6 +8,7 @@ of each side: they compare two networks, not the methods that made them.
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -97,7 +98,7 @@ def welch(a_S: np.ndarray, b_R: np.ndarray) -> Difference | None:
         return _difference(np.mean(a_S) - np.mean(b_R), stats.ttest_ind(a_S, b_R, equal_var=False))
 
 
-def _difference(mean: float, test) -> Difference:
+def _difference(mean: float, test: Any) -> Difference:
     low, high = test.confidence_interval(LEVEL)
     return Difference(float(mean), (float(low), float(high)), float(test.df), float(test.pvalue))
 

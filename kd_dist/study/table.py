@@ -52,7 +52,7 @@ def _text(study: Study, as_markdown: bool, width: int | None) -> str:
     )
     rows = [head, *(_row(study, arm) for arm in study.arms.values())]
     if width is not None and not as_markdown:
-        rows = [[row[column] for column in _ON_A_TERMINAL] for row in rows]
+        rows = [tuple(row[column] for column in _ON_A_TERMINAL) for row in rows]
     shown = tables.markdown if as_markdown else lambda rows: tables.plain(rows, width)
     beneath = "\n".join(f"- {sentence}" for sentence in _sentences(study))
     return "\n\n".join([shown(rows), beneath, *map(shown, over_grid(study)[0])])
@@ -103,22 +103,22 @@ def _about_baseline(study: Study) -> list[str]:
     if study.best_baseline is None:
         return ["No baseline has finished, so there is no difference to show."]
     others = [name for name in study.baselines if name != study.best_baseline]
-    rest = ", ".join(f"{name}{_left_out(study, name)}" for name in others)
-    best = study.arms[study.best_baseline].spread("top1").mean
-    higher = [name for name in others if name in study.complete and study.arms[name].spread("top1").mean > best]
+    rest = ", ".join(f"{name}{_left_out(study, name, study.arms[study.best_baseline])}" for name in others)
+    best = study.arms[study.best_baseline].mean_top1
+    higher = [name for name in others if name in study.complete and study.arms[name].mean_top1 > best]
     why = "Choosing the best one can only make a gain look smaller."
     if higher:
         why = f"With more seeds, {', '.join(higher)} may turn out better, and every gain smaller."
     return [f"{study.best_baseline} is the best baseline by mean top-1 (the others: {rest}). {why}"]
 
 
-def _left_out(study: Study, name: str) -> str:
+def _left_out(study: Study, name: str, best: ArmRuns) -> str:
     """Why a baseline was not considered, in brackets; empty where it was."""
     if name not in study.arms:
         return " (not in this study)"
     if name not in study.complete:
         return " (not complete)"
-    arm, best = study.arms[name], study.arms[study.best_baseline]
+    arm = study.arms[name]
     if arm.labelled != best.labelled:
         return " (fewer labels)"
     return " (fewer seeds)" if len(arm.finished) < min(ENOUGH_SEEDS, len(best.finished)) else ""
