@@ -13,15 +13,26 @@ from torch import nn
 
 from kd_dist import job, models
 from kd_dist.cache import Cache, SoftLabels, TopK, open_cache, require_temperature
-from kd_dist.config import OF_DATA, DistillationConfig, DistillConfig, StudentConfig, carried, command
+from kd_dist.config import (
+    OF_DATA,
+    DistillationConfig,
+    DistillConfig,
+    StudentConfig,
+    StudyConfig,
+    carried,
+    command,
+)
 from kd_dist.dist.runtime import Runtime, StopRequest, joined, run_entry
 from kd_dist.errors import UserError
 from kd_dist.images.views import require_renderer
 from kd_dist.job import Data
 from kd_dist.run.checkpoint import RunFolder
 from kd_dist.training import LossTerms, objectives
-from kd_dist.training.batches import CachedCrops
+from kd_dist.training.batches import CachedCrops, FreshCrops
 from kd_dist.training.losses import NEED_LABELS, require_usable_loss, soft_loss
+
+CacheReader = StudentConfig | StudyConfig
+"""The config of a job that reads a cache: one student's, or a whole study's."""
 
 DESCRIPTION = """Train a student from a cache of soft labels and the hard labels: total = alpha * soft + (1 - alpha) *
 hard. The teacher is not loaded; only its cache is read. Running the same command again resumes."""
@@ -56,7 +67,7 @@ def require_known(distillation: DistillationConfig) -> None:
         )
 
 
-def open_inputs(config: StudentConfig, runtime: Runtime) -> tuple[Cache | None, Data]:
+def open_inputs(config: CacheReader, runtime: Runtime) -> tuple[Cache | None, Data]:
     """The cache that is read, if any, and the data that it was made of. Raises UserError where one cannot be used."""
     cache = open_for(config, runtime)
     data = job.open_data(config.data, runtime)
@@ -68,7 +79,7 @@ def open_inputs(config: StudentConfig, runtime: Runtime) -> tuple[Cache | None, 
     return cache, data
 
 
-def require_cache_fits(config: StudentConfig, data: Data, cache: Cache) -> None:
+def require_cache_fits(config: CacheReader, data: Data, cache: Cache) -> None:
     """Raise UserError unless a cache is of this data, and of parts of it that it may be of."""
     data.require_fit(cache)
     require_unseen(config, data, cache)
@@ -117,10 +128,13 @@ def require_student(config: StudentConfig, data: Data, runtime: Runtime) -> nn.M
 
 def learned_from(config: StudentConfig, cache: Cache | None) -> dict[str, str]:
     """What binds a run to its cache. On fresh crops one is read for the agreement alone: no weight depends on it."""
-    return {} if config.uses_fresh_crops else {"cache digest": cache.digest}
+    if config.uses_fresh_crops:
+        return {}
+    assert cache is not None  # cached crops are a cache's
+    return {"cache digest": cache.digest}
 
 
-def open_for(config: StudentConfig, runtime: Runtime) -> Cache | None:
+def open_for(config: CacheReader, runtime: Runtime) -> Cache | None:
     """The cache this run reads, verified; None where it reads none. Raises UserError where it cannot be used."""
     if config.distillation.cache is None:
         return None
@@ -129,7 +143,7 @@ def open_for(config: StudentConfig, runtime: Runtime) -> Cache | None:
     return cache
 
 
-def require_use(config: StudentConfig, cache: Cache) -> None:
+def require_use(config: CacheReader, cache: Cache) -> None:
     """Raise UserError where a run cannot use a cache as its config wants to."""
     own = config.distillation
     if cache.header.top_k and own.alpha:
@@ -145,7 +159,7 @@ def require_use(config: StudentConfig, cache: Cache) -> None:
         )
 
 
-def _extending(config: StudentConfig, cache: Cache) -> str:
+def _extending(config: CacheReader, cache: Cache) -> str:
     """The command that writes a cache with the views that are missing, where the teacher's weights are beside it."""
     teacher = RunFolder(cache.path.parent).model
     if not teacher.exists():
@@ -156,7 +170,7 @@ def _extending(config: StudentConfig, cache: Cache) -> str:
     return f"`{command('kd_dist.cache', 'extend', cache.path, **flags)}`"
 
 
-def require_plain_views(config: StudentConfig, cache: Cache) -> None:
+def require_plain_views(config: CacheReader, cache: Cache) -> None:
     """Raise UserError where the last epochs are to show plain views of a cache whose drawn views are all mixed."""
     mixed = cache.split("train").mixed
     if mixed is None or not config.augmentation.no_mix_epochs or config.uses_fresh_crops:
@@ -169,7 +183,7 @@ def require_plain_views(config: StudentConfig, cache: Cache) -> None:
         )
 
 
-def require_unseen(config: StudentConfig, data: Data, cache: Cache) -> None:
+def require_unseen(config: CacheReader, data: Data, cache: Cache) -> None:
     """Under --tune the soft labels have to come from teachers that never saw the part that the student is scored on.
 
     Raises UserError otherwise.
@@ -177,6 +191,7 @@ def require_unseen(config: StudentConfig, data: Data, cache: Cache) -> None:
     fold = job.fold_for(config.split, data)
     if not config.split.tune or config.distillation.alpha == 0:
         return
+    assert fold is not None  # --tune without --fold is refused
     for number in np.unique(cache.split("train").teacher_N[fold.train_M]):
         row = cache.header.teachers[number]
         if (row.fold, row.folds) != (fold.number, fold.folds):
@@ -187,7 +202,7 @@ def require_unseen(config: StudentConfig, data: Data, cache: Cache) -> None:
             )
 
 
-def require_own_partners(config: StudentConfig, data: Data, cache: Cache) -> None:
+def require_own_partners(config: CacheReader, data: Data, cache: Cache) -> None:
     """Raise UserError where a part of train is left out and a cached mixed view would show an image of it."""
     fold, mixed = job.fold_for(config.split, data), cache.split("train").mixed
     if fold is None or mixed is None or config.uses_fresh_crops:
@@ -214,6 +229,7 @@ def train(
     """Train the student, and keep its weights, its logits and the name of the cache it learned from."""
     crops, logits_NVK = crops_of(config, data, cache)
     if rows is not None:
+        assert logits_NVK is not None  # other soft labels are made of cached ones
         logits_NVK = _made_of_members(rows, logits_NVK, data, config)
     training = job.training(
         config,
@@ -254,10 +270,13 @@ def loss_of(config: StudentConfig, classes: int) -> LossTerms:
     return objectives.distilled(classes, smoothing, soft_loss(own.loss), own.alpha, own.temperature)
 
 
-def crops_of(config: StudentConfig, data: Data, cache: Cache | None):
+def crops_of(
+    config: StudentConfig, data: Data, cache: Cache | None
+) -> tuple[FreshCrops | CachedCrops, SoftLabels | None]:
     """The rule for crops, and the soft labels [N, V, K] that go with them (None where no soft loss is computed)."""
     if config.uses_fresh_crops:
         return job.fresh_crops(config.augmentation, config.seed, data), None
+    assert cache is not None  # cached crops are a cache's
     rows = cache.split("train")
     used = slice(config.distillation.views)
     mixed = rows.mixed and rows.mixed.first(config.distillation.views)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from kd_dist.config import (
     JobConfig,
     LabelUse,
     SplitConfig,
+    flags_of,
     origin_of_lr,
     parser_for,
     read_command_line,
@@ -56,6 +58,8 @@ from kd_dist.version import software
 AfterEpoch = Callable[[int, nn.Module, dict[str, float]], None]
 """Called on rank 0 at the end of an epoch: how many are done, the evaluated model, its metrics."""
 
+Kind = TypeVar("Kind", bound=JobConfig)
+
 PROGRESS_SECONDS = 10.0
 GPU_WORKERS = 8
 ALL_LABELS = LabelUse()
@@ -63,7 +67,7 @@ FEWEST_IMAGES_A_GPU = 128  # in a step; with fewer a GPU waits for its kernels t
 RESIDENT_SHARE = 0.4  # of a GPU's free memory that pictures may take unasked; the network needs the rest
 
 
-def read_config(kind: type[JobConfig], prog: str, description: str, epilog: str) -> JobConfig:
+def read_config(kind: type[Kind], prog: str, description: str, epilog: str) -> Kind:
     """The config that this process was started with. --help prints once, however many ranks.
 
     A resume at another number of ranks keeps the batch size that the run's folder holds. All ranks look there before
@@ -73,7 +77,7 @@ def read_config(kind: type[JobConfig], prog: str, description: str, epilog: str)
     if {"-h", "--help"} & set(sys.argv[1:]) and launched_rank() != 0:
         sys.exit(0)
     typed = read_command_line(parser)
-    folder = RunFolder(Path(typed.get("out", kind.out)))
+    folder = RunFolder(Path(str(typed.get("out", flags_of(kind)["out"].default))))
     stored = checkpoint.read_settings(folder)[1] if folder.settings.exists() else None
     return resolve(kind, typed, torch.cuda.is_available(), launched_world_size(), stored)
 
@@ -91,14 +95,14 @@ class Data:
         samples = self.samples
         cache.check_fits(samples.name, samples.classes, {"train": samples.train, "val": samples.val})
 
-    def split(self, name: str):
+    def split(self, name: str) -> tuple[SampleList, Pictures]:
         """(sample list, pixels) of "train" or "val"."""
         return self.samples.split(name), self.pixels[name]
 
 
 def fold_for(split: SplitConfig, data: Data) -> Fold | None:
     """The fold of train that is left out, None where none is. Raises UserError."""
-    if split.fold is None:
+    if split.fold is None or split.folds is None:
         return None
     train = data.samples.train
     return fold_of(train.labels_N, train.sha256_N32, split.fold, split.folds)
@@ -137,6 +141,7 @@ def scored_on(split: SplitConfig, data: Data) -> Scored:
     if not split.tune:
         return Scored("val", "val", np.arange(len(data.samples.val)), data.samples.val)
     fold = fold_for(split, data)
+    assert fold is not None  # --tune without --fold is refused
     return Scored("tune", "train", fold.held_out_M, data.samples.train.at(fold.held_out_M, fold.name))
 
 
@@ -185,12 +190,14 @@ def open_data(source: DataConfig, runtime: Runtime) -> Data:
     samples = scan(root, manifest_folder=store)
     for note in samples.notes() if runtime.is_main else ():
         say(runtime, note)
-    pixels = {split: (open_files if from_files else open_pixels)(samples.split(split), store) for split in SPLITS}
-    if None in pixels.values():
+    opened = {split: (open_files if from_files else open_pixels)(samples.split(split), store) for split in SPLITS}
+    pixels = {split: found for split, found in opened.items() if found is not None}
+    if len(pixels) < len(SPLITS):
         raise UserError(
             f"the decoded pictures in {store} vanished or belong to other data; run the same command again."
         )
-    return Data(samples, pixels if from_files else _placed(pixels, source.pixels, runtime), spare_cores(runtime))
+    stored = {split: found for split, found in pixels.items() if isinstance(found, Pixels)}
+    return Data(samples, _placed(stored, source.pixels, runtime) if stored else {**pixels}, spare_cores(runtime))
 
 
 def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str, Pictures]:
@@ -200,7 +207,7 @@ def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str
     if where == "auto":
         where = "device" if runtime.device.type == "cuda" and needed < RESIDENT_SHARE * free else "memory"
     if where == "memory":
-        return pixels
+        return {**pixels}
     if needed > free:
         raise UserError(
             f"--pixels device needs {needed / 1e9:.1f} GB for the decoded pictures, {runtime.device} has "
@@ -210,7 +217,7 @@ def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str
     fault = next(filter(None, runtime.gather(fault)), None)
     if fault and runtime.is_main:
         print(f"kd_dist: {fault}; the host draws all images instead, as with --pixels memory", flush=True)
-    return pixels if fault else on_device
+    return {**pixels} if fault else {**on_device}
 
 
 def _find(source: DataConfig, runtime: Runtime) -> Path:
@@ -221,7 +228,7 @@ def _find(source: DataConfig, runtime: Runtime) -> Path:
     )
 
 
-def _progress_by_name(runtime: Runtime):
+def _progress_by_name(runtime: Runtime) -> Callable[[str, int, int], None]:
     """As progress_lines, for work that names its own steps: a callback (what, done, all)."""
     lines: dict[str, Callable[[int, int], None]] = {}
 

@@ -240,6 +240,11 @@ class StudyConfig(JobConfig):
         for seed in self.seeds:
             check_seed(seed)
 
+    @property
+    def uses_fresh_crops(self) -> bool:
+        """False: a study's cache is read for its crops; arms on fresh crops have a config of their own."""
+        return False
+
     def resolved(self) -> Self:
         """The usual cache where none was named."""
         return self.changed(cache=self.distillation.cache or USUAL_CACHE)

@@ -39,9 +39,14 @@ class Pictures(Protocol):
     showing them is work for the host's cores, which loader processes can share.
     """
 
-    renderer: str
-    drawn_by_host: bool
-    sizes_N2: np.ndarray
+    @property
+    def renderer(self) -> str: ...
+
+    @property
+    def drawn_by_host(self) -> bool: ...
+
+    @property
+    def sizes_N2(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
 

@@ -72,10 +72,10 @@ class ForeignTeacher:
                 "are with --class-map."
             )
         return Teacher(
-            model=network.to(device, memory_format=torch.channels_last).eval(),
+            model=network.to(device).to(memory_format=torch.channels_last).eval(),
             row=TeacherRow(digest, self.name, UNKNOWN_SEED, -1, image_size, None),
-            mean=tuple(mean),
-            std=tuple(std),
+            mean=(mean[0], mean[1], mean[2]),
+            std=(std[0], std[1], std[2]),
             classes=classes,
             crop_scale=CROP_SCALE,
             finished=self._written(),

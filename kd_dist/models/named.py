@@ -134,5 +134,6 @@ def _with_float32_logits(model: nn.Module, classes: int) -> nn.Module:
 
 
 def _to_float32(model: nn.Module, given: object, result: object) -> object:
-    half = isinstance(result, Tensor) and result.dtype in (torch.bfloat16, torch.float16)
-    return result.float() if half else None
+    if isinstance(result, Tensor) and result.dtype in (torch.bfloat16, torch.float16):
+        return result.float()
+    return None

@@ -514,7 +514,7 @@ def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
         plain = tensor.detach().cpu()
         for text in (name, str(plain.dtype).removeprefix("torch."), ",".join(map(str, plain.shape))):
             digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
