@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kd_dist.errors import UserError
+from kd_dist.study.__main__ import COMMANDS
 from tests.ranks import run_command
 
 REPO = Path(__file__).parent.parent
@@ -30,6 +32,9 @@ def help_of(module: str, command: str) -> str:
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "guide", "study", "cluster")))
 
 
+WRITTEN_LATER = ("docs/results/imagewoof-gpu.md",)  # by `make gpu`
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_the_pages_hold_commands(page):
     assert len(COMMAND.findall((REPO / page).read_text())) >= 4
@@ -49,7 +54,7 @@ def test_numbers_of_decisions_are_unique():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_of_the_repository_that_are_named_exist(document):
     named = re.findall(r"`((?:kd_dist|launch|slurm|tests|docs|benchmarks)/[\w./-]*)`", document.read_text())
-    assert [name for name in named if not (REPO / name).exists()] == []
+    assert [name for name in named if not (REPO / name).exists() and name not in WRITTEN_LATER] == []
 
 
 def test_the_readme_s_picture_is_drawn_by_its_command(tmp_path):
@@ -70,6 +75,14 @@ def test_each_command_knows_its_flags(line):
     known = help_of(module, command)
     for flag in (word for word in rest if word.startswith("-") and " " not in word):  # others are quoted options
         assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", known), f"{flag} is no flag of {module} {command}"
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"study": {"primary": null}, "teacher": {}}', "no JSON"])
+def test_a_picture_of_no_study_is_one_sentence(content, tmp_path):
+    if content is not None:
+        (tmp_path / "figures.json").write_text(content)
+    with pytest.raises(UserError, match="published study"):
+        COMMANDS["summary"]([str(tmp_path / "figures.json"), "-o", str(tmp_path / "summary.png")])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

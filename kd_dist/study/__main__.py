@@ -170,9 +170,8 @@ def _summary(words: Sequence[str]) -> None:
     parser.add_argument("figures", type=Path, metavar="JSON", help="such as docs/results/imagewoof-cpu.json")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PNG", help="the plot to write")
     options = parser.parse_args(words)
-    published = read_json(options.figures, "name a published study, such as docs/results/imagewoof-cpu.json.")
-    if published is None:
-        raise UserError(f"there is no {options.figures}; name a published study's figures.")
+    mend = "name a published study, such as docs/results/imagewoof-cpu.json."
+    published = read_json(options.figures, mend) or {}
     try:
         study, teacher_top1 = published["study"], published["teacher"]["val_top1"]
         names = study["primary"]["baseline"], study["primary"]["arm"]
