@@ -188,7 +188,7 @@ def _describe_teacher(row: TeacherRow) -> str:
     if row.members:
         return f"{row.arch} (rows {row.members} of the teachers), {figures}"
     if row.trained_on == "elsewhere":
-        return f"{row.arch} trained elsewhere, {row.image_size} px, {figures}; it may have seen val"
+        return f"{row.arch} trained elsewhere (may have seen val), {row.image_size} px, {figures}"
     return f"{row.arch} {row.trained_on}, seed {row.seed}, {row.image_size} px, {figures}"
 
 
