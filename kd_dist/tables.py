@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 
 from kd_dist.errors import UserError
@@ -40,6 +40,11 @@ def _lines(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
         yield _GAP.join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
 
 
+def streamed(rows: Iterable[Sequence[str]], widths: Sequence[int]) -> Iterator[str]:
+    """Rows as aligned columns of these widths, one by one, for a table too long to be held."""
+    return ("\n".join(_lines(row, widths)) for row in rows)
+
+
 def markdown(rows: Rows) -> str:
     """Rows as a Markdown table."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
@@ -51,14 +56,16 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def show(text: str) -> None:
-    """Print to standard output. A reader that has left (`| head`) ends the output quietly.
+def show(text: str) -> bool:
+    """Print to standard output. A reader that has left (`| head`) ends the output quietly, and gives False.
 
     Raises UserError where the output cannot be written, such as on a full disk.
     """
     try:
         print(text, flush=True)
+        return True
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
         if not isinstance(error, BrokenPipeError):
             raise UserError(f"standard output cannot be written ({error.strerror or error}).") from error
+        return False

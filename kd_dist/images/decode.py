@@ -28,6 +28,13 @@ def decode(path: Path) -> np.ndarray:
         raise unreadable(path, error) from error
 
 
+def rgb_of(image: Image.Image) -> np.ndarray:
+    """An open image as `decode` gives one in a file, uint8 [H, W, 3]; the image itself is left as it is."""
+    turned = ImageOps.exif_transpose(image)
+    turned.format = image.format  # a copy has none
+    return np.array(_to_rgb(turned))
+
+
 def decoded_size(path: Path) -> tuple[int, int]:
     """Height and width that `decode` gives, from the image's header where that holds its orientation too.
 

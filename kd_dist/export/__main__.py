@@ -1,0 +1,152 @@
+"""`python -m kd_dist.export MODEL --to DIR`: a trained model as safetensors, ONNX and torch.export, with a model card.
+
+Each file is read again and compared with the model before the folder gets its name.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kd_dist import tables
+from kd_dist.errors import UserError, exit_code_of
+from kd_dist.export.card import Measured, card, config
+from kd_dist.export.graphs import check, latencies, noise, runs_of, write_graphs
+from kd_dist.files import publish, sync_folder, write_json, writing
+from kd_dist.images.decode import decode
+from kd_dist.predict import images_in
+from kd_dist.run.checkpoint import RunFolder, read_val_logits
+from kd_dist.trained import CONFIG, WEIGHTS, Model, load, require_installed
+
+PROG = "kd_dist.export"
+CARD = "README.md"
+COMPARED = 64  # images
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m kd_dist.export`; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    return exit_code_of(PROG, lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    data = options.data or os.environ.get("KD_DIST_DATA")
+    export(options.model, options.to, data, options.licence, options.with_preprocessing)
+    tables.show(f"wrote {options.to}; {options.to / CARD} holds sizes, differences and latency")
+
+
+def export(source: Path, target: Path, data: str | None, licence: str | None, with_preprocessing: bool) -> None:
+    """Write a model's folder whole, or nothing. `data` is a folder of images to compare on; noise where it is None.
+
+    Raises UserError: packages are missing, the target is not empty, the model cannot be read or exported, a file
+    differs from the model.
+    """
+    require_installed("onnx", "onnxruntime", "onnxscript")
+    target = target.resolve()
+    _require_free(target)
+    model = load(source)
+    model.facts.update(_scored_images(source, model))
+    pixels_BCHW, images = _pictures(model, data)
+    temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        with writing(target, goes_on="from the start"):
+            temporary.mkdir(parents=True)
+            _fill(temporary, model, target.name, licence, (pixels_BCHW, images), with_preprocessing)
+            _sync(temporary)
+            publish(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _require_free(target: Path) -> None:
+    """Raise UserError unless the folder is missing or empty."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"--to {target} exists already and is not an empty folder; name another one.")
+
+
+def _scored_images(source: Path, model: Model) -> dict[str, int]:
+    """How many images a score is of, from the logits in the run's folder, where they are those of this data."""
+    folder = RunFolder(source if source.is_dir() else source.parent)
+    with suppress(UserError):
+        val = read_val_logits(folder.val_logits)
+        scores = [model.facts.get(name) for name in ("val_top1", "tune_top1")]
+        if val.fingerprint == model.facts["data"]["val"] or val.attrs.get("top1") in scores:
+            return {"scored_images": len(val.labels_N)}
+    return {}
+
+
+def _pictures(model: Model, data: str | None) -> tuple[Tensor, str]:
+    """Images uint8 [B, 3, S, S] to compare on, and what they are in words."""
+    if data is None:
+        return noise(model, COMPARED), f"{COMPARED} images of generated noise, as no --data was named"
+    paths = images_in([data])
+    chosen = [paths[i * len(paths) // COMPARED] for i in range(COMPARED)] if len(paths) > COMPARED else paths
+    pixels_BCHW = torch.stack([model.transform.view(decode(Path(path))) for path in chosen])
+    return pixels_BCHW, f"{len(chosen)} images of {Path(data).resolve().name}"
+
+
+def _fill(
+    folder: Path, model: Model, name: str, licence: str | None, pictures: tuple[Tensor, str], with_preprocessing: bool
+) -> None:
+    """Write all files of a model's folder, and check those that hold the network."""
+    pixels_BCHW, images = pictures
+    weights = {key: value.detach().contiguous().clone() for key, value in model.network.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config(model, with_preprocessing))
+    write_graphs(model, folder, with_preprocessing)
+    measured = _measured(folder, model, pixels_BCHW, with_preprocessing)
+    text = card(model, name, licence, images, with_preprocessing, measured)
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _measured(folder: Path, model: Model, pixels_BCHW: Tensor, with_preprocessing: bool) -> dict[str, Measured]:
+    normalised_BCHW = model.transform.normalise(pixels_BCHW)
+    with torch.inference_mode():
+        expected_BK = model(normalised_BCHW)
+    measured = {}
+    for file, run in runs_of(folder).items():
+        inputs_BCHW = pixels_BCHW if with_preprocessing and file != WEIGHTS else normalised_BCHW
+        inputs_BCHW = inputs_BCHW.contiguous()
+        checked = check(run, inputs_BCHW, expected_BK)
+        checked.require(file)
+        measured[file] = Measured((folder / file).stat().st_size, checked, latencies(run, inputs_BCHW))
+    return measured
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's files to disk, and then its entries."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"python -m {PROG}", description=__doc__.split(": ", 1)[1].split("\n")[0])
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="a run's folder, a model.pt, or an exported folder")
+    add("--to", type=Path, required=True, metavar="DIR", help="the folder to write; missing or empty")
+    add("--data", metavar="DIR", help="images on which the files are compared [$KD_DIST_DATA, else noise]")
+    add("--license", dest="licence", type=_licence, metavar="ID", help="for the card, such as apache-2.0 [unknown]")
+    graphs = "model.onnx and model.pt2 take uint8 images and normalise them themselves"
+    add("--with-preprocessing", action="store_true", help=graphs)
+    return parser
+
+
+def _licence(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a licence's identifier, such as apache-2.0 or mit")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
