@@ -28,7 +28,8 @@ from benchmarks import (
 )
 from benchmarks.measure import Row
 from benchmarks.setting import Bench
-from kd_dist.dist.runtime import joined, run_entry
+from kd_dist.dist.endings import run_entry
+from kd_dist.dist.runtime import joined
 from kd_dist.errors import UserError
 from kd_dist.job import open_data
 from kd_dist.version import software

@@ -11,7 +11,7 @@ from benchmarks.measure import Goal, Row, images_per_second, interleaved, row
 from benchmarks.setting import Bench
 from benchmarks.steps import synchronise
 from kd_dist import label
-from kd_dist.dist.runtime import StopRequest
+from kd_dist.dist.endings import StopRequest
 from kd_dist.images import views
 from kd_dist.inference import FORWARD_BATCH, autocast, compute_dtype
 from kd_dist.job import Data

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import gpu_page
 from benchmarks.children import ROOT
-from kd_dist.dist.runtime import run_entry
+from kd_dist.dist.endings import run_entry
 from kd_dist.errors import UserError
 from kd_dist.files import read_json, write_json
 

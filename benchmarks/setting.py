@@ -18,11 +18,12 @@ from benchmarks.measure import Effort
 from kd_dist import config, distill, job, label
 from kd_dist.cache import BlockWriter, Cache
 from kd_dist.config import DataConfig, DistillConfig, JobConfig, TeacherConfig
-from kd_dist.dist.runtime import Runtime, StopRequest
+from kd_dist.dist.endings import StopRequest
+from kd_dist.dist.runtime import Runtime
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
 from kd_dist.models import build
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.folder import RunFolder
 from kd_dist.training import LossTerms, Trainer
 
 CACHED_VIEWS = 8

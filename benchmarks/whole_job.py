@@ -21,14 +21,14 @@ from benchmarks.steps import Steps
 from kd_dist import distill, label
 from kd_dist.cache import open_cache
 from kd_dist.config import DistillConfig
-from kd_dist.dist.runtime import StopRequest
+from kd_dist.dist.endings import StopRequest
 from kd_dist.errors import UserError
 from kd_dist.images.store import build_pixels, open_pixels
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
 from kd_dist.run import events
-from kd_dist.run.checkpoint import RunFolder
 from kd_dist.run.events import Code
+from kd_dist.run.folder import RunFolder
 
 EPOCHS = 3
 IMAGES = {"train": 1024, "val": 64}

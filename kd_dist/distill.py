@@ -22,11 +22,12 @@ from kd_dist.config import (
     carried,
     command,
 )
-from kd_dist.dist.runtime import Runtime, StopRequest, joined, run_entry
+from kd_dist.dist.endings import StopRequest, run_entry
+from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError
 from kd_dist.images.views import require_renderer
 from kd_dist.job import Data
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.folder import RunFolder
 from kd_dist.training import LossTerms, objectives
 from kd_dist.training.batches import CachedCrops, FreshCrops
 from kd_dist.training.losses import NEED_LABELS, require_usable_loss, soft_loss
@@ -110,7 +111,7 @@ def run(
     """
     model = require_student(config, data, runtime)
     initial = job.start_from(model, config.init)
-    folder = job.claim(config, data, runtime, **learned_from(config, cache), **initial, **identity)
+    folder = job.claim_folder(config, data, runtime, **learned_from(config, cache), **initial, **identity)
     with job.running(folder, runtime, stop) as stop:
         if not runtime.on_main(folder.model.exists):
             train(config, data, cache, model, folder, runtime, stop, rows, loss or loss_of)

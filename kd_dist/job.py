@@ -38,7 +38,8 @@ from kd_dist.data.samples import SPLITS, Dataset, SampleList
 from kd_dist.data.scan import default_folder, scan
 from kd_dist.dist import endings
 from kd_dist.dist.cores import available_cores
-from kd_dist.dist.runtime import Interrupted, Runtime, StopRequest, launched_rank, launched_world_size
+from kd_dist.dist.endings import Interrupted, StopRequest, launched_rank
+from kd_dist.dist.runtime import Runtime, launched_world_size
 from kd_dist.errors import Failure, UserError
 from kd_dist.images import device as resident
 from kd_dist.images import views
@@ -48,8 +49,11 @@ from kd_dist.inference import Forward, compute_dtype
 from kd_dist.models import count_weights, require_usable
 from kd_dist.models.weights import misfits
 from kd_dist.run import checkpoint, events
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.claim import claim, read_settings
 from kd_dist.run.events import Code, Reason
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.results import write_val_logits
+from kd_dist.run.state import read_state, write_state
 from kd_dist.training import HEARTBEAT_SECONDS, Execution, LossTerms, Optimisation, Trainer
 from kd_dist.training.batches import CachedCrops, FreshCrops, TrainData, steps_in_epoch
 from kd_dist.training.losses import UNKNOWN
@@ -78,7 +82,7 @@ def read_config(kind: type[Kind], prog: str, description: str, epilog: str) -> K
         sys.exit(0)
     typed = read_command_line(parser)
     folder = RunFolder(Path(str(typed.get("out", flags_of(kind)["out"].default))))
-    stored = checkpoint.read_settings(folder)[1] if folder.settings.exists() else None
+    stored = read_settings(folder)[1] if folder.settings.exists() else None
     return resolve(kind, typed, torch.cuda.is_available(), launched_world_size(), stored)
 
 
@@ -238,7 +242,7 @@ def _progress_by_name(runtime: Runtime) -> Callable[[str, int, int], None]:
     return progress
 
 
-def claim(config: JobConfig, data: Data, runtime: Runtime, **identity: str) -> RunFolder:
+def claim_folder(config: JobConfig, data: Data, runtime: Runtime, **identity: str) -> RunFolder:
     """Take the run folder for this run; raises UserError on every rank where it holds something else.
 
     The data's fingerprints and `identity` are kept with the config, so that a run is not gone on with on other data.
@@ -247,9 +251,7 @@ def claim(config: JobConfig, data: Data, runtime: Runtime, **identity: str) -> R
     folder = RunFolder(Path(config.out))
     stored = stored_settings(config, data, **identity)
     start_over = config.run.start_over
-    runtime.on_main(
-        lambda: checkpoint.claim(folder, config.kind, stored, config.may_change, start_over, config.completed)
-    )
+    runtime.on_main(lambda: claim(folder, config.kind, stored, config.may_change, start_over, config.completed))
     return folder
 
 
@@ -311,9 +313,9 @@ def _note(folder: RunFolder, runtime: Runtime, status: str, message: str, **fact
 
 def _write_state(folder: RunFolder, status: str, message: str, **facts: object) -> None:
     with contextlib.suppress(UserError):  # a full disk must not hide the reason
-        last = checkpoint.read_state(folder) or {}
+        last = read_state(folder) or {}
         reached = {name: last[name] for name in ("step", "epoch", "epochs") if name in last}
-        checkpoint.write_state(folder, status, **reached, message=message, **facts)
+        write_state(folder, status, **reached, message=message, **facts)
 
 
 def heartbeat(folder: RunFolder, runtime: Runtime, then: Callable[[int, int], None]) -> Callable[[int, int], None]:
@@ -401,16 +403,8 @@ def training(
         emit(folder, runtime, Code.EPOCH_FINISHED, epoch=epoch, epochs=config.optimisation.epochs, **metrics)
         return metrics
 
-    trainer = Trainer(
-        model,
-        train_data,
-        loss_terms,
-        evaluate,
-        optimisation_of(config),
-        execution_of(config, runtime),
-        runtime,
-        folder,
-    )
+    own, execution = optimisation_of(config), execution_of(config, runtime)
+    trainer = Trainer(model, train_data, loss_terms, evaluate, own, execution, runtime, folder)
     return Training(config, trainer, validation, stop)
 
 
@@ -596,7 +590,7 @@ def keep(
     """
     scored = scored_on(config.split, data)
     samples, score = scored.samples, top1(logits_MK, scored.samples.labels_N)
-    checkpoint.write_val_logits(
+    write_val_logits(
         folder.val_logits, logits_MK, samples.labels_N, samples.paths, samples.fingerprint, top1=score, of=samples.split
     )
     keep_model(folder.model, config, arch, data, model, {f"{scored.head}_top1": score}, **facts)

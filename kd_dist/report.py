@@ -22,8 +22,9 @@ import numpy as np
 from kd_dist import tables
 from kd_dist.cache import Cache, open_cache
 from kd_dist.errors import UserError, exit_code_of
-from kd_dist.run.checkpoint import RunFolder, read_val_logits
+from kd_dist.run.folder import RunFolder
 from kd_dist.run.reading import Run
+from kd_dist.run.results import read_val_logits
 from kd_dist.study.folder import StudyFolder
 
 COLUMNS = ("run", "kind", "alpha", "temperature", "epochs", "top-1", "agreement", "images/s", "status")

@@ -16,13 +16,16 @@ from kd_dist import job, label, models
 from kd_dist.cache import check_top_k, open_cache
 from kd_dist.cache.format import shards_folder_of
 from kd_dist.config import OF_DATA, TeacherConfig, carried, command
-from kd_dist.dist.runtime import Runtime, StopRequest, joined, run_entry
+from kd_dist.dist.endings import StopRequest, run_entry
+from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError
 from kd_dist.inference import compute_dtype
 from kd_dist.job import Data
 from kd_dist.models.weights import read_weights, take_weights
-from kd_dist.run.checkpoint import CACHE_SECONDS, RunFolder, note_cost, read_costs, read_metrics, weights_digest
+from kd_dist.run.checkpoint import weights_digest
 from kd_dist.run.events import Code
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import CACHE_SECONDS, note_cost, read_costs, read_metrics
 from kd_dist.training import objectives
 
 DESCRIPTION = """Train a teacher on all ranks, then write its logits on V views of every train and val image to one HDF5
@@ -47,7 +50,7 @@ def main() -> None:
             runtime.on_main(lambda: require_own_cache(config, target, data))
             if target.parent != Path(config.out):  # that folder is checked as it is claimed
                 runtime.on_main(lambda: require_writable(target))
-        folder = job.claim(config, data, runtime, **initial)
+        folder = job.claim_folder(config, data, runtime, **initial)
         with job.running(folder, runtime) as stop:
             tell_what_passed(config, folder, runtime)
             if not runtime.on_main(folder.model.exists):

@@ -11,8 +11,9 @@ from typing import Any
 from kd_dist import config
 from kd_dist.config import DistillConfig, JobConfig, StudyConfig, TeacherConfig
 from kd_dist.errors import UserError
-from kd_dist.run import checkpoint
-from kd_dist.run.checkpoint import RunFolder, read_settings
+from kd_dist.run import claim
+from kd_dist.run.claim import read_settings
+from kd_dist.run.folder import RunFolder
 
 from .site import Resources, Site
 from .supervisor import MODULES
@@ -172,5 +173,5 @@ def _is_finished(plan: Plan, settings: JobConfig) -> bool:
     facts = {name: value for name, value in read_settings(folder)[1].items() if name not in own}  # such as digests
     cache = Path(settings.cache or folder.cache) if plan.kind == "teacher" else None
     wanted = {**facts, **own}
-    finished = checkpoint.is_finished(folder, settings.kind, wanted, settings.may_change, settings.completed)
+    finished = claim.is_finished(folder, settings.kind, wanted, settings.may_change, settings.completed)
     return finished and (cache is None or cache.exists())

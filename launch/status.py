@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from kd_dist.errors import UserError, exit_code_of
-from kd_dist.run.checkpoint import RunFolder, read_state
 from kd_dist.run.events import Code, Reason
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.state import read_state
 
 from .supervisor import JOBS, Job, JobFolder, Status, controller_lives, events_of, job_folders, read_json, tail_of
 

@@ -41,7 +41,8 @@ from submitit.slurm.slurm import SlurmExecutor
 import kd_dist
 from kd_dist.errors import UserError, exit_code_of
 from kd_dist.files import writing
-from kd_dist.run.checkpoint import RunFolder, in_use
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.lock import in_use
 
 from . import status
 from .plans import PLANNERS, STUDY_WORDS, Plan, is_finished

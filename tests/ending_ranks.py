@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from kd_dist import job
-from kd_dist.dist.runtime import Interrupted, Runtime, StopRequest, joined, run_entry
+from kd_dist.dist.endings import Interrupted, StopRequest, run_entry
+from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.folder import RunFolder
 
 
 def wait_in_c() -> None:

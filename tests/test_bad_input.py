@@ -26,7 +26,8 @@ from kd_dist.dataset import main as dataset_main
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
 from kd_dist.models import STUDENTS
-from kd_dist.run.checkpoint import RunFolder, read_state
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.state import read_state
 from tests.entries import call, refused
 from tests.ranks import free_port
 

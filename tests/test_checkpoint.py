@@ -16,25 +16,20 @@ import pytest
 import torch
 
 from kd_dist.errors import UserError
-from kd_dist.run import checkpoint
+from kd_dist.run import checkpoint, lock
 from kd_dist.run.checkpoint import (
-    RunFolder,
-    append_metrics,
-    claim,
     load_checkpoint,
     load_model,
     newest_checkpoint,
-    read_metrics,
-    read_settings,
-    read_state,
-    read_val_logits,
     save_checkpoint,
     save_model,
-    truncate_metrics,
     weights_digest,
-    write_state,
-    write_val_logits,
 )
+from kd_dist.run.claim import claim, read_settings
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import append_metrics, read_metrics, truncate_metrics
+from kd_dist.run.results import read_val_logits, write_val_logits
+from kd_dist.run.state import read_state, write_state
 
 SETTINGS = {"lr": 0.1, "crop_scale": (0.35, 1.0), "epochs": 3, "workers": 2, "release": None}
 MAY_CHANGE = {"workers", "device"}
@@ -102,9 +97,13 @@ def test_the_names_in_a_run_folder_are_the_documented_ones(tmp_path):
 
 
 def test_looking_at_runs_imports_no_torch():
-    assert run_python("import sys, kd_dist.run.checkpoint; print('torch' in sys.modules, 'h5py' in sys.modules)") == (
-        "False False\n"
-    )
+    program = """
+        import sys
+        import kd_dist.run.checkpoint, kd_dist.run.claim, kd_dist.run.results
+
+        print("torch" in sys.modules, "h5py" in sys.modules)
+        """
+    assert run_python(program) == "False False\n"
 
 
 # ---- checkpoints
@@ -197,7 +196,8 @@ def test_kill_9_in_the_middle_of_saves_never_leaves_a_broken_newest(folder):
         """
         import os, random, signal, sys, time, torch
         from pathlib import Path
-        from kd_dist.run.checkpoint import RunFolder, newest_checkpoint, save_checkpoint
+        from kd_dist.run.checkpoint import newest_checkpoint, save_checkpoint
+        from kd_dist.run.folder import RunFolder
 
         folder = RunFolder(Path(sys.argv[1]))
 
@@ -246,7 +246,12 @@ def test_a_full_disk_names_the_path_and_how_to_go_on(folder):
         """
         import resource, sys, torch, numpy as np
         from pathlib import Path
-        from kd_dist.run.checkpoint import *
+        from kd_dist.run.checkpoint import save_checkpoint, save_model
+        from kd_dist.run.claim import claim
+        from kd_dist.run.folder import RunFolder
+        from kd_dist.run.metrics import append_metrics
+        from kd_dist.run.results import write_val_logits
+        from kd_dist.run.state import write_state
         from kd_dist.errors import UserError
 
         folder = RunFolder(Path(sys.argv[1]))
@@ -519,7 +524,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, resumed):
         f"""
         import os
         from pathlib import Path
-        from kd_dist.run.checkpoint import RunFolder, claim
+        from kd_dist.run.claim import claim
+        from kd_dist.run.folder import RunFolder
         from kd_dist.errors import UserError
 
         if os.getuid() == 0:
@@ -537,7 +543,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, resumed):
 HOLD = """
 import sys, time
 from pathlib import Path
-from kd_dist.run.checkpoint import RunFolder, claim
+from kd_dist.run.claim import claim
+from kd_dist.run.folder import RunFolder
 claim(RunFolder(Path(sys.argv[1])), "student", {}, set(), False)
 print("mine", flush=True)
 time.sleep(60)
@@ -545,7 +552,7 @@ time.sleep(60)
 
 
 def test_a_folder_in_use_is_refused_until_its_process_ends(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(lock, "_LOCK_PATIENCE_S", 0.0)
     root = str(Path(checkpoint.__file__).parents[2])
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder.path)], env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE

@@ -27,8 +27,8 @@ from kd_dist.config import (
     resolve,
 )
 from kd_dist.errors import UserError
-from kd_dist.run import checkpoint
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.claim import claim
+from kd_dist.run.folder import RunFolder
 
 KINDS = (TeacherConfig, DistillConfig)
 BOTH = {
@@ -226,7 +226,7 @@ def test_a_resume_on_fewer_gpus_keeps_the_batch(monkeypatch, tmp_path):
 
     def claimed(settings: TeacherConfig) -> bool:
         folder = RunFolder(tmp_path / "run")
-        return checkpoint.claim(folder, "teacher", settings.stored(), settings.may_change, settings.start_over)
+        return claim(folder, "teacher", settings.stored(), settings.may_change, settings.start_over)
 
     first = started(8)
     assert not claimed(first) and (first.batch_size, first.lr) == (4096, 1.6)

@@ -13,7 +13,8 @@ import torch
 
 from kd_dist.dist import endings
 from kd_dist.errors import EXIT_PEER_LOST, EXIT_USER_ERROR
-from kd_dist.run.checkpoint import RunFolder, read_state
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.state import read_state
 from tests.ranks import free_port
 
 REPO = Path(__file__).parent.parent

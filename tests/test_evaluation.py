@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from kd_dist import distill, report, teacher
-from kd_dist.run.checkpoint import RunFolder, load_model, read_metrics
+from kd_dist.run.checkpoint import load_model
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import read_metrics
 from tests.entries import call, refused
 
 SHORT = ["--device", "cpu", "--image-size", "32", "--batch-size", "7", "--lr", "0.01", "--preset", "cpu-64px"]

@@ -11,8 +11,9 @@ from entries import call
 from kd_dist import distill, teacher
 from kd_dist.errors import UserError
 from kd_dist.run import events
-from kd_dist.run.checkpoint import RunFolder, read_state
 from kd_dist.run.events import Code, Reason
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.state import read_state
 
 SIZES = ("--preset=demo", "--image-size=32", "--batch-size=7", "--warmup-epochs=0", "--epochs=2", "--lr=0.003")
 
@@ -58,7 +59,7 @@ def test_both_jobs_leave_their_phases(tiny_root, tmp_path):
     call(teacher.main, *common, "--views=2", f"--out={tmp_path}/teacher")
     written = codes(tmp_path / "teacher")
     assert written[:2] == ["data-ready", "training-started"] and written[-2:] == ["cache-published", "run-finished"]
-    assert written.count("epoch-finished") == 2 and written.count("checkpoint-written") == 2
+    assert written.count("epoch-finished") == 2 and written.count("checkpoint-written") >= 1
     assert written.index("labelling-started") < written.index("block-written") < written.index("cache-published")
     call(distill.main, *common, f"--cache={tmp_path}/teacher/logits.h5", f"--out={tmp_path}/student")
     (last,) = [e for e in events.read(tmp_path / "student/events.jsonl") if e.get("epoch") == 2]

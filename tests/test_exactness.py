@@ -16,7 +16,8 @@ from kd_dist.cache import BlockWriter, TeacherRow, open_cache
 from kd_dist.config import MEAN, STD
 from kd_dist.data.generated import generate
 from kd_dist.data.scan import scan
-from kd_dist.dist.runtime import Interrupted, StopRequest, joined
+from kd_dist.dist.endings import Interrupted, StopRequest
+from kd_dist.dist.runtime import joined
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.images.store import Pixels, build_pixels, open_pixels
@@ -24,7 +25,8 @@ from kd_dist.inference import Forward
 from kd_dist.job import Data
 from kd_dist.models import Cnn5
 from kd_dist.run import checkpoint
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import read_metrics
 from kd_dist.training import Execution, Optimisation, Trainer, objectives
 from kd_dist.training import trainer as trainer_module
 from kd_dist.training.batches import CachedCrops, FreshCrops, TrainData
@@ -76,7 +78,7 @@ def gradients_and_weights(runtime, folder, blended):
     trainer.optimizer.register_step_pre_hook(collect)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     trainer.run(StopRequest())
-    metrics = checkpoint.read_metrics(RunFolder(folder))[-1] if runtime.is_main else None
+    metrics = read_metrics(RunFolder(folder))[-1] if runtime.is_main else None
     return gradients, [p.detach() for p in model.parameters()], metrics
 
 
@@ -245,7 +247,7 @@ def train_model(runtime, folder, stop_after_step=None, warm_up=True, keep_optimi
 
 def _rows(runtime, folder):
     clocks = {"images_per_s", "data_wait_s", "epoch_s"}
-    rows = checkpoint.read_metrics(RunFolder(folder)) if runtime.is_main else []
+    rows = read_metrics(RunFolder(folder)) if runtime.is_main else []
     return [{name: value for name, value in row.items() if name not in clocks} for row in rows]
 
 

@@ -19,16 +19,11 @@ from kd_dist.cache import BlockWriter, CachePlan, open_cache
 from kd_dist.cache import __main__ as cache_entry
 from kd_dist.cache.format import shards_folder_of
 from kd_dist.data.generated import generate
-from kd_dist.run.checkpoint import (
-    CACHE_SECONDS,
-    RunFolder,
-    load_model,
-    read_costs,
-    read_metrics,
-    read_state,
-    read_val_logits,
-    weights_digest,
-)
+from kd_dist.run.checkpoint import load_model, weights_digest
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import CACHE_SECONDS, read_costs, read_metrics
+from kd_dist.run.results import read_val_logits
+from kd_dist.run.state import read_state
 from kd_dist.teacher import clocked
 from tests.entries import call
 from tests.ranks import run_command

@@ -15,7 +15,8 @@ from kd_dist.cache.__main__ import main
 from kd_dist.data.folds import fold_numbers
 from kd_dist.data.generated import generate
 from kd_dist.data.scan import scan
-from kd_dist.dist.runtime import Interrupted, StopRequest, joined
+from kd_dist.dist.endings import Interrupted, StopRequest
+from kd_dist.dist.runtime import joined
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.images.store import build_pixels, open_pixels
@@ -23,7 +24,7 @@ from kd_dist.inference import Forward
 from kd_dist.job import Data
 from kd_dist.models import TEACHERS, Cnn5
 from kd_dist.run import checkpoint
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.folder import RunFolder
 from tests.ranks import run_ranks
 
 FOLDS = 3

@@ -15,7 +15,8 @@ from kd_dist.data.generated import generate
 from kd_dist.data.scan import scan
 from kd_dist.errors import UserError
 from kd_dist.models import STUDENTS, TEACHERS, Cnn5
-from kd_dist.run.checkpoint import read_metrics, read_settings
+from kd_dist.run.claim import read_settings
+from kd_dist.run.metrics import read_metrics
 from kd_dist.study import __main__ as study
 from kd_dist.study.folder import StudyFolder
 from kd_dist.training import Trainer, objectives

@@ -8,8 +8,9 @@ import pytest
 from kd_dist.errors import UserError
 from kd_dist.files import write_json
 from kd_dist.run import events
-from kd_dist.run.checkpoint import RunFolder, write_state
 from kd_dist.run.events import Code
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.state import write_state
 from launch import status
 from launch.status import State
 from launch.supervisor import Job, JobFolder

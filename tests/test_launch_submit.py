@@ -12,8 +12,10 @@ import pytest
 
 from kd_dist.config import StudyConfig, TeacherConfig, resolve
 from kd_dist.errors import UserError
-from kd_dist.run import checkpoint
-from kd_dist.run.checkpoint import RunFolder, claim, write_state
+from kd_dist.run import lock
+from kd_dist.run.claim import claim
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.state import write_state
 from kd_dist.study.arms import ARMS
 from kd_dist.study.folder import StudyFolder, run_settings
 from launch import submit
@@ -218,7 +220,7 @@ def test_a_folder_that_another_process_has_is_refused_and_one_that_was_left_is_n
     run.path.mkdir(parents=True)
     run.lock.touch()
     words = "distill --gpus-per-node 0 -- --alpha 0"
-    monkeypatch.setattr(checkpoint, "_LOCK_PATIENCE_S", 0.1)
+    monkeypatch.setattr(lock, "_LOCK_PATIENCE_S", 0.1)
     hold = f"import fcntl, sys; f = open({str(run.lock)!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
     with subprocess.Popen([sys.executable, "-c", f"{hold}; sys.stdin.read()"], stdin=-1, stdout=-1) as other:
         other.stdout.readline()

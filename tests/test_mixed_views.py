@@ -22,13 +22,14 @@ from kd_dist.cache.mixed import check_mixed
 from kd_dist.cache.statistics import unmixed_views
 from kd_dist.config import MEAN, STD, DistillConfig
 from kd_dist.data.folds import fold_numbers
-from kd_dist.dist.runtime import StopRequest
+from kd_dist.dist.endings import StopRequest
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
 from kd_dist.images import views
 from kd_dist.job import Data
 from kd_dist.label.plans import require_partners_share
-from kd_dist.run.checkpoint import RunFolder, read_metrics
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import read_metrics
 from kd_dist.study.arms import ARMS
 from kd_dist.study.choice import require_views
 from kd_dist.training import Trainer

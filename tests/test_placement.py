@@ -10,7 +10,8 @@ import torch
 from kd_dist import job, label
 from kd_dist.cache import BlockWriter, TeacherRow, open_cache
 from kd_dist.config import MEAN, STD, DataConfig
-from kd_dist.dist.runtime import Runtime, StopRequest
+from kd_dist.dist.endings import StopRequest
+from kd_dist.dist.runtime import Runtime
 from kd_dist.errors import UserError
 from kd_dist.images import device as resident
 from kd_dist.images import views

@@ -14,7 +14,10 @@ from kd_dist.cache import __main__ as cache_entry
 from kd_dist.cache import open_cache
 from kd_dist.data.generated import generate
 from kd_dist.models import STUDENTS, TEACHERS, Cnn5
-from kd_dist.run.checkpoint import RunFolder, load_model, read_metrics, read_settings, save_model, weights_digest
+from kd_dist.run.checkpoint import load_model, save_model, weights_digest
+from kd_dist.run.claim import read_settings
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import read_metrics
 from tests.entries import call, refused
 
 ENTRIES = {

@@ -9,7 +9,8 @@ import pytest
 
 from kd_dist.cache import open_cache
 from kd_dist.data.releases import locate
-from kd_dist.run.checkpoint import RunFolder, read_metrics
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import read_metrics
 from tests.test_jobs import run, torchrun
 
 ARCHIVE = os.environ.get("KD_DIST_IMAGEWOOF")

@@ -11,7 +11,11 @@ import pytest
 
 from kd_dist import cache
 from kd_dist.report import COLUMNS, main, report
-from kd_dist.run.checkpoint import RunFolder, append_metrics, claim, write_state, write_val_logits
+from kd_dist.run.claim import claim
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import append_metrics
+from kd_dist.run.results import write_val_logits
+from kd_dist.run.state import write_state
 
 N, K = 8, 3
 LABELS_N = np.arange(N) % K

@@ -22,11 +22,15 @@ from kd_dist.cache import __main__ as cache_commands
 from kd_dist.cache import open_cache
 from kd_dist.config import StudentConfig, StudyConfig
 from kd_dist.data.generated import generate
-from kd_dist.dist.runtime import Interrupted
+from kd_dist.dist.endings import Interrupted
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.label import load_teacher
-from kd_dist.run.checkpoint import RunFolder, load_model, read_metrics, read_settings, read_state, save_model
+from kd_dist.run.checkpoint import load_model, save_model
+from kd_dist.run.claim import read_settings
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import read_metrics
+from kd_dist.run.state import read_state
 from kd_dist.study import __main__ as entry
 from kd_dist.study import arms, choice, online, runs
 from kd_dist.study.arms import ARMS

@@ -11,15 +11,11 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from kd_dist.errors import UserError
-from kd_dist.run.checkpoint import (
-    CACHE_SECONDS,
-    RunFolder,
-    append_metrics,
-    claim,
-    note_cost,
-    write_state,
-    write_val_logits,
-)
+from kd_dist.run.claim import claim
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import CACHE_SECONDS, append_metrics, note_cost
+from kd_dist.run.results import write_val_logits
+from kd_dist.run.state import write_state
 from kd_dist.study import results, table
 from kd_dist.study.cost import cost_of, duration, run_seconds
 from kd_dist.study.statistics import resampled

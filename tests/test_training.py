@@ -9,13 +9,13 @@ import torch
 
 from kd_dist import inference
 from kd_dist.config import MEAN, STD
-from kd_dist.dist.runtime import StopRequest
+from kd_dist.dist.endings import StopRequest
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.models import Cnn5
 from kd_dist.run import checkpoint
-from kd_dist.run.checkpoint import RunFolder
-from kd_dist.training import Trainer, objectives, saving, watch
+from kd_dist.run.folder import RunFolder
+from kd_dist.training import Trainer, objectives, profiling, saving, watch
 from kd_dist.training.profiling import TRACED_STEPS
 from tests.ranks import run_ranks
 from tests.test_exactness import K, make_trainer, random_data
@@ -216,7 +216,7 @@ def test_a_trace_of_warm_steps_is_kept(one_process, tmp_path):
 
 
 def test_a_trace_that_cannot_be_written_costs_only_the_trace(one_process, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "write_trace", lambda folder, export: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(profiling, "write_trace", lambda folder, export: (_ for _ in ()).throw(OSError("full")))
     assert trained(one_process, tmp_path, profile=True).step == 21
     assert "no trace was written" in capsys.readouterr().out
 

@@ -16,7 +16,10 @@ from kd_dist.fingerprint import fingerprint_of
 from kd_dist.images.store import Pixels
 from kd_dist.models import STUDENTS, TEACHERS, Cnn5
 from kd_dist.report import report
-from kd_dist.run.checkpoint import RunFolder, load_model, read_metrics, read_val_logits
+from kd_dist.run.checkpoint import load_model
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import read_metrics
+from kd_dist.run.results import read_val_logits
 from kd_dist.training.batches import EpochBatches, FreshCrops, TrainData
 from tests.entries import call, refused
 from tests.test_bad_input import TINY

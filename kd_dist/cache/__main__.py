@@ -12,7 +12,7 @@ from typing import NoReturn
 from kd_dist.cache import combine as combine_caches
 from kd_dist.cache import open_cache, render_info
 from kd_dist.config import PIXELS
-from kd_dist.dist.runtime import launched_rank, run_entry
+from kd_dist.dist.endings import launched_rank, run_entry
 from kd_dist.errors import UserError
 
 PROG = "python -m kd_dist.cache"

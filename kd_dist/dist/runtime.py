@@ -23,8 +23,6 @@ from kd_dist.errors import Failure, UserError
 from kd_dist.dist.rendezvous import choose_device, open_store, refuse_shared_gpus, refuse_strays
 from kd_dist.dist.watch import Watch
 
-__all__ = ["Interrupted", "Runtime", "StopRequest", "ignore_stop_signals", "joined", "launched_rank", "run_entry"]
-
 # How long a rank may wait for another one inside a collective. The watch ends a job whose rank is dead or silent long
 # before. What is left is a rank that lives and is late: it reads a slow disk, compiles, or tries kernels. What takes
 # rank 0 longer (a download, publishing a cache) is waited for outside of collectives.

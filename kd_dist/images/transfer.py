@@ -8,9 +8,9 @@ ALIGNMENT = 16  # bytes; that of the widest type
 
 
 def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """These host tensors on the device, by one copy that the host does not wait for; on a CPU they are returned."""
+    """These host tensors on the device: on a GPU by one copy that the host does not wait for, elsewhere one by one."""
     if device.type != "cuda":
-        return list(tensors)
+        return [tensor.to(device) for tensor in tensors]
     buffer = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, pin_memory=True)
     for place, tensor in zip(unpacked(buffer, tensors), tensors, strict=True):
         place.copy_(tensor)

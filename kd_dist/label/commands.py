@@ -11,7 +11,8 @@ from kd_dist.config import MEAN, STD, DataConfig, check_crop_scale, check_mixed_
 from kd_dist.data.releases import locate
 from kd_dist.data.samples import SPLITS
 from kd_dist.data.scan import scan
-from kd_dist.dist.runtime import Runtime, StopRequest, joined
+from kd_dist.dist.endings import StopRequest
+from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.inference import compute_dtype

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from kd_dist.cache import Block, BlockWriter, CachePlan
-from kd_dist.dist.runtime import Interrupted, Runtime, StopRequest
+from kd_dist.dist.endings import Interrupted, StopRequest
+from kd_dist.dist.runtime import Runtime
 from kd_dist.inference import ahead
 from kd_dist.label.labeller import Labeller
 

@@ -5,7 +5,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kd_dist.run.checkpoint import RunFolder, read_metrics, read_settings, read_state
+from kd_dist.run.claim import read_settings
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import read_metrics
+from kd_dist.run.state import read_state
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import NoReturn
 from kd_dist import distill, job, tables
 from kd_dist.cache import Cache, open_cache
 from kd_dist.config import StudyConfig
-from kd_dist.dist.runtime import Runtime, StopRequest, joined, launched_rank, run_entry
+from kd_dist.dist.endings import StopRequest, launched_rank, run_entry
+from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError
 from kd_dist.job import Data
-from kd_dist.run.checkpoint import read_state
+from kd_dist.run.state import read_state
 from kd_dist.study import runs
 from kd_dist.study.arms import ARMS, Arm
 from kd_dist.study.choice import MAY_VARY, chosen_arms, require_alike_crops, require_views

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_dist.run.checkpoint import CACHE_SECONDS, RunFolder, read_costs, read_metrics
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import CACHE_SECONDS, read_costs, read_metrics
 
 Cost = Mapping[str, float | int | None]
 """`training_s` of the teacher, `writing_s` of the cache, and its `bytes`; None where unknown."""

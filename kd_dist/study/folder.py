@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from kd_dist.config import StudentConfig, StudyConfig, flags_of
 from kd_dist.errors import UserError
 from kd_dist.files import locked, read_json, write_json
-from kd_dist.run import checkpoint
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.claim import differences, forget
+from kd_dist.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from kd_dist.study.arms import Arm
@@ -152,7 +152,7 @@ def _earlier(folder: StudyFolder, shared: dict[str, Any], cache_digest: str, sta
         if (document["format"], document["version"]) != (_FORMAT, _VERSION):
             raise ValueError("another format or version")
         earlier = StudyConfig.completed(document["settings"]) | {"cache digest": document["cache digest"]}
-        differing = checkpoint.differences(earlier, shared | {"cache digest": cache_digest}, _OWN)
+        differing = differences(earlier, shared | {"cache digest": cache_digest}, _OWN)
     except FileNotFoundError:
         return nothing
     except (ValueError, KeyError, TypeError) as error:
@@ -166,5 +166,5 @@ def _earlier(folder: StudyFolder, shared: dict[str, Any], cache_digest: str, sta
         return document
     for run in (run for runs in folder.runs().values() for run in runs.values()):
         if run.settings.exists():  # a folder without settings is not a run of ours
-            checkpoint.forget(run)
+            forget(run)
     return nothing

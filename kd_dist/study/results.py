@@ -15,8 +15,9 @@ import numpy as np
 from kd_dist.cache import statistics_of
 from kd_dist.config import DistillConfig
 from kd_dist.errors import UserError
-from kd_dist.run.checkpoint import RunFolder, ValLogits, read_val_logits
+from kd_dist.run.folder import RunFolder
 from kd_dist.run.reading import Run
+from kd_dist.run.results import ValLogits, read_val_logits
 from kd_dist.study.arms import ARMS, BASELINES, BUG_CHECK, DISTILLED
 from kd_dist.study.choice import variant
 from kd_dist.study.cost import run_seconds

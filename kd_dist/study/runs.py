@@ -19,11 +19,14 @@ from typing import TextIO
 from kd_dist import distill, job
 from kd_dist.cache import Cache
 from kd_dist.config import StudentConfig, StudyConfig
-from kd_dist.dist.runtime import Interrupted, Runtime, StopRequest
+from kd_dist.dist.endings import Interrupted, StopRequest
+from kd_dist.dist.runtime import Runtime
 from kd_dist.errors import UserError
 from kd_dist.job import Data
-from kd_dist.run import checkpoint
-from kd_dist.run.checkpoint import RunFolder, read_state
+from kd_dist.run.claim import is_finished
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.lock import acquire
+from kd_dist.run.state import read_state
 from kd_dist.study.arms import Arm
 from kd_dist.study.folder import BASE, run_settings
 from kd_dist.study.online import OnlineTeacher
@@ -69,7 +72,7 @@ class PlannedRun:
             return False
         learned_from = distill.learned_from(settings, self.cache)
         stored = job.stored_settings(settings, self.data, **learned_from, **self.identity)
-        return checkpoint.is_finished(self.folder, settings.kind, stored, settings.may_change, settings.completed)
+        return is_finished(self.folder, settings.kind, stored, settings.may_change, settings.completed)
 
     def failure(self) -> str | None:
         """Why the run failed since this command began, in this process or another one; None where it did not."""
@@ -142,7 +145,7 @@ def _take(runs: Sequence[PlannedRun], tried: set[int]) -> int | None:
     while True:
         left = [number for number, run in enumerate(runs) if number not in tried and not run.is_finished()]
         left = [number for number in left if runs[number].failure() is None]
-        free = (number for number in left if checkpoint.acquire(runs[number].folder))
+        free = (number for number in left if acquire(runs[number].folder))
         if (number := next(free, None)) is not None or not left or time.monotonic() > deadline:
             return number
         time.sleep(LOOK_AGAIN_S)

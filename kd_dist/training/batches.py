@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kd_dist.cache import SoftLabels
-from kd_dist.dist.runtime import Runtime, ignore_stop_signals
+from kd_dist.dist.endings import ignore_stop_signals
+from kd_dist.dist.runtime import Runtime
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.images.store import Pictures

@@ -6,8 +6,8 @@ from typing import Any, Self
 
 import torch
 
-from kd_dist.run import checkpoint
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import write_trace
 
 TRACE_AFTER_STEPS, TRACED_STEPS = 20, 10
 
@@ -43,7 +43,7 @@ class Trace:
 
     def _keep(self, profiler: torch.profiler.profile) -> None:
         try:
-            checkpoint.write_trace(self.folder, profiler.export_chrome_trace)
+            write_trace(self.folder, profiler.export_chrome_trace)
             self.say(f"traced some steps: open {self.folder.trace} at https://ui.perfetto.dev")
         except (OSError, RuntimeError) as error:
             self.say(f"no trace was written, the run goes on: {error}")

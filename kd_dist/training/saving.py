@@ -10,7 +10,9 @@ import torch
 
 from kd_dist.errors import UserError
 from kd_dist.run import checkpoint
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import sync_metrics
+from kd_dist.run.state import write_state
 
 HEARTBEAT_SECONDS = 30.0
 
@@ -57,7 +59,7 @@ class Checkpoints:
     ) -> None:
         if ready is not None:
             ready.synchronize()
-        checkpoint.sync_metrics(self.folder)  # the rows up to a checkpoint must not be lost where it is not
+        sync_metrics(self.folder)  # the rows up to a checkpoint must not be lost where it is not
         checkpoint.save_checkpoint(self.folder, step, payload)
         then()
 
@@ -103,4 +105,4 @@ class Heartbeat:
     def write(self, **facts: Any) -> None:
         """Write the state now."""
         with contextlib.suppress(UserError):  # it may fail; the next checkpoint will say why
-            checkpoint.write_state(self.folder, "running", **facts)
+            write_state(self.folder, "running", **facts)

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_dist.dist.runtime import Interrupted, Runtime, StopRequest
+from kd_dist.dist.endings import Interrupted, StopRequest
+from kd_dist.dist.runtime import Runtime
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.inference import autocast, compute_dtype, input_dtype
 from kd_dist.run import checkpoint, events
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import append_metrics, read_metrics, sync_metrics, truncate_metrics
 from kd_dist.run.monitor import Monitor
 from kd_dist.training.batches import Batch, EpochBatches, TrainData
 from kd_dist.training.device_input import prepared
@@ -269,15 +271,16 @@ class Trainer:
 
     def _has_row(self) -> bool:
         """Whether the step's epoch has its row, or was stopped after its checkpoint and before that."""
-        return self.runtime.on_main(lambda: self.step in {row["step"] for row in checkpoint.read_metrics(self.folder)})
+        return self.runtime.on_main(lambda: self.step in {row["step"] for row in read_metrics(self.folder)})
 
     def _keep_row(self, row: dict[str, Any]) -> None:
-        checkpoint.append_metrics(self.folder, row)
+        append_metrics(self.folder, row)
         names = {name: name.replace("_", "/", 1) for name in row if name.startswith((*SCORES, "train_"))}
         self.monitor.scalars(self.step, {shown: row[name] for name, shown in names.items()})
         speed = {"speed/images_per_s": row["images_per_s"], "speed/data_wait_s": row["data_wait_s"], "lr": row["lr"]}
         self.monitor.scalars(self.step, speed)
         scores = [name.partition("_") for name in row if name.startswith(SCORES)]
+        scores.sort(key=lambda score: score[2] != "loss")  # beside the training loss
         shown = "".join(f" {prefix} {name} {row[prefix + _ + name]:.4f}," for prefix, _, name in scores)
         self.monitor.line(
             f"epoch {row['epoch']}/{self.optimisation.epochs}: train loss {row['train_total']:.4f},{shown} "
@@ -326,7 +329,7 @@ class Trainer:
     def _finish_writing(self) -> None:
         if self.checkpoints:
             self.checkpoints.wait()
-            checkpoint.sync_metrics(self.folder)
+            sync_metrics(self.folder)
 
     def _resume(self) -> str | None:
         """Take up the newest checkpoint; gives a sentence on it, None where there is none. Raises UserError."""
@@ -338,7 +341,7 @@ class Trainer:
                 f"the ranks see different checkpoints in {self.folder.path}; put --out on a disk that all nodes share."
             )
         if self.runtime.is_main:
-            checkpoint.truncate_metrics(self.folder, step)
+            truncate_metrics(self.folder, step)
         if newest is None:
             return None
         payload = newest[1]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from box import SlurmBox, wait_for
 
-from kd_dist.run.checkpoint import RunFolder, load_model, read_state, weights_digest
+from kd_dist.run.checkpoint import load_model, weights_digest
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.state import read_state
 from launch.supervisor import Job, JobFolder, job_folders
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import pytest
 from box import wait_for
 from shared import ROOT, SIZES
 
-from kd_dist.run.checkpoint import RunFolder
+from kd_dist.run.folder import RunFolder
 from launch.supervisor import Job, JobFolder
 
 SIZE = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1")

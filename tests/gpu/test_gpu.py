@@ -20,7 +20,9 @@ from kd_dist.dist.runtime import Runtime
 from kd_dist.images import views
 from kd_dist.images.device import TOLERANCE, ResidentPixels
 from kd_dist.models import Cnn5
-from kd_dist.run.checkpoint import RunFolder, load_model, read_metrics
+from kd_dist.run.checkpoint import load_model
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import read_metrics
 from kd_dist.training import Trainer, objectives
 from tests.entries import call
 from tests.test_exactness import K, make_trainer, random_data
