@@ -57,6 +57,8 @@ def main() -> None:
                 train(config, data, model, folder, runtime, stop)
             if config.labelling.views:
                 write(config, data, target, folder, runtime, stop)
+            else:
+                job.say(runtime, f"finished: {folder.model}; compare runs by {command('kd_dist.report', folder.path)}")
 
 
 def given_weights(config: TeacherConfig, model: nn.Module, classes: int, runtime: Runtime) -> dict[str, str]:

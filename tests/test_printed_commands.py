@@ -101,6 +101,15 @@ def test_what_follows_the_teacher_and_the_student(capsys, place):
     run(re.search(r"is there already; `(.*)`", capsys.readouterr().out)[1])
 
 
+def test_a_teacher_without_a_cache_says_where_its_weights_are(capsys, place):
+    asked = typed("my runs/no cache")
+    asked[asked.index("--views") + 1] = 0
+    call(teacher.main, *asked)
+    printed = capsys.readouterr().out
+    assert "finished: my runs/no cache/model.pt" in printed
+    run(re.search(r"compare runs by (.*)", printed)[1])
+
+
 def test_more_views_than_there_are(capsys, place):
     cache = "my runs/teacher/logits.h5"
     asked = ["--data", "my data", "--cache", cache, "--device", "cpu", *FOLD]
