@@ -13,6 +13,7 @@ from kd_dist.data.releases import DEFAULT_RELEASE, RELEASES, locate
 from kd_dist.data.samples import SPLITS, Dataset
 from kd_dist.data.scan import default_folder, scan
 from kd_dist.errors import exit_code_of
+from kd_dist.tables import show
 
 DEFAULT_DATA = "data"
 PROGRESS_SECONDS = 5.0
@@ -66,9 +67,9 @@ def _print_set(dataset: Dataset) -> None:
 
 def _print_releases() -> None:
     for release in RELEASES.values():
-        print(f"{release.name}{' (default)' * (release.name == DEFAULT_RELEASE)}\n    {release.about}")
+        show(f"{release.name}{' (default)' * (release.name == DEFAULT_RELEASE)}\n    {release.about}")
         if release.url:
-            print(f"    {release.url}\n    SHA-256 {release.sha256 or 'not known'}")
+            show(f"    {release.url}\n    SHA-256 {release.sha256 or 'not known'}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -57,6 +57,8 @@ def main() -> None:
                 train(config, data, model, folder, runtime, stop)
             if config.labelling.views:
                 write(config, data, target, folder, runtime, stop)
+            else:
+                job.say(runtime, f"finished: {folder.model}; compare runs by {command('kd_dist.report', folder.path)}")
 
 
 def given_weights(config: TeacherConfig, model: nn.Module, classes: int, runtime: Runtime) -> dict[str, str]:
@@ -73,10 +75,14 @@ def given_weights(config: TeacherConfig, model: nn.Module, classes: int, runtime
 
 def require_writable(target: Path) -> None:
     """Raise UserError, before anything is trained, where the cache's folder cannot be made or written to."""
+    missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
+        for folder in missing:  # a refused job leaves nothing behind, in the data folder least of all
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         reason = error.strerror or error
         raise UserError(f"--cache {target} cannot be written ({reason}); name a file in another folder.") from error
 

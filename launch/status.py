@@ -24,6 +24,7 @@ from kd_dist.errors import UserError, exit_code_of
 from kd_dist.run.events import Code, Reason
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.state import read_state
+from kd_dist.tables import show
 
 from .supervisor import JOBS, Job, JobFolder, Status, controller_lives, events_of, job_folders, read_json, tail_of
 
@@ -304,7 +305,7 @@ def _show(options: argparse.Namespace) -> int:
     if options.follow:
         return follow(options.runs, options.every)
     if not options.cancel:
-        print(text_of(standings(options.runs), _width()))
+        show(text_of(standings(options.runs), _width()))
     return 0
 
 

@@ -92,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(
             f"{message}; `python -m {__package__}.submit --help` and `... teacher --help` list the options, the job's "
-            "own come after --."
+            "own come after --. The folder of a single job is `-- --out DIR`, that of a pipeline or study --runs DIR."
         )
 
 
@@ -249,7 +249,7 @@ def _submit_all(options: argparse.Namespace, plans: list[Plan], resources: Resou
             log = _shown(JobFolder(Path(job.folder)).main_log)
             print(f"{job.kind}: job {job.id}, {job.nodes} x {job.ranks} ranks{waits}; log {log}")
         before = job
-    print(f"watch them: python -m {__package__}.status {_shown(runs)} --follow")
+    print(f"watch them: python -m {__package__}.status {shlex.quote(_shown(runs))} --follow")
 
 
 def _batches(plans: list[Plan]) -> list[list[Plan]]:
@@ -295,7 +295,7 @@ def refuse_used(run: Path, runs: Path) -> None:
         if state and state.lives:
             raise UserError(
                 f"{run} belongs to job {job.id} ({job.kind}, {state.name}); wait for it, or cancel it by `python -m "
-                f"{__package__}.status {runs} --cancel`, or choose another folder."
+                f"{__package__}.status {shlex.quote(_shown(runs))} --cancel`, or choose another folder."
             )
     if in_use(RunFolder(run)):
         raise UserError(f"{run} is in use by another process; stop it, or choose another folder.")

@@ -345,6 +345,7 @@ def test_weights_of_another_program_are_not_called_damaged(tmp_path, kind):
     with pytest.raises(UserError, match=f"was not written by kd_dist: it is {kind}.*name that of a run") as caught:
         load_model(path)
     assert "damaged" not in str(caught.value) and "\n" not in str(caught.value)
+    assert f"--teacher NAME --weights {path}" in str(caught.value)
 
 
 def test_a_model_of_ours_that_is_cut_short_is_called_damaged(folder):

@@ -178,6 +178,7 @@ def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
         ("teacher --cluster debug --nodes 2 --gpus-per-node 1", "make 2; use --cluster local, or one rank"),
         ("teacher --nodes 0", "--nodes 0 must be at least 1"),
         ("teacher --epochs 3", "unrecognized arguments: --epochs 3"),
+        ("teacher --runs x", "The folder of a single job is `-- --out DIR`"),
         ("teacher -- --epoch 3", "unrecognized arguments: --epoch 3"),
         ("teacher -- --epochs 0", "--epochs 0 must be at least 1"),
         ("pipeline -- --epoch 3", "--epoch: neither job knows it"),

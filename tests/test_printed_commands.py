@@ -101,11 +101,21 @@ def test_what_follows_the_teacher_and_the_student(capsys, place):
     run(re.search(r"is there already; `(.*)`", capsys.readouterr().out)[1])
 
 
-def test_more_views_than_there_are(place):
+def test_a_teacher_without_a_cache_says_where_its_weights_are(capsys, place):
+    asked = typed("my runs/no cache")
+    asked[asked.index("--views") + 1] = 0
+    call(teacher.main, *asked)
+    printed = capsys.readouterr().out
+    assert "finished: my runs/no cache/model.pt" in printed
+    run(re.search(r"compare runs by (.*)", printed)[1])
+
+
+def test_more_views_than_there_are(capsys, place):
     cache = "my runs/teacher/logits.h5"
     asked = ["--data", "my data", "--cache", cache, "--device", "cpu", *FOLD]
     longer = refused(distill.main, *asked, "--views", 5, "--out", "runs/five")
     words = run(re.search(r"`(.*)`", longer)[1])
+    run(re.search(r"`(.*)` describes it", capsys.readouterr().out)[1])
     assert open_cache(Path(words[words.index("--output") + 1])).views == 5
     again = typed("my runs/teacher")
     again[again.index("--views") + 1] = 4
@@ -123,6 +133,8 @@ def test_what_can_be_known_is_refused_before_training(place, tmp_path):
     sentence = refused(teacher.main, *asked, "--cache", tmp_path / "file" / "logits.h5")
     assert f"--cache {tmp_path}/file/logits.h5 cannot be written" in sentence
     assert not (tmp_path / "run").exists()
+    refused(teacher.main, *asked, "--cache", tmp_path / "made" / "no" / ".." / ".." / "file" / "logits.h5")
+    assert not (tmp_path / "made").exists()
 
 
 # ---- a new run from earlier weights

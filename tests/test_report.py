@@ -239,6 +239,14 @@ def test_an_output_that_cannot_be_written(runs, command, code):
     assert (done.returncode, done.stderr) == (code, said)
 
 
+@pytest.mark.parametrize("words", ["kd_dist.dataset --list", "kd_dist.cache info RUNS/teacher/logits.h5"])
+def test_another_listing_that_cannot_be_written(runs, words):
+    line = f"{sys.executable} -m {words.replace('RUNS', str(runs))} > /dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert re.fullmatch(r"kd_dist\S*: standard output cannot be written \(No space left on device\)\.\n", done.stderr)
+
+
 @pytest.mark.parametrize("name", ["nothing", "file"])
 def test_a_lone_entry_that_is_not_a_run_is_refused_in_one_sentence(tmp_path, capsys, name):
     (tmp_path / "file").write_text("x")

@@ -4,6 +4,7 @@ verify also run under torchrun.
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from kd_dist.cache import open_cache, render_info
 from kd_dist.config import PIXELS
 from kd_dist.dist.endings import launched_rank, run_entry
 from kd_dist.errors import UserError
+from kd_dist.tables import show
 
 PROG = "python -m kd_dist.cache"
 
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def info(options: argparse.Namespace) -> None:
     """One screen about a cache: what it holds, and its label statistics."""
     if launched_rank() == 0:
-        print(render_info(open_cache(options.cache)))
+        show(render_info(open_cache(options.cache)))
 
 
 def combine(options: argparse.Namespace) -> None:
@@ -44,7 +46,7 @@ def combine(options: argparse.Namespace) -> None:
         raise UserError("--mean probabilities needs --temperature T, at which it is taken; a mean of logits has none.")
     if launched_rank() == 0:
         combine_caches([open_cache(path) for path in options.caches], options.output, options.temperature, software())
-        print(f"wrote {options.output}; `{PROG} info {options.output}` describes it")
+        print(f"wrote {options.output}; `{PROG} info {shlex.quote(str(options.output))}` describes it")
 
 
 def _labelling(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from kd_dist import job, label
 from kd_dist.cache import Cache, CachePlan, open_cache
 from kd_dist.cache.format import checksum_file_of
-from kd_dist.config import MEAN, STD, DataConfig, check_crop_scale, check_mixed_views, check_seed
+from kd_dist.config import MEAN, STD, DataConfig, check_crop_scale, check_mixed_views, check_seed, command
 from kd_dist.data.releases import locate
 from kd_dist.data.samples import SPLITS
 from kd_dist.data.scan import scan
@@ -182,7 +182,7 @@ def _write(target: Path, plan: CachePlan, teachers: list[Teacher], data: label.L
     progress = job.progress_lines(runtime, "writing the cache, blocks")
     with StopRequest() as stop:
         label.write_cache(target, plan, labeller, runtime, stop, progress)
-    job.say(runtime, f"wrote {target}; `python -m kd_dist.cache info {target}` describes it")
+    job.say(runtime, f"wrote {target}; `{command('kd_dist.cache', 'info', target)}` describes it")
 
 
 def _open_data(options: argparse.Namespace, runtime: Runtime) -> label.LabelData:

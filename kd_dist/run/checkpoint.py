@@ -148,8 +148,9 @@ def _read_torch(path: Path, format_name: str) -> dict[str, Any]:
                 "again."
             )
         raise UserError(
-            f"{path} was not written by kd_dist: it is {foreign_kind(data)}, and kd_dist reads only its own model.pt; "
-            "name that of a run, or train this network with kd_dist.teacher (kd_dist/models.py takes new networks)."
+            f"{path} was not written by kd_dist: it is {foreign_kind(data)}, and only a run's model.pt is read here; "
+            f"name that of a run. Weights trained elsewhere make a teacher as --teacher NAME --weights {path}; NAME "
+            "is torchvision:resnet34, for example."
         )
     try:
         document = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kd_dist.cache import statistics_of
-from kd_dist.config import DistillConfig
+from kd_dist.config import DistillConfig, command
 from kd_dist.errors import UserError
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.reading import Run
@@ -269,7 +269,7 @@ def read_study(out: Path) -> Study:
     folder = StudyFolder(out)
     document, there = folder.document(), folder.runs()
     if not there:
-        raise UserError(f"{out} holds no runs <arm>/seed-<number>; run `python -m kd_dist.study --out {out}` first.")
+        raise UserError(f"{out} holds no runs <arm>/seed-<number>; run `{command('kd_dist.study', out=out)}` first.")
     named = {*(document.get("arms") or ()), *there}
     variants = {name: variant(f"{name}={text}") for name, text in document.get("variants", {}).items()}
     order = [name for name in (*ARMS, *variants) if name in named]
