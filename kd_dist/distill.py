@@ -139,7 +139,11 @@ def open_for(config: CacheReader, runtime: Runtime) -> Cache | None:
     """The cache this run reads, verified; None where it reads none. Raises UserError where it cannot be used."""
     if config.distillation.cache is None:
         return None
-    cache = open_cache(Path(config.distillation.cache), runtime.once_a_node)
+    path = Path(config.distillation.cache)
+    if not path.exists():
+        write = command("kd_dist.teacher", cache=path, **carried(config))
+        raise UserError(f"there is no cache {path}; `{write}` trains a teacher and writes it.")
+    cache = open_cache(path, runtime.once_a_node)
     require_use(config, cache)
     return cache
 

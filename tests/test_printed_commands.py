@@ -126,6 +126,13 @@ def test_more_views_than_there_are(capsys, place):
 # ---- known at the start
 
 
+def test_a_missing_cache_is_written_by_the_command_that_is_named(capsys, place):
+    asked = ["--data", "my data", "--preset", "demo", "--device", "cpu", "--cache", "a place/none.h5"]
+    run(re.search(r"`(.*)`", refused(distill.main, *asked))[1])
+    assert open_cache(Path("a place/none.h5")).views > 1
+    call(distill.main, *asked, "--out", "runs/from-it")
+
+
 def test_what_can_be_known_is_refused_before_training(place, tmp_path):
     (tmp_path / "file").touch()
     asked = [*typed(str(tmp_path / "run"))]

@@ -58,8 +58,8 @@ from kd_dist.files import sha256_of
 
 TEMPERED_LOSSES = ("kl", "ce")  # those that use nothing of a row but its probabilities at --temperature
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-WRITE_ONE = "write one with `python -m kd_dist.teacher` or, from a finished teacher, `python -m kd_dist.cache write`"
-MEND = "copy it again from where it was written, or write it anew with `python -m kd_dist.cache write`"
+WRITE_ONE = "`python -m kd_dist.cache write --help` shows how a finished teacher writes one"
+MEND = "copy it again from where it was written, or write it anew: see `python -m kd_dist.cache write --help`"
 
 SoftLabels = np.ndarray | TopK
 """Raw logits float16 [N, V, K], or the top k of them: [index_B, view_B] gives rows, [start:stop] all views of some
@@ -317,7 +317,7 @@ def _refuse_other_formats(path: Path, file: h5py.File) -> None:
         )
     version = int(attribute(file, "version", INT, ()))
     if version != VERSION:
-        mend = "update kd_dist" if version > VERSION else "write it anew with `python -m kd_dist.cache write`"
+        mend = "update kd_dist" if version > VERSION else "write it anew: see `python -m kd_dist.cache write --help`"
         raise UserError(f"the cache {path} has format version {version}, this kd_dist reads {VERSION}: {mend}.")
     unknown = sorted(set(attribute(file, "required_features", TEXT, None)) - KNOWN_FEATURES)
     if unknown:
