@@ -8,7 +8,12 @@ import numpy as np
 from kd_dist.cache.format import first_true
 from kd_dist.errors import UserError
 
-MEND = "name the data it was made from with --data, or write a cache of this: see `python -m kd_dist.cache write --help`"class Samples(Protocol):
+MEND = (
+    "name the data of the cache with --data, or write a cache of this data: see `python -m kd_dist.cache write --help`"
+)
+
+
+class Samples(Protocol):
     """The ordered images of one split."""
 
     @property
