@@ -24,7 +24,8 @@ from kd_dist.export.graphs import check, latencies, noise, runs_of, write_graphs
 from kd_dist.files import publish, sync_folder, write_json, writing
 from kd_dist.images.decode import decode
 from kd_dist.predict import images_in
-from kd_dist.run.checkpoint import RunFolder, read_val_logits
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.results import read_val_logits
 from kd_dist.trained import CONFIG, WEIGHTS, Model, load, require_installed
 
 PROG = "kd_dist.export"
