@@ -18,7 +18,8 @@ from kd_dist.files import read_json
 from kd_dist.images import views
 from kd_dist.images.decode import rgb_of
 from kd_dist.models import restored
-from kd_dist.run.checkpoint import RunFolder, load_model, weights_digest
+from kd_dist.run.checkpoint import load_model, weights_digest
+from kd_dist.run.folder import RunFolder
 
 FORMAT, VERSION = "kd_dist.export", 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

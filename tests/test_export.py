@@ -13,7 +13,9 @@ from kd_dist import models, predict
 from kd_dist.errors import UserError
 from kd_dist.export import __main__ as entry
 from kd_dist.export import graphs
-from kd_dist.run.checkpoint import RunFolder, save_model, write_val_logits
+from kd_dist.run.checkpoint import save_model
+from kd_dist.run.folder import RunFolder
+from kd_dist.run.results import write_val_logits
 from tests.test_predict import SIZE, facts_of, run_folder  # noqa: F401
 
 FILES = {"README.md", "config.json", "model.onnx", "model.pt2", "model.safetensors"}

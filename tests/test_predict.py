@@ -16,7 +16,8 @@ from kd_dist import predict
 from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.models import Cnn5
-from kd_dist.run.checkpoint import RunFolder, save_model
+from kd_dist.run.checkpoint import save_model
+from kd_dist.run.folder import RunFolder
 from kd_dist.version import __version__
 
 SIZE = 32
