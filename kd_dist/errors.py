@@ -1,5 +1,6 @@
 """The errors that a user can mend, the exit codes of all commands, and what a rank that fails tells the others."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,3 +48,9 @@ def exit_code_of(name: str, work: Callable[[], object]) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
+
+
+def require_installed(extra: str, *modules: str) -> None:
+    """Raise UserError where a package of an extra, such as "study", is missing."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise UserError(f'missing: {", ".join(missing)}; install with `pip install "kd-dist[{extra}]"`.')

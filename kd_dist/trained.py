@@ -1,6 +1,5 @@
 """A trained student or teacher ready for use: `kd_dist.load(path)`."""
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +103,3 @@ def _built(file: Path, facts: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     """The network that the facts name, with these weights. Raises UserError where they do not fit."""
     network = restored({**facts, "weights": weights}, file)
     return Model(network.to(memory_format=torch.channels_last), facts)
-
-
-def require_installed(*modules: str) -> None:
-    """Raise UserError where a package of the extra "export" is missing."""
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise UserError(f'missing: {", ".join(missing)}; install with `pip install "kd-dist[export]"`.')

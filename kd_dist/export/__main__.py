@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_dist import tables
-from kd_dist.errors import UserError, exit_code_of
+from kd_dist.errors import UserError, exit_code_of, require_installed
 from kd_dist.export.card import Measured, card, config
 from kd_dist.export.graphs import check, latencies, noise, runs_of, write_graphs
 from kd_dist.files import publish, sync_folder, write_json, writing
@@ -26,7 +26,7 @@ from kd_dist.images.decode import decode
 from kd_dist.predict import images_in
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.results import read_val_logits
-from kd_dist.trained import CONFIG, WEIGHTS, Model, load, require_installed
+from kd_dist.trained import CONFIG, WEIGHTS, Model, load
 
 PROG = "kd_dist.export"
 CARD = "README.md"
@@ -51,7 +51,7 @@ def export(source: Path, target: Path, data: str | None, licence: str | None, wi
     Raises UserError: packages are missing, the target is not empty, the model cannot be read or exported, a file
     differs from the model.
     """
-    require_installed("onnx", "onnxruntime", "onnxscript")
+    require_installed("export", "onnx", "onnxruntime", "onnxscript")
     target = target.resolve()
     _require_free(target)
     model = load(source)

@@ -14,7 +14,7 @@ from kd_dist.cache import Cache, open_cache
 from kd_dist.config import StudyConfig
 from kd_dist.dist.endings import StopRequest, launched_rank, run_entry
 from kd_dist.dist.runtime import Runtime, joined
-from kd_dist.errors import UserError
+from kd_dist.errors import UserError, require_installed
 from kd_dist.job import Data
 from kd_dist.run.state import read_state
 from kd_dist.study import runs
@@ -38,6 +38,7 @@ ensemble=distilled,cache=runs/both.h5 hot=distilled,temperature=8. A variant may
 
 
 def main() -> None:
+    require_installed("study", "scipy", "matplotlib")
     words = sys.argv[1:]
     command = COMMANDS.get(words[0]) if words else None
     if command:

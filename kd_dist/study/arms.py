@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
-from scipy.special import softmax, xlogy
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -78,23 +76,26 @@ def smoothed_labels(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: Stud
 
 def mean_entropy(logits_NVK: np.ndarray, temperature: float) -> float:
     """Mean over images and views of the entropy, in nats, of softmax(logits / T)."""
+    from scipy import special  # an extra, which launching a study does without
+
     per_view = []
     for view in range(logits_NVK.shape[1]):  # one view at a time: float64 copies of a whole cache would be large
-        probabilities_NK = softmax(logits_NVK[:, view].astype(np.float64) / temperature, axis=1)
-        per_view.append(-xlogy(probabilities_NK, probabilities_NK).sum(axis=1).mean())
+        probabilities_NK = special.softmax(logits_NVK[:, view].astype(np.float64) / temperature, axis=1)
+        per_view.append(-special.xlogy(probabilities_NK, probabilities_NK).sum(axis=1).mean())
     return float(np.mean(per_view))
 
 
 def smoothing_of_entropy(entropy: float, classes: int) -> float:
     """The label smoothing in (0, 1] whose target has this entropy in nats."""
+    from scipy import optimize, special
 
     def excess(smoothing: float) -> float:
         other, own = smoothing / classes, 1 - smoothing + smoothing / classes
-        return -xlogy(own, own) - (classes - 1) * xlogy(other, other) - entropy
+        return -special.xlogy(own, own) - (classes - 1) * special.xlogy(other, other) - entropy
 
     if excess(LEAST_SMOOTHING) >= 0:
         return LEAST_SMOOTHING
-    return 1.0 if excess(1.0) <= 0 else brentq(excess, LEAST_SMOOTHING, 1.0)
+    return 1.0 if excess(1.0) <= 0 else optimize.brentq(excess, LEAST_SMOOTHING, 1.0)
 
 
 def class_means(logits_NVK: np.ndarray, labels_N: np.ndarray, _settings: StudentConfig) -> np.ndarray:
