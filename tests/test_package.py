@@ -91,8 +91,8 @@ def test_an_installed_job_runs_from_any_folder(wheel, installed, tiny_root, tmp_
     )
     shown = call(python, "-m", "kd_dist.launch.status", "--follow", "--every=0.5", cwd=tmp_path)
     assert [line.split()[2] for line in shown.rstrip().splitlines()[-2:]] == ["finished", "finished"], shown
-    (code,) = (tmp_path / "runs/jobs/code").iterdir()
-    assert sorted(path.name for path in code.iterdir()) == ["kd_dist"] and (code / "kd_dist/launch/task.py").exists()
+    code = tmp_path / "runs/jobs/0001-teacher/code"
+    assert [path.name for path in code.iterdir()] == ["kd_dist"] and (code / "kd_dist/launch/supervisor.py").exists()
     cache = open_cache(tmp_path / "runs/teacher/logits.h5")
     assert cache.header.software.startswith(f"kd_dist {kd_dist.__version__}, torch ")
     assert "student" in call(python, "-m", "kd_dist.report", "runs/teacher", "runs/student", cwd=tmp_path)

@@ -29,6 +29,7 @@ KEY = "kd_dist/watch"
 HEARTBEAT_SECONDS = 1.0
 # Longer than a file server is away when it restarts: reading a mapped file then stops even this thread, because the
 # page fault holds Python's lock. KD_DIST_SILENCE_SECONDS changes it.
+LEAVE_SECONDS = 2.0  # for the peers to read that this rank leaves
 SILENCE_SECONDS = 120.0
 CONNECT_SECONDS = 10.0
 GO_ON = "run the same command again to go on from the last checkpoint."
@@ -59,7 +60,7 @@ class Watch:
         self._peers: dict[Connection, Peer] = {}
         self._lock = threading.RLock()  # a signal handler may send while the main thread does
         self._parent = os.getppid()
-        self._left = False
+        self._left = self._leaving = False
         self._silence = float(os.environ.get("KD_DIST_SILENCE_SECONDS", SILENCE_SECONDS))
         # A data loader's forked process would hold the connections open when its rank is dead.
         os.register_at_fork(after_in_child=self._forget_in_child)
@@ -82,14 +83,25 @@ class Watch:
 
     def leave(self, stopped_by: int | None = None) -> None:
         """Part from the peers without a failure: at the end of the work, or stopped by a signal."""
-        self._send({"leaves": True, "stopped_by": stopped_by})
+        self._leave(stopped_by)
         self._left = True
         self._close()
 
+    def _leave(self, stopped_by: int | None = None) -> None:
+        """Say so, and wait until the peers have read it: a connection that is closed while something unread waits in it
+        is reset, and the peer would lose the message.
+        """
+        self._leaving = True
+        self._send({"leaves": True, "stopped_by": stopped_by})
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self._peers and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def part(self) -> None:
         """From now on the ranks work apart: the end of one is no matter of the others. The launcher's still is."""
-        self._send({"leaves": True, "stopped_by": None})
+        self._leave()
         self._close()
+        self._leaving = False
 
     # ---- connecting
 
@@ -166,7 +178,7 @@ class Watch:
             message = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             self._drop(connection)
-            if not self._left:
+            if not (self._left or self._leaving):
                 self._lose(peer, f"{peer} died without a message (killed, or out of memory?)")
             return
         peer.missed = 0
