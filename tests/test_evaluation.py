@@ -17,7 +17,19 @@ def scored_epochs(folder) -> list[int]:
 
 
 def test_scores_are_those_of_the_evaluated_epochs_and_weights_are_the_same(tiny_root, tmp_path):
-    command = [*SHORT, "--data", tiny_root, "--alpha", 0, "--epochs", 5, "--student", "cnn5"]
+    command = [
+        *SHORT,
+        "--pixels-dir",
+        tmp_path / "store",
+        "--data",
+        tiny_root,
+        "--alpha",
+        0,
+        "--epochs",
+        5,
+        "--student",
+        "cnn5",
+    ]
     for every in (1, 2):
         call(distill.main, *command, "--evaluate-every", every, "--out", tmp_path / str(every))
     assert scored_epochs(tmp_path / "1") == [1, 2, 3, 4, 5] and scored_epochs(tmp_path / "2") == [2, 4, 5]
@@ -29,12 +41,26 @@ def test_scores_are_those_of_the_evaluated_epochs_and_weights_are_the_same(tiny_
 
 def test_weights_that_are_kept_have_their_scores(tiny_root, tmp_path):
     flags = ["--evaluate-every", 9, "--keep-epochs", 1, "--epochs", 3, "--views", 0]
-    call(teacher.main, *SHORT, "--data", tiny_root, *flags, "--out", tmp_path / "run")
+    call(
+        teacher.main, *SHORT, "--pixels-dir", tmp_path / "store", "--data", tiny_root, *flags, "--out", tmp_path / "run"
+    )
     assert scored_epochs(tmp_path / "run") == [1, 3]
     assert "val_top1" in load_model(RunFolder(tmp_path / "run").model_after(1))
 
 
 @pytest.mark.parametrize("every", [0, -1])
 def test_never_is_refused(tiny_root, tmp_path, every):
-    command = [*SHORT, "--data", tiny_root, "--alpha", 0, "--evaluate-every", every, "--out", tmp_path / "run"]
+    command = [
+        *SHORT,
+        "--pixels-dir",
+        tmp_path / "store",
+        "--data",
+        tiny_root,
+        "--alpha",
+        0,
+        "--evaluate-every",
+        every,
+        "--out",
+        tmp_path / "run",
+    ]
     assert "--evaluate-every" in refused(distill.main, *command)

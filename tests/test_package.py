@@ -102,7 +102,7 @@ def test_an_editable_checkout_runs_from_any_folder(checkout, installed, tmp_path
     python = installed("--editable", checkout)
     for cwd, module in ((tmp_path, "kd_dist.launch"), (checkout, "kd_dist.launch"), (checkout, "launch")):
         assert f"python -m {module}.submit JOB" in call(python, "-m", f"{module}.submit", "--help", cwd=cwd)
-        where = call(python, "-c", f"import {module}.code; print({module}.code.__file__)", cwd=cwd).strip()
-        assert where == str(checkout / "launch/code.py")
+        where = call(python, "-c", f"import {module}.supervisor; print({module}.supervisor.__file__)", cwd=cwd).strip()
+        assert where == str(checkout / "launch/supervisor.py")
         shown = call(python, "-m", f"{module}.submit", "teacher", "--dry-run", cwd=cwd)
         assert "#SBATCH --job-name=kd-teacher" in shown  # slurm/site.conf is found

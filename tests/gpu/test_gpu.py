@@ -4,6 +4,7 @@ Skipped where there is none; `make gpu` runs them. Bits are not compared: some k
 """
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 GPU = torch.device("cuda", 0)
 SHORT = ("--device", "cuda", "--precision", "fp32", "--image-size", 64, "--batch-size", 7, "--epochs", 3, "--lr", 0.01)
 CLOSE = 0.05  # relative, of a training loss after three short epochs: rounding grows from step to step
+
+
+@pytest.fixture(scope="module")
+def tiny_root(tiny_root, tmp_path_factory) -> Path:
+    """A copy, because the jobs keep decoded images in it."""
+    return Path(shutil.copytree(tiny_root, tmp_path_factory.mktemp("set") / "set"))
 
 
 @pytest.fixture(scope="module")
