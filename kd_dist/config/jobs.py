@@ -102,14 +102,10 @@ class JobConfig:
 
 
 @dataclass(frozen=True)
-class TeacherConfig(JobConfig):
-    """The first job: train a teacher, then write the cache of its soft labels."""
+class NetworkConfig(JobConfig):
+    """A job that trains one network from a seed; each kind has a folder of its own by default."""
 
-    kind: ClassVar[str] = "teacher"
-
-    out: str = flag(
-        "runs/teacher", "Folder of this run; the same command again resumes the run.", "DIR", may_change=True
-    )
+    out: str = flag("runs", "Folder of this run; the same command again resumes the run.", "DIR", may_change=True)
     seed: int = flag(0, "Seed of weights, order, crops and flips.")
     init: str | None = flag(
         None,
@@ -117,11 +113,25 @@ class TeacherConfig(JobConfig):
         "RUN_OR_FILE",
         may_change=True,
     )
-    labelling: LabellingConfig = field(default_factory=LabellingConfig)
 
     def __post_init__(self):
         super().__post_init__()
         check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class TeacherConfig(NetworkConfig):
+    """The first job: train a teacher, then write the cache of its soft labels."""
+
+    kind: ClassVar[str] = "teacher"
+
+    out: str = flag(
+        "runs/teacher", "Folder of this run; the same command again resumes the run.", "DIR", may_change=True
+    )
+    labelling: LabellingConfig = field(default_factory=LabellingConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
         both = self.init is not None and self.labelling.weights is not None
         require(
             not both, "weights", self.labelling.weights, f"and --init {self.init} are two beginnings; leave out one"
@@ -136,20 +146,13 @@ class TeacherConfig(JobConfig):
 
 
 @dataclass(frozen=True)
-class StudentConfig(JobConfig):
+class StudentConfig(NetworkConfig):
     """A student, whether its soft labels come from a cache or from a teacher at hand."""
 
     kind: ClassVar[str] = "student"
 
     out: str = flag(
         "runs/student", "Folder of this run; the same command again resumes the run.", "DIR", may_change=True
-    )
-    seed: int = flag(0, "Seed of weights, order, crops and flips.")
-    init: str | None = flag(
-        None,
-        "Start a new run, with a new schedule, from the weights of this run or model.pt [random weights].",
-        "RUN_OR_FILE",
-        may_change=True,
     )
     crops: str | None = flag(
         None,
@@ -160,7 +163,6 @@ class StudentConfig(JobConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_seed(self.seed)
         if self.crops is not None:
             one_of("crops", self.crops, ("cached", "fresh"))
 
@@ -286,5 +288,5 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-for _kind in (JobConfig, TeacherConfig, StudentConfig, DistillConfig, StudyConfig):
+for _kind in (JobConfig, NetworkConfig, TeacherConfig, StudentConfig, DistillConfig, StudyConfig):
     _kind.may_change = frozenset(name for name, each in flags_of(_kind).items() if each.metadata["may_change"])
