@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests are many small computations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -41,17 +42,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_root(tmp_path_factory) -> Path:
-    """A set of three classes, 21 train and 9 val images of several sizes. Read it; copy it to change it."""
+def generated_root(tmp_path_factory) -> Path:
+    """A set of three classes, 21 train and 9 val images of several sizes, for all tests: no job may write into it."""
     root = tmp_path_factory.mktemp("tiny") / "set"
     generated.generate(root, train_per_class=7, val_per_class=3, classes=3)
     return root
 
 
+@pytest.fixture
+def tiny_root(generated_root, tmp_path_factory) -> Path:
+    """A copy of that set for one test, in which a job leaves its decoded images."""
+    return shutil.copytree(generated_root, tmp_path_factory.mktemp("tiny") / "set")
+
+
 @pytest.fixture(scope="session")
-def tiny(tiny_root) -> Dataset:
-    """The sample lists of the tiny set."""
-    return scan(tiny_root)
+def tiny(generated_root) -> Dataset:
+    """The sample lists of the set that no job writes into."""
+    return scan(generated_root)
 
 
 @pytest.fixture(scope="session")

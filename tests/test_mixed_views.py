@@ -61,8 +61,8 @@ def write(runtime, root: Path, target: Path, views_V: int = V, mixed: float = 0.
 
 
 @pytest.fixture(scope="module")
-def root(tiny_root, tmp_path_factory) -> Path:
-    return shutil.copytree(tiny_root, tmp_path_factory.mktemp("mixed") / "set")
+def root(generated_root, tmp_path_factory) -> Path:
+    return shutil.copytree(generated_root, tmp_path_factory.mktemp("mixed") / "set")
 
 
 @pytest.fixture(scope="module")

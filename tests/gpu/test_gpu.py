@@ -36,9 +36,9 @@ CLOSE = 0.05  # relative, of a training loss after three short epochs: rounding 
 
 
 @pytest.fixture(scope="module")
-def tiny_root(tiny_root, tmp_path_factory) -> Path:
-    """A copy, because the jobs keep decoded images in it."""
-    return Path(shutil.copytree(tiny_root, tmp_path_factory.mktemp("set") / "set"))
+def tiny_root(generated_root, tmp_path_factory) -> Path:
+    """One copy for this file's jobs, which keep decoded images in it."""
+    return Path(shutil.copytree(generated_root, tmp_path_factory.mktemp("set") / "set"))
 
 
 @pytest.fixture(scope="module")
