@@ -248,8 +248,8 @@ def test_a_resume_on_fewer_gpus_keeps_the_batch(monkeypatch, tmp_path):
     assert not claimed(first) and (first["batch_size"], first["lr"]) == (4096, 1.6)
     again = started(2)
     assert again == first and claimed(again)
-    assert started(2, "--batch-size", "1024").batch_size == 1024
-    assert started(2, "--start-over").batch_size == 1024
+    assert started(2, "--batch-size", "1024")["batch_size"] == 1024
+    assert started(2, "--start-over")["batch_size"] == 1024
 
 
 def test_batch_warnings():
