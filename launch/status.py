@@ -9,6 +9,7 @@ import contextlib
 import getpass
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess

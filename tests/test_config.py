@@ -419,7 +419,7 @@ BAD_ON_STUDENT = [
     "--temperature inf",
     "--crops live",
     "--alpha 0.5 --crops fresh",
-    "--cutmix 0.5",  # cached crops cannot be blended
+    "--cutmix 0.5",  # cached crops cannot be mixed
     "--mixup 0.5",
     "--mixup 0.6 --cutmix 0.6 --alpha 0",
     "--teacher resnet18",
