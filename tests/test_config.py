@@ -248,8 +248,8 @@ def test_a_resume_on_fewer_gpus_keeps_the_batch(monkeypatch, tmp_path):
     assert not claimed(first) and (first["batch_size"], first["lr"]) == (4096, 1.6)
     again = started(2)
     assert again == first and claimed(again)
-    assert started(2, "--batch-size", "1024").batch_size == 1024
-    assert started(2, "--start-over").batch_size == 1024
+    assert started(2, "--batch-size", "1024")["batch_size"] == 1024
+    assert started(2, "--start-over")["batch_size"] == 1024
 
 
 def test_batch_warnings():
@@ -419,7 +419,7 @@ BAD_ON_STUDENT = [
     "--temperature inf",
     "--crops live",
     "--alpha 0.5 --crops fresh",
-    "--cutmix 0.5",  # cached crops cannot be blended
+    "--cutmix 0.5",  # cached crops cannot be mixed
     "--mixup 0.5",
     "--mixup 0.6 --cutmix 0.6 --alpha 0",
     "--teacher resnet18",

@@ -16,7 +16,7 @@ from kd_dist.dist.runtime import Runtime
 from kd_dist.errors import UserError
 from kd_dist.images import device as resident
 from kd_dist.images.device import free_bytes
-from kd_dist.images.store import Pictures, Pixels, build_pixels, measure_files, open_files, open_pixels
+from kd_dist.images.store import ImageStore, Pixels, build_pixels, measure_files, open_files, open_pixels
 from kd_dist.job.progress import progress_by_name, progress_lines, say
 
 RESIDENT_SHARE = 0.4  # of a GPU's free memory that images may take unasked; the network needs the rest
@@ -24,10 +24,10 @@ RESIDENT_SHARE = 0.4  # of a GPU's free memory that images may take unasked; the
 
 @dataclass(frozen=True)
 class Data:
-    """A data set with its pictures. `threads` of a rank may draw them ahead of a forward pass."""
+    """A data set with its images. `threads` of a rank may draw them ahead of a forward pass."""
 
     samples: Dataset
-    pixels: dict[str, Pictures]
+    pixels: dict[str, ImageStore]
     threads: int = 0
 
     def require_fit(self, cache: Cache) -> None:
@@ -35,7 +35,7 @@ class Data:
         samples = self.samples
         cache.check_fits(samples.name, samples.classes, {"train": samples.train, "val": samples.val})
 
-    def split(self, name: str) -> tuple[SampleList, Pictures]:
+    def split(self, name: str) -> tuple[SampleList, ImageStore]:
         """(sample list, pixels) of "train" or "val"."""
         return self.samples.split(name), self.pixels[name]
 
@@ -58,7 +58,7 @@ def open_data(source: DataConfig, runtime: Runtime) -> Data:
     if len(pixels) < len(SPLITS):
         raise UserError(f"the decoded images in {store} vanished or belong to other data; run the same command again.")
     stored = {split: found for split, found in pixels.items() if isinstance(found, Pixels)}
-    placed: dict[str, Pictures] = _placed(stored, source.pixels, runtime) if stored else {**pixels}
+    placed: dict[str, ImageStore] = _placed(stored, source.pixels, runtime) if stored else {**pixels}
     return Data(samples, placed, spare_cores(runtime.device.type, runtime.local_world_size))
 
 
@@ -84,8 +84,8 @@ def _find(source: DataConfig, runtime: Runtime) -> Path:
     )
 
 
-def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str, Pictures]:
-    """The decoded pictures in the host's memory or on the device, on all ranks alike."""
+def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str, ImageStore]:
+    """The decoded images in the host's memory or on the device, on all ranks alike."""
     needed = sum(len(split.bytes_) for split in pixels.values())
     free = min(runtime.gather(free_bytes(runtime.device)))
     if where == "auto":
@@ -94,7 +94,7 @@ def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str
         return {**pixels}
     if needed > free:
         raise UserError(
-            f"--pixels device needs {needed / 1e9:.1f} GB for the decoded pictures, {runtime.device} has "
+            f"--pixels device needs {needed / 1e9:.1f} GB for the decoded images, {runtime.device} has "
             f"{free / 1e9:.1f} GB free; use --pixels memory."
         )
     on_device, fault = resident.place(pixels, runtime.device)

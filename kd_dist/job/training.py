@@ -125,7 +125,7 @@ def _train_data(config: NetworkConfig, data: Data, supervision: Supervision) -> 
         cutmix=config.augmentation.cutmix,
         logits_NVK=supervision.logits_NVK,
         members_M=members_of(config.split, labels, data),
-        blended_epochs=config.mixed_epochs,
+        mixed_epochs=config.mixed_epochs,
     )
 
 
