@@ -557,7 +557,7 @@ def test_two_ranks_side_by_side_train_what_one_process_does(made, whole, tmp_pat
     done = two_ranks(made, out, "--cutmix", "0.5", "--side-by-side", "yes", "--arms", *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "side by side: each of 2 ranks trains students of its own" in done.stdout
-    assert {line[:8] for line in done.stdout.splitlines() if ": train" in line or "1 ranks on cpu" in line} == {
+    assert {line[:8] for line in done.stdout.splitlines() if ": train" in line or "1 rank on cpu" in line} == {
         *("rank 0 |", "rank 1 |")
     }
     assert done.stdout.count("what it isolates") == 1 and "| class-mean | " in StudyFolder(out).table.read_text()
