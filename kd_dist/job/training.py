@@ -7,14 +7,7 @@ import numpy as np
 from torch import nn
 
 from kd_dist.cache import Cache, SoftLabels
-from kd_dist.config import (
-    MEAN,
-    STD,
-    AugmentationConfig,
-    LabelUse,
-    NetworkConfig,
-    origin_of_lr,
-)
+from kd_dist.config import MEAN, STD, AugmentationConfig, LabelUse, NetworkConfig, origin_of_lr
 from kd_dist.dist.cores import spare_cores
 from kd_dist.dist.endings import StopRequest
 from kd_dist.dist.runtime import Runtime
