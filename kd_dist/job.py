@@ -182,7 +182,7 @@ def open_data(source: DataConfig, runtime: Runtime) -> Data:
     make, what = (measure_files, "measuring") if from_files else (build_pixels, "decoding")
 
     def prepare() -> None:
-        samples = scan(root, manifest_folder=store, workers=threads)
+        samples = scan(root, val_share=source.val_share, manifest_folder=store, workers=threads)
         written = 0
         for split in SPLITS:
             written += make(samples.split(split), store, threads, progress_lines(runtime, f"{what} {split} images"))
@@ -191,7 +191,7 @@ def open_data(source: DataConfig, runtime: Runtime) -> Data:
             say(runtime, f"wrote {kept} to {store}: {written / 1e6:,.1f} MB; a later job reads them there")
 
     runtime.once_a_node("decode data", prepare)
-    samples = scan(root, manifest_folder=store)
+    samples = scan(root, val_share=source.val_share, manifest_folder=store)
     for note in samples.notes() if runtime.is_main else ():
         say(runtime, note)
     opened = {split: (open_files if from_files else open_pixels)(samples.split(split), store) for split in SPLITS}
@@ -227,9 +227,8 @@ def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str
 def _find(source: DataConfig, runtime: Runtime) -> Path:
     typed = source.data or os.environ.get("KD_DIST_DATA")
     progress = _progress_by_name(runtime)
-    return locate(
-        Path(typed or "data"), source.release, source.archive, source.sha256, explicit=bool(typed), progress=progress
-    )
+    data, named = Path(typed or "data"), (source.release, source.archive, source.sha256)
+    return locate(data, *named, explicit=bool(typed), val_share=source.val_share, progress=progress)
 
 
 def _progress_by_name(runtime: Runtime) -> Callable[[str, int, int], None]:
