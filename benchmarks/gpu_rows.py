@@ -41,7 +41,7 @@ def _teacher(bench: Bench, size: int) -> Trainer:
     settings = bench.settings(TeacherConfig, image_size=size)
     terms = objectives.hard(bench.classes, settings.optimisation.label_smoothing)
     crops = job.fresh_crops(settings.augmentation, settings.seed, bench.data)
-    return bench.trainer(settings, bench.network(settings.labelling.teacher), terms, crops)
+    return bench.trainer(settings, bench.network(settings.labelling.teacher), job.Supervision(terms, crops))
 
 
 def _measured(bench: Bench, who: str, size: int, make: Callable[[], Trainer]) -> Iterator[Row]:
@@ -85,7 +85,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flops_an_image(trainer: Trainer) -> float:
-    """FLOP that forward and backward of one picture take, counted by torch (two for a multiplication and addition)."""
+    """FLOP that forward and backward of one image take, counted by torch (two for a multiplication and addition)."""
     model = trainer.model.train()
     side = trainer.data.image_size
     images_BCHW = torch.zeros(2, 3, side, side, device=trainer.runtime.device)

@@ -56,7 +56,7 @@ def export(source: Path, target: Path, data: str | None, licence: str | None, wi
     _require_free(target)
     model = load(source)
     model.facts.update(_scored_images(source, model))
-    pixels_BCHW, images = _pictures(model, data)
+    pixels_BCHW, images = _images(model, data)
     temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with writing(target, goes_on="from the start"):
@@ -85,7 +85,7 @@ def _scored_images(source: Path, model: Model) -> dict[str, int]:
     return {}
 
 
-def _pictures(model: Model, data: str | None) -> tuple[Tensor, str]:
+def _images(model: Model, data: str | None) -> tuple[Tensor, str]:
     """Images uint8 [B, 3, S, S] to compare on, and what they are in words."""
     if data is None:
         return noise(model, COMPARED), f"{COMPARED} images of generated noise, as no --data was named"
@@ -96,10 +96,10 @@ def _pictures(model: Model, data: str | None) -> tuple[Tensor, str]:
 
 
 def _fill(
-    folder: Path, model: Model, name: str, licence: str | None, pictures: tuple[Tensor, str], with_preprocessing: bool
+    folder: Path, model: Model, name: str, licence: str | None, sample: tuple[Tensor, str], with_preprocessing: bool
 ) -> None:
     """Write all files of a model's folder, and check those that hold the network."""
-    pixels_BCHW, images = pictures
+    pixels_BCHW, images = sample
     weights = {key: value.detach().contiguous().clone() for key, value in model.network.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / CONFIG, config(model, with_preprocessing))

@@ -251,7 +251,7 @@ def _mix(
     lambda_M: torch.Tensor,
     numbers_S: torch.Tensor,
 ) -> None:
-    """Mix partners into their images in place, as `views.blend` does."""
+    """Mix partners into their images in place, as `views.mix` does."""
     inside_2MS = (numbers_S >= edges_22M1[0]) & (numbers_S < edges_22M1[1])
     inside_MHW1 = (inside_2MS[0, :, :, None] & inside_2MS[1, :, None, :])[..., None]
     share_MHW1 = torch.where(inside_MHW1, lambda_M[:, None, None, None], 1.0)
@@ -289,10 +289,10 @@ def fault_of(resident: ResidentPixels, pixels: Pixels) -> str | None:
     rng = np.random.default_rng(0)
     index_B = np.append(rng.integers(0, len(pixels), COMPARED_CROPS - 1), pixels.sizes_N2.prod(axis=1).argmax())
     crops = (index_B, views.draw_boxes(rng, pixels.sizes_N2[index_B], (0.08, 1.0)), views.draw_flips(rng, len(index_B)))
-    mixes = views.draw_blends(rng, len(index_B), 0.25, 0.25)
+    mixes = views.draw_mixes(rng, len(index_B), 0.25, 0.25)
     index_P, box_P4, flip_P = (column[mixes.partner_N] for column in crops)
-    blend = (mixes.weight_N.astype(np.float32), mixes.paste_N4.astype(np.float32))
-    shown = Shown(*crops, index_P, box_P4, flip_P, *blend)
+    mix = (mixes.weight_N.astype(np.float32), mixes.paste_N4.astype(np.float32))
+    shown = Shown(*crops, index_P, box_P4, flip_P, *mix)
     of_host, of_device = (drawer.show(shown, COMPARED_SIZE).cpu().int() for drawer in (pixels, resident))
     off = (of_device - of_host).abs()
     most, share = int(off.max()), float((off > 0).float().mean())

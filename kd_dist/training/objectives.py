@@ -9,7 +9,7 @@ from kd_dist.training.trainer import LossTerms
 
 
 def hard(classes: int, smoothing: float) -> LossTerms:
-    """Cross-entropy with the labels, blended as the batch says and smoothed: {"total", "hard"}."""
+    """Cross-entropy with the labels, mixed as the batch says and smoothed: {"total", "hard"}."""
 
     def terms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         hard_B = _hard(model(batch.images_BCHW), batch, classes, smoothing)
@@ -34,7 +34,7 @@ def distilled(classes: int, smoothing: float, soft_loss: SoftLoss, alpha: float,
 
 
 def _main_labels(batch: Batch) -> Tensor:
-    """The label with the larger share in each picture: [B]."""
+    """The label with the larger share in each image: [B]."""
     return torch.where(batch.weights_B < 0.5, batch.partner_labels_B, batch.labels_B)
 
 
