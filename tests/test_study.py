@@ -484,7 +484,11 @@ def test_baselines_on_few_labels_keep_the_shares_of_a_schedule():
     study = SETTINGS.changed(epochs=3, warmup_epochs=2.9, no_mix_epochs=1)
     for share, epochs, plain in ((1.0, 3, 1), (0.9, 3, 1), (0.1, 30, 10)):
         own = run_settings(study.changed(label_fraction=share), ARMS["baseline"], 0)
-        assert (own.epochs, own.no_mix_epochs, own.warmup_epochs) == (epochs, plain, pytest.approx(2.9 * epochs / 3))
+        assert (own["epochs"], own["no_mix_epochs"], own["warmup_epochs"]) == (
+            epochs,
+            plain,
+            pytest.approx(2.9 * epochs / 3),
+        )
 
 
 def test_an_interrupted_study_goes_on_to_the_same_weights(made, whole, tmp_path, monkeypatch):
@@ -557,7 +561,7 @@ def test_two_ranks_side_by_side_train_what_one_process_does(made, whole, tmp_pat
     done = two_ranks(made, out, "--cutmix", "0.5", "--side-by-side", "yes", "--arms", *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "side by side: each of 2 ranks trains students of its own" in done.stdout
-    assert {line[:8] for line in done.stdout.splitlines() if ": train" in line or "1 ranks on cpu" in line} == {
+    assert {line[:8] for line in done.stdout.splitlines() if ": train" in line or "1 rank on cpu" in line} == {
         *("rank 0 |", "rank 1 |")
     }
     assert done.stdout.count("what it isolates") == 1 and "| class-mean | " in StudyFolder(out).table.read_text()

@@ -36,8 +36,14 @@ class SampleList:
     def at(self, rows_M: np.ndarray, name: str) -> "SampleList":
         """The samples in these rows as a list of their own, with its own fingerprint; `name` is its split's."""
         paths = tuple(self.paths[row] for row in rows_M)
-        columns = {column: getattr(self, column)[rows_M] for column in ("labels_N", "bytes_N", "sha256_N32")}
-        return replace(self, split=name, paths=paths, **columns)
+        return replace(
+            self,
+            split=name,
+            paths=paths,
+            labels_N=self.labels_N[rows_M],
+            bytes_N=self.bytes_N[rows_M],
+            sha256_N32=self.sha256_N32[rows_M],
+        )
 
     def file(self, path: str) -> Path:
         """Where one of the listed images is on the disk."""

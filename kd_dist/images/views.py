@@ -8,7 +8,7 @@ say nothing of S, so a student may render the very image its teacher saw at anot
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import floor
 from pathlib import Path
 from typing import Protocol
@@ -220,8 +220,16 @@ class Shown:
     def plain(cls, index_B: np.ndarray, box_B4: np.ndarray, flip_B: np.ndarray) -> "Shown":
         """Crops that are not mixed."""
         b = len(index_B)
-        crop = (index_B, box_B4, flip_B)
-        return cls(*crop, *crop, np.ones(b, np.float32), np.zeros((b, 4), np.float32))
+        return cls(
+            index_B=index_B,
+            box_B4=box_B4,
+            flip_B=flip_B,
+            partner_B=index_B,
+            partner_box_B4=box_B4,
+            partner_flip_B=flip_B,
+            weight_B=np.ones(b, np.float32),
+            paste_B4=np.zeros((b, 4), np.float32),
+        )
 
     def __len__(self) -> int:
         return len(self.index_B)
@@ -251,7 +259,7 @@ class Mixed(Protocol):
         ...
 
 
-class CachedViews(Protocol):
+class StoredViews(Protocol):
     """The views of a split as a cache holds them; `mixed` is None where none is mixed."""
 
     @property
@@ -264,16 +272,22 @@ class CachedViews(Protocol):
     def mixed(self) -> Mixed | None: ...
 
 
-def shown_in(cached: CachedViews, index_B: np.ndarray, view_B: np.ndarray | int) -> Shown:
+def shown_in(cached: StoredViews, index_B: np.ndarray, view_B: np.ndarray | int) -> Shown:
     """What images show in a cached view each (or all in one), the partners of mixed ones in theirs."""
-    own = (index_B, cached.box_NV4[index_B, view_B], cached.flip_NV[index_B, view_B])
+    plain = Shown.plain(index_B, cached.box_NV4[index_B, view_B], cached.flip_NV[index_B, view_B])
     mixed = cached.mixed
     if mixed is None:
-        return Shown.plain(*own)
+        return plain
     partner_B = mixed.partner_NV[index_B, view_B].astype(np.int64)
     partner_view_B = mixed.partner_view_NV[index_B, view_B]
-    crops = (cached.box_NV4[partner_B, partner_view_B], cached.flip_NV[partner_B, partner_view_B])
-    return Shown(*own, partner_B, *crops, mixed.weight_NV[index_B, view_B], mixed.paste_NV4[index_B, view_B])
+    return replace(
+        plain,
+        partner_B=partner_B,
+        partner_box_B4=cached.box_NV4[partner_B, partner_view_B],
+        partner_flip_B=cached.flip_NV[partner_B, partner_view_B],
+        weight_B=mixed.weight_NV[index_B, view_B],
+        paste_B4=mixed.paste_NV4[index_B, view_B],
+    )
 
 
 class Images(Protocol):

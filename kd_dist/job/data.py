@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_dist.cache import Cache
-from kd_dist.config import (
-    DataConfig,
-)
+from kd_dist.config import DataConfig
 from kd_dist.data.releases import locate
 from kd_dist.data.samples import SPLITS, Dataset, SampleList
 from kd_dist.data.scan import default_folder, scan

@@ -143,7 +143,9 @@ def _require_no_flags_of_foreign_teachers(options: argparse.Namespace) -> None:
 
 def _require_one_source_of_views(options: argparse.Namespace) -> None:
     if options.like is None and options.views is None:
-        raise UserError("how many views? Add --views 16, or --like FILE for those of another cache.")
+        raise UserError(
+            "--views V or --like FILE is required: how many views to draw, or the cache whose views to label."
+        )
     for name in ("views", "mixed_views", "seed", "crop_scale"):
         if options.like is not None and getattr(options, name) is not None:
             flag = "--" + name.replace("_", "-")

@@ -255,13 +255,19 @@ class EpochBatches(Dataset):
         if self.views.mixed_N is not None:
             return self.views.mixed_N.at(index_B)
         box_N4, flip_N = self.views.box_N4, self.views.flip_N
-        crop = (index_B, box_N4[index_B], flip_N[index_B])
+        plain = views.Shown.plain(index_B, box_N4[index_B], flip_N[index_B])
         if self.mixes is None:
-            return views.Shown.plain(*crop)
+            return plain
         weight_B = self.mixes.weight_N[index_B].astype(np.float32)
         partner_B = np.where(weight_B < 1, self.mixes.partner_N[index_B], index_B)
-        paste_B4 = self.mixes.paste_N4[index_B].astype(np.float32)
-        return views.Shown(*crop, partner_B, box_N4[partner_B], flip_N[partner_B], weight_B, paste_B4)
+        return replace(
+            plain,
+            partner_B=partner_B,
+            partner_box_B4=box_N4[partner_B],
+            partner_flip_B=flip_N[partner_B],
+            weight_B=weight_B,
+            paste_B4=self.mixes.paste_N4[index_B].astype(np.float32),
+        )
 
 
 class _Guarded(Dataset):
