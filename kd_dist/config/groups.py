@@ -38,6 +38,13 @@ class DataConfig:
     val_share: float | None = flag(
         None, "Hold this share of the images out as val, chosen by their content; for data without val.", "SHARE"
     )
+    unlabelled: str | None = flag(
+        None,
+        "Folder of more training images, without labels: the teacher labels them, and the student learns from its soft "
+        "labels alone.",
+        "DIR",
+        may_change=True,
+    )
     release: str | None = flag(
         None, "Data set to download where the folder does not hold one yet [imagewoof2-160].", "NAME"
     )
