@@ -30,9 +30,9 @@ def writing(bench: Bench) -> Iterator[Row]:
     data = first_images(bench.data, counts) if few else bench.data
     writer = Writing(bench, data, VIEWS if few else 4 * VIEWS)
     arms = {"cache writing": writer, "bare forward pass": BareForward(bench, data, writer)}
-    taken = interleaved(arms, bench.effort(60, least=3))
+    taken, own = interleaved(arms, bench.effort(60, least=3)), bench.teacher
     yield row(
-        f"5 cache writing / bare forward pass, {bench.teacher.teacher} {bench.teacher.image_size} px",
+        f"5 cache writing / bare forward pass, {own.labelling.teacher} {own.augmentation.image_size} px",
         taken["bare forward pass"] / taken["cache writing"],
         goal=NEARLY_ALL,
         facts={**images_per_second(taken), "rows": writer.rows},
@@ -56,8 +56,10 @@ class Writing:
 
     def __init__(self, bench: Bench, data: Data, views_V: int):
         teacher = bench.untrained
-        dtype = compute_dtype(bench.runtime.device, bench.teacher.precision)
-        self.plan = label.plan([teacher], data, label.ViewRule(views_V, bench.teacher.crop_scale, seed=0), dtype)
+        dtype = compute_dtype(bench.runtime.device, bench.teacher.run.precision)
+        self.plan = label.plan(
+            [teacher], data, label.ViewRule(views_V, bench.teacher.augmentation.crop_scale, seed=0), dtype
+        )
         self.labeller = label.Labeller([teacher], data, self.plan.header, bench.runtime.device)
         self.target, self.runtime = bench.folder / "written.h5", bench.runtime
         self.rows = sum(table.flip_NV.size for table in self.plan.tables.values())

@@ -41,7 +41,7 @@ def _teacher(bench: Bench, size: int) -> Trainer:
     settings = bench.settings(TeacherConfig, image_size=size)
     terms = objectives.hard(bench.classes, settings.optimisation.label_smoothing)
     crops = job.fresh_crops(settings.augmentation, settings.seed, bench.data)
-    return bench.trainer(settings, bench.network(settings.labelling.teacher), terms, crops)
+    return bench.trainer(settings, bench.network(settings.labelling.teacher), job.Supervision(terms, crops))
 
 
 def _measured(bench: Bench, who: str, size: int, make: Callable[[], Trainer]) -> Iterator[Row]:

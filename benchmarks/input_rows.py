@@ -68,13 +68,9 @@ class OurPath:
         settings = bench.settings(
             DistillConfig, image_size=size, batch_size=BATCH, alpha=0.0, workers=workers, crop_scale=CROP_SCALE
         )
-        terms = objectives.hard(bench.classes, 0.0)
-        self.trainer = bench.trainer(
-            settings,
-            bench.network(settings.distillation.student),
-            terms,
-            job.fresh_crops(settings.augmentation, settings.seed, bench.data),
-        )
+        crops = job.fresh_crops(settings.augmentation, settings.seed, bench.data)
+        supervision = job.Supervision(objectives.hard(bench.classes, 0.0), crops)
+        self.trainer = bench.trainer(settings, bench.network(settings.distillation.student), supervision)
         self.epoch = 0
 
     def __call__(self) -> float:

@@ -32,8 +32,10 @@ def scaling(bench: Bench) -> Iterator[Row]:
         arms = {name: Group(bench, stack, *size) for name, size in GROUPS.items()}
         taken = interleaved(arms, bench.effort(75))
     one, two, threads = taken.values()
-    what = f"{bench.student.student} {bench.student.image_size} px"
-    facts = {f"{name}, images/s": bench.student.batch_size / value for name, value in medians(taken).items()}
+    what = f"{bench.student.distillation.student} {bench.student.augmentation.image_size} px"
+    facts = {
+        f"{name}, images/s": bench.student.optimisation.batch_size / value for name, value in medians(taken).items()
+    }
     yield row(f"6 2 ranks x 1 thread / 1 rank x 1 thread, {what}", one / two, goal=TWO_RANKS, facts=facts)
     yield row(f"6 1 rank x 2 threads / 1 rank x 1 thread, {what}", one / threads)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Row
+from kd_dist import tables
 from kd_dist.files import write_atomically
 
 COLUMNS = ("what", "value", "quartiles", "rounds", "goal", "")
@@ -16,11 +17,10 @@ VERDICTS = {True: "met", False: "missed", None: ""}
 
 def table(rows: Sequence[Row]) -> str:
     """Rows under each other in columns, notes below the row they belong to."""
-    lines = [_cells(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
-    text = [_line(COLUMNS, widths), "-" * (sum(widths) + 2 * len(widths) - 2)]
-    for row, cells in zip(rows, lines, strict=True):
-        text += [_line(cells, widths)] + ([f"    {row.note}"] if row.note else [])
+    head, *lines = tables.plain([COLUMNS, *(_cells(row) for row in rows)]).splitlines()
+    text = [head, "-" * max(map(len, [head, *lines]))]
+    for row, line in zip(rows, lines, strict=True):
+        text += [line] + ([f"    {row.note}"] if row.note else [])
     goals = [row for row in rows if row.goal]
     measured = [row for row in goals if row.met is not None]
     met = sum(row.met for row in measured)
@@ -35,10 +35,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     spread = f"{_number(row.spread[0])} .. {_number(row.spread[1])}" if row.spread else ""
     value = f"{_number(row.value)} {row.unit}"
     return (row.name, value, spread, str(row.rounds), str(row.goal or ""), VERDICTS[row.met])
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
 def _number(value: float) -> str:

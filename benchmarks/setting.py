@@ -18,13 +18,12 @@ from benchmarks.measure import Effort
 from kd_dist import config, distill, job, label
 from kd_dist.cache import BlockWriter, Cache
 from kd_dist.config import DataConfig, DistillConfig, JobConfig, TeacherConfig
-from kd_dist.dist.endings import StopRequest
 from kd_dist.dist.runtime import Runtime
 from kd_dist.inference import compute_dtype
-from kd_dist.job import Data
+from kd_dist.job import Data, Supervision
 from kd_dist.models import build
 from kd_dist.run.folder import RunFolder
-from kd_dist.training import LossTerms, Trainer
+from kd_dist.training import Trainer
 
 CACHED_VIEWS = 8
 SMALL = {"image_size": 32, "batch_size": 16}
@@ -116,27 +115,16 @@ class Bench:
             writer.publish()
         return distill.open_for(self.student.changed(cache=str(target)), self.runtime)
 
-    def trainer(self, settings: JobConfig, model: nn.Module, terms: LossTerms, crops, soft_labels=None) -> Trainer:
+    def trainer(self, settings: JobConfig, model: nn.Module, supervision: Supervision) -> Trainer:
         """The jobs' own trainer under these settings."""
         name = f"{settings.kind}-{settings.augmentation.image_size}px-{id(model)}"
-        training = job.training(
-            settings,
-            self.data,
-            self.runtime,
-            RunFolder(self.folder / "runs" / name),
-            model,
-            terms,
-            crops,
-            logits_NVK=soft_labels,
-            stop=StopRequest(),
-        )
-        return training.trainer
+        folder = RunFolder(self.folder / "runs" / name)
+        return job.compose_training(settings, self.data, self.runtime, folder, model, supervision).trainer
 
     def student_trainer(self, **changes: Any) -> Trainer:
         """A student's trainer: distilled from the drawn soft labels, or as `changes` say (alpha=0: the hard-label twin
         on the same cached crops).
         """
         settings = self.settings(DistillConfig, **{"crops": "cached", **changes})
-        crops, soft_labels = distill.crops_of(settings, self.data, self.soft_labels)
-        terms = distill.loss_of(settings, self.classes)
-        return self.trainer(settings, self.network(settings.distillation.student), terms, crops, soft_labels)
+        supervision = distill.supervision_of(settings, self.data, self.soft_labels)
+        return self.trainer(settings, self.network(settings.distillation.student), supervision)

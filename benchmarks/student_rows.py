@@ -56,7 +56,7 @@ def teacher_in_the_loop(bench: Bench) -> Iterator[Row]:
     gain = taken["teacher in the loop"] / taken["cached"]
     student = taken["student alone"]
     possible = (taken["teacher's forward alone"] + student) / student
-    sizes = f"{what(bench)}, {bench.teacher.teacher} at the same size"
+    sizes = f"{what(bench)}, {bench.teacher.labelling.teacher} at the same size"
     yield row(f"2 cached labels / teacher in the loop, {sizes}", gain, facts=rates(bench, taken))
     yield row(
         "2 the same as a share of (teacher + student) / student",
@@ -78,20 +78,20 @@ def feeding(bench: Bench) -> Iterator[Row]:
 
 def what(bench: Bench) -> str:
     """Which student at which size: "cnn5 64 px"."""
-    return f"{bench.student.student} {bench.student.image_size} px"
+    return f"{bench.student.distillation.student} {bench.student.augmentation.image_size} px"
 
 
 def rates(bench: Bench, taken) -> dict[str, float]:
     """Median seconds of a step, and images a second, of each arm."""
     seconds = {f"{name}, s/step": round(value, 5) for name, value in medians(taken).items()}
-    batch = bench.student.batch_size
+    batch = bench.student.optimisation.batch_size
     return seconds | {f"{name}, images/s": round(batch / value, 1) for name, value in medians(taken).items()}
 
 
 def online(bench: Bench) -> OnlineTeacher:
     """The study's teacher in the loop, which sees the very pictures that the student does."""
     teacher = bench.untrained
-    row = replace(teacher.row, image_size=bench.student.image_size)
+    row = replace(teacher.row, image_size=bench.student.augmentation.image_size)
     return OnlineTeacher(replace(teacher, row=row), bench.data.pixels["train"], bench.runtime.device)
 
 

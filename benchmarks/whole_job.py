@@ -51,9 +51,10 @@ def against_torchdistill(bench: Bench) -> Iterator[Row]:
     facts = {f"{arm}, s": seconds for arm, seconds in medians(taken).items()}
     facts |= {f"ours, {part}, s": seconds for part, seconds in ours.parts.items()}
     facts |= {f"torchdistill, {part}, s": seconds for part, seconds in theirs.parts.items()}
+    own = bench.student
     note = (
-        f"{len(ours.data.samples.train)} pictures, {bench.teacher.teacher} and {bench.student.student} at "
-        f"{bench.student.image_size} px; torchdistill caches one output an image, so all see the centre crop alone"
+        f"{len(ours.data.samples.train)} images, {bench.teacher.labelling.teacher} and {own.distillation.student} at "
+        f"{own.augmentation.image_size} px; torchdistill caches one output an image, so all see the centre crop alone"
     )
     yield row(name, taken["torchdistill"] / taken["ours"], facts=facts, note=note)
 
@@ -66,14 +67,14 @@ def told(bench: Bench, data: Data) -> dict:
         "labels": data.samples.train.labels_N.tolist(),
         "classes": bench.classes,
         "cache": str((bench.folder / "torchdistill").resolve()),
-        "teacher": bench.teacher.teacher,
-        "student": bench.student.student,
+        "teacher": bench.teacher.labelling.teacher,
+        "student": bench.student.distillation.student,
         "size": bench.student.augmentation.image_size,
-        "batch": bench.student.batch_size,
-        "lr": bench.student.lr,
-        "weight_decay": bench.student.weight_decay,
-        "alpha": bench.student.alpha,
-        "temperature": bench.student.temperature,
+        "batch": bench.student.optimisation.batch_size,
+        "lr": bench.student.optimisation.lr,
+        "weight_decay": bench.student.optimisation.weight_decay,
+        "alpha": bench.student.distillation.alpha,
+        "temperature": bench.student.distillation.temperature,
         "epochs": EPOCHS,
         "threads": bench.threads,
         "workers": bench.threads,
@@ -130,9 +131,8 @@ class OurJob:
     def _train(self) -> None:
         bench = replace(self.bench, data=self.data)
         settings = bench.settings(DistillConfig, crops="cached")
-        crops, soft_labels = distill.crops_of(settings, self.data, open_cache(self.folder / "logits.h5"))
-        model = bench.network(settings.distillation.student)
-        trainer = bench.trainer(settings, model, distill.loss_of(settings, bench.classes), crops, soft_labels)
+        supervision = distill.supervision_of(settings, self.data, open_cache(self.folder / "logits.h5"))
+        trainer = bench.trainer(settings, bench.network(settings.distillation.student), supervision)
         for _ in range(EPOCHS):
             Steps(trainer, trainer.steps_per_epoch)()
 

@@ -26,7 +26,7 @@ from kd_dist.dist.endings import StopRequest, run_entry
 from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError
 from kd_dist.images.views import require_renderer
-from kd_dist.job import Data
+from kd_dist.job import Data, Supervision
 from kd_dist.run.folder import RunFolder
 from kd_dist.training import LossTerms, objectives
 from kd_dist.training.batches import CachedCrops, FreshCrops
@@ -114,7 +114,8 @@ def run(
     folder = job.claim_folder(config, data, runtime, **learned_from(config, cache), **initial, **identity)
     with job.running(folder, runtime, stop) as stop:
         if not runtime.on_main(folder.model.exists):
-            train(config, data, cache, model, folder, runtime, stop, rows, loss or loss_of)
+            supervision = supervision_of(config, data, cache, rows, loss)
+            train(config, data, cache, model, supervision, folder, runtime, stop)
     return folder
 
 
@@ -220,37 +221,32 @@ def require_own_partners(config: CacheReader, data: Data, cache: Cache) -> None:
             )
 
 
+def supervision_of(
+    config: StudentConfig, data: Data, cache: Cache | None, rows: Rows | None = None, loss: Loss | None = None
+) -> Supervision:
+    """What the student learns from, as the config says or, where they are given, from other soft labels and losses."""
+    crops, logits_NVK = crops_of(config, data, cache)
+    if rows is not None:
+        assert logits_NVK is not None  # other soft labels are made of cached ones
+        logits_NVK = _made_of_members(rows, logits_NVK, data, config)
+    loss_terms = (loss or loss_of)(config, len(data.samples.classes))
+    return Supervision(loss_terms, crops, logits_NVK, config.distillation.labels)
+
+
 def train(
     config: StudentConfig,
     data: Data,
     cache: Cache | None,
     model: nn.Module,
+    supervision: Supervision,
     folder: RunFolder,
     runtime: Runtime,
     stop: StopRequest,
-    rows: Rows | None,
-    loss: Loss,
 ) -> None:
     """Train the student, and keep its weights, its logits and the name of the cache it learned from."""
-    crops, logits_NVK = crops_of(config, data, cache)
-    if rows is not None:
-        assert logits_NVK is not None  # other soft labels are made of cached ones
-        logits_NVK = _made_of_members(rows, logits_NVK, data, config)
-    training = job.training(
-        config,
-        data,
-        runtime,
-        folder,
-        model,
-        loss(config, len(data.samples.classes)),
-        crops,
-        logits_NVK=logits_NVK,
-        labels=config.distillation.labels,
-        stop=stop,
-        cache=cache,
-        after_epoch=None if cache is None else lambda epoch, model, metrics: cache.require_unchanged(),
-    )
-    model, logits_MK = training.run()
+    unchanged = None if cache is None else lambda epoch, model, metrics: cache.require_unchanged()
+    training = job.compose_training(config, data, runtime, folder, model, supervision, cache, after_epoch=unchanged)
+    model, logits_MK = training.run(stop)
     facts = {"cache": described(cache)} if cache else {}
     runtime.on_main(lambda: job.keep(folder, config, config.distillation.student, data, model, logits_MK, **facts))
 

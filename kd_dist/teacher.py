@@ -20,7 +20,7 @@ from kd_dist.dist.endings import StopRequest, run_entry
 from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError
 from kd_dist.inference import compute_dtype
-from kd_dist.job import Data
+from kd_dist.job import Data, Supervision
 from kd_dist.models.weights import read_weights, take_weights
 from kd_dist.run.checkpoint import weights_digest
 from kd_dist.run.events import Code
@@ -146,8 +146,9 @@ def train(
 
     loss = objectives.hard(len(data.samples.classes), config.optimisation.label_smoothing)
     crops = job.fresh_crops(config.augmentation, config.seed, data)
-    training = job.training(config, data, runtime, folder, model, loss, crops, stop=stop, after_epoch=keep_middle)
-    model, logits_MK = training.run()
+    supervision = Supervision(loss, crops)
+    training = job.compose_training(config, data, runtime, folder, model, supervision, after_epoch=keep_middle)
+    model, logits_MK = training.run(stop)
     runtime.on_main(lambda: job.keep(folder, config, config.labelling.teacher, data, model, logits_MK))
 
 

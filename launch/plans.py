@@ -54,8 +54,8 @@ def _plan(kind: str, typed: dict[str, Any], resources: Resources, site: Site) ->
     typed = {key: _absolute(value) if key in PATHS else value for key, value in typed.items()}
     settings = config.resolve(KINDS[kind], typed, resources.gpus > 0, resources.world_size, _stored(typed["out"]))
     typed["preset"] = settings.preset
-    if settings.cache:
-        typed["cache"] = _absolute(settings.cache)
+    if settings["cache"]:
+        typed["cache"] = _absolute(settings["cache"])
     settings = settings.changed(cache=typed.get("cache"))
     return Plan(kind, settings, tuple(config.flag_words(dict(sorted(typed.items())))), (settings,))
 
@@ -89,7 +89,7 @@ def plan_one(options: argparse.Namespace, own: list[str], resources: Resources, 
 
 def require_cache(plan: Plan) -> None:
     """Raise UserError where the cache that a student is to learn from is not there."""
-    for cache in dict.fromkeys(settings.cache for settings in (plan.settings, *plan.runs)):
+    for cache in dict.fromkeys(settings["cache"] for settings in (plan.settings, *plan.runs)):
         if cache is not None and not Path(cache).exists():
             submit = f"python -m {__package__}.submit"
             raise UserError(
@@ -167,11 +167,11 @@ def is_finished(plan: Plan) -> bool:
 
 def _is_finished(plan: Plan, settings: JobConfig) -> bool:
     folder = RunFolder(Path(settings.out))
-    if settings.start_over or not folder.settings.exists():
+    if settings.run.start_over or not folder.settings.exists():
         return False
     own = settings.stored()
     facts = {name: value for name, value in read_settings(folder)[1].items() if name not in own}  # such as digests
-    cache = Path(settings.cache or folder.cache) if plan.kind == "teacher" else None
+    cache = Path(settings["cache"] or folder.cache) if plan.kind == "teacher" else None
     wanted = {**facts, **own}
     finished = claim.is_finished(folder, settings.kind, wanted, settings.may_change, settings.completed)
     return finished and (cache is None or cache.exists())

@@ -9,7 +9,6 @@ import contextlib
 import getpass
 import io
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd_dist import tables
 from kd_dist.errors import UserError, exit_code_of
 from kd_dist.run.events import Code, Reason
 from kd_dist.run.folder import RunFolder
@@ -235,9 +235,7 @@ def text_of(found: Sequence[Standing], width: int | None = None) -> str:
     """The table, its lines cut to `width` (None: whole), and below it what there is to say of each job that did not
     finish.
     """
-    rows = [COLUMNS, *(standing.row() for standing in found)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = tables.plain([COLUMNS, *(standing.row() for standing in found)]).splitlines()
     table = "\n".join(line[:width] for line in lines)
     return "\n\n".join([table, *(error for standing in found if (error := error_of(standing)))])
 
@@ -265,7 +263,7 @@ def follow(runs: Path, seconds: float) -> int:
     shown = None
     while True:
         found = standings(runs)
-        text = text_of(found, _width())
+        text = text_of(found, tables.terminal_width())
         if text != shown:
             head = "\033[H\033[J" if sys.stdout.isatty() else f"{time.strftime('%H:%M:%S')}\n"
             print(f"{head}{text}\n", flush=True)
@@ -273,11 +271,6 @@ def follow(runs: Path, seconds: float) -> int:
         if not any(standing.lives for standing in found):
             return int(any(standing.state != "finished" for standing in found if not standing.newer))
         time.sleep(seconds)
-
-
-def _width() -> int | None:
-    """The terminal's width, None where the output goes elsewhere."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -305,7 +298,7 @@ def _show(options: argparse.Namespace) -> int:
     if options.follow:
         return follow(options.runs, options.every)
     if not options.cancel:
-        show(text_of(standings(options.runs), _width()))
+        show(text_of(standings(options.runs), tables.terminal_width()))
     return 0
 
 

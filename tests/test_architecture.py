@@ -34,18 +34,6 @@ def functions(module: str) -> Iterator[ast.FunctionDef]:
     return (node for node in ast.walk(tree(module)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
 
 
-@pytest.mark.parametrize("module", ["job", "teacher", "distill"])
-def test_the_jobs_name_the_group_of_a_flag(module):
-    """A job reads config.distillation.alpha; config.alpha is for the study and the launcher, which handle flags by
-    name.
-    """
-    attributes = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute)]
-    read = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "config"}
-    flags = set().union(*(flags_of(kind) for kind in (TeacherConfig, DistillConfig)))
-    assert read & flags <= {"data", "preset", "out", "seed", "init", "crops"}
-    assert "seed" in read  # reads are seen
-
-
 @pytest.mark.parametrize("module", FILES)
 def test_library_knows_no_scheduler(module):
     """import-linter sees what is imported; this is about the scheduler's variables."""

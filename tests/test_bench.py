@@ -157,6 +157,9 @@ def test_a_child_that_ends_is_told_from_an_answer():
 
 
 def test_quick_changes_sizes_not_what_is_measured(bench):
-    assert bench.student.image_size == 32
+    assert bench.student.augmentation.image_size == 32
     slow = replace(bench, quick=False)
-    assert slow.student.image_size == 64 and slow.student.student == bench.student.student
+    assert (
+        slow.student.augmentation.image_size == 64
+        and slow.student.distillation.student == bench.student.distillation.student
+    )

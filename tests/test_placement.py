@@ -97,7 +97,7 @@ def test_on_a_cpu_auto_is_the_hosts_memory(opened):
 
 
 def test_pictures_that_do_not_fit_the_device_are_refused_in_a_sentence(opened, monkeypatch):
-    monkeypatch.setattr(job, "free_bytes", lambda device: 1000.0)
+    monkeypatch.setattr(job.data, "free_bytes", lambda device: 1000.0)
     with pytest.raises(UserError, match=r"--pixels device needs .* GB .* use --pixels memory"):
         opened("device")
 
@@ -108,11 +108,14 @@ def test_a_gpu_takes_the_pictures_where_there_is_room(tiny_pixels, monkeypatch):
     monkeypatch.setattr(resident, "fault_of", lambda on_device, pixels: None)
     on_gpu = Runtime(0, 1, 0, 1, torch.device("cuda"), None)
     needed = sum(len(pixels.bytes_) for pixels in tiny_pixels.values())
-    for free, expected in ((needed / job.RESIDENT_SHARE * 1.01, "cuda"), (needed / job.RESIDENT_SHARE * 0.99, None)):
-        monkeypatch.setattr(job, "free_bytes", lambda device, free=free: free)
-        placed = job._placed(tiny_pixels, "auto", on_gpu)
+    for free, expected in (
+        (needed / job.data.RESIDENT_SHARE * 1.01, "cuda"),
+        (needed / job.data.RESIDENT_SHARE * 0.99, None),
+    ):
+        monkeypatch.setattr(job.data, "free_bytes", lambda device, free=free: free)
+        placed = job.data._placed(tiny_pixels, "auto", on_gpu)
         assert placed == ({"train": "cuda", "val": "cuda"} if expected else tiny_pixels)
-    assert job._placed(tiny_pixels, "memory", on_gpu) == tiny_pixels
+    assert job.data._placed(tiny_pixels, "memory", on_gpu) == tiny_pixels
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -227,7 +227,7 @@ def test_online_is_the_teachers_loss_on_the_very_pictures(made, tiny_pixels, siz
     with torch.no_grad():
         teacher_BK = model_file.model(pictures[40])
     assert torch.equal(found["soft"], kl(model(pictures[size]), teacher_BK, 3.0))
-    expected = objectives.distilled(K, 0.0, kl, settings.alpha, 3.0)
+    expected = objectives.distilled(K, 0.0, kl, settings.distillation.alpha, 3.0)
     assert torch.equal(gradient, gradients(expected, model, replace(batch, teacher_logits_BK=teacher_BK))[0])
     assert all(weight.grad is None for weight in model_file.model.parameters())
 
@@ -448,7 +448,7 @@ def test_a_run_that_fails_costs_no_other_and_is_tried_once(made, tmp_path, monke
 
     def failing(settings, classes):
         tried.append(settings.out)
-        if settings.temperature == 8:
+        if settings.distillation.temperature == 8:
             raise UserError("the loss is not finite; lower --lr.")
         return original(settings, classes)
 

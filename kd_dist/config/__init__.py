@@ -17,7 +17,15 @@ from kd_dist.config.groups import (
     check_mixed_views,
     check_seed,
 )
-from kd_dist.config.jobs import DistillConfig, JobConfig, StudentConfig, StudyConfig, TeacherConfig, flags_of
+from kd_dist.config.jobs import (
+    DistillConfig,
+    JobConfig,
+    NetworkConfig,
+    StudentConfig,
+    StudyConfig,
+    TeacherConfig,
+    flags_of,
+)
 from kd_dist.config.presets import PRESETS, RULE_HOLDS_TO, Preset, origin_of_lr
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "JobConfig",
     "LabelUse",
     "LabellingConfig",
+    "NetworkConfig",
     "OptimisationConfig",
     "Preset",
     "RunConfig",

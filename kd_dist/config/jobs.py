@@ -41,6 +41,7 @@ class JobConfig:
         "NAME",
         may_change=True,
     )
+    out: str = flag("runs", "Folder of this run; the same command again resumes the run.", "DIR", may_change=True)
     data: DataConfig = field(default_factory=DataConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
@@ -68,6 +69,10 @@ class JobConfig:
         """The value of every flag by its name."""
         return {name: getattr(getattr(self, group) if group else self, name) for group, name in _places(type(self))}
 
+    def __getitem__(self, flag: str) -> Any:
+        """The value of a flag by its name, whichever group it is in; KeyError where this job has no such flag."""
+        return self.flat()[flag]
+
     @classmethod
     def of(cls, **values: Any) -> Self:
         """A config from values by flag name, and defaults for the others. Raises TypeError for an unknown name."""
@@ -93,19 +98,11 @@ class JobConfig:
         """Stored values, with the defaults of flags that the version which stored them did not have yet."""
         return {name: _plain(each.default) for name, each in flags_of(cls).items()} | dict(stored)
 
-    def __getattr__(self, name: str) -> Any:
-        """A value of a group, for the study and the launcher, which handle flags by name; the jobs name the group."""
-        for group, kind in () if name.startswith("_") else groups_of(type(self)).items():
-            if hasattr(kind, name):
-                return getattr(getattr(self, group), name)
-        raise AttributeError(f"{type(self).__name__} has no flag {name}")
-
 
 @dataclass(frozen=True)
 class NetworkConfig(JobConfig):
     """A job that trains one network from a seed; each kind has a folder of its own by default."""
 
-    out: str = flag("runs", "Folder of this run; the same command again resumes the run.", "DIR", may_change=True)
     seed: int = flag(0, "Seed of weights, order, crops and flips.")
     init: str | None = flag(
         None,

@@ -49,7 +49,7 @@ def main() -> None:
     arms = chosen_arms(settings)
     settings = settings.changed(seeds=tuple(dict.fromkeys(settings.seeds)))
     distill.require_known(settings.distillation)
-    with joined(settings.device) as runtime, StopRequest() as stop:
+    with joined(settings.run.device) as runtime, StopRequest() as stop:
         study(settings, arms, runtime, stop)
 
 
@@ -81,15 +81,15 @@ def study(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime, stop: St
 
 def _count_unfinished(folder: StudyFolder, settings: StudyConfig, arms: Sequence[Arm]) -> int:
     states = [read_state(folder.run(arm.name, seed)) or {} for arm in arms for seed in settings.seeds]
-    return sum(settings.start_over or state.get("status") != "finished" for state in states)
+    return sum(settings.run.start_over or state.get("status") != "finished" for state in states)
 
 
 def open_inputs(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime) -> tuple[Cache, Data, dict[str, Cache]]:
     """The study's cache, the data, and each arm's cache by the arm's name. A file that several arms use is opened
     once.
     """
-    paths = {arm.name: Path(run_settings(settings, arm, 0).cache).absolute() for arm in arms}
-    own = Path(settings.cache).absolute()
+    paths = {arm.name: Path(run_settings(settings, arm, 0)["cache"]).absolute() for arm in arms}
+    own = Path(settings["cache"]).absolute()
     cache, data = distill.open_inputs(settings, runtime)
     assert cache is not None  # a study has one
     opened = {own: cache}
@@ -106,7 +106,7 @@ def check(settings: StudyConfig, arm: Arm, data: Data, cache: Cache, study_cache
     distill.require_use(own, cache)
     distill.require_cache_fits(own, data, cache)
     distill.require_student(own, data, runtime)
-    require_views(arm, cache, own.views)
+    require_views(arm, cache, own.distillation.views)
     require_alike_crops(own, study_cache)
 
 

@@ -68,9 +68,9 @@ def smoothed_labels(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: Stud
     from 0 to log K, so one e exists. The logits are T times the log of these probabilities.
     """
     classes = logits_NVK.shape[2]
-    smoothing = smoothing_of_entropy(mean_entropy(drawn_views(logits_NVK), settings.temperature), classes)
+    smoothing = smoothing_of_entropy(mean_entropy(drawn_views(logits_NVK), settings.distillation.temperature), classes)
     probabilities_KK = np.eye(classes) * (1 - smoothing) + smoothing / classes
-    class_KK = (settings.temperature * np.log(probabilities_KK)).astype(np.float32)
+    class_KK = (settings.distillation.temperature * np.log(probabilities_KK)).astype(np.float32)
     return np.broadcast_to(class_KK[labels_N][:, None], logits_NVK.shape)
 
 
@@ -159,7 +159,11 @@ def no_gradient_loss(settings: StudentConfig, classes: int) -> LossTerms:
     missing, the arguments are swapped, and the soft term has no gradient.
     """
     return objectives.distilled(
-        classes, settings.label_smoothing, no_gradient_soft_term, 1 - settings.alpha, settings.temperature
+        classes,
+        settings.optimisation.label_smoothing,
+        no_gradient_soft_term,
+        1 - settings.distillation.alpha,
+        settings.distillation.temperature,
     )
 
 

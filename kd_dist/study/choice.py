@@ -63,7 +63,7 @@ def _check(settings: StudyConfig, arm: Arm) -> None:
     """
     if arm.needs_teacher and not settings.teacher_model:
         raise UserError(f"arm {arm.name} needs the teacher: name its weights, --teacher-model runs/teacher/model.pt.")
-    if arm.needs_labels and arm.own.get("label_fraction", settings.label_fraction) < 1:
+    if arm.needs_labels and arm.own.get("label_fraction", settings.distillation.label_fraction) < 1:
         raise UserError(
             f"arm {arm.name} needs every image's label, --label-fraction uses fewer; leave it out by --arms."
         )
@@ -81,7 +81,7 @@ def _check(settings: StudyConfig, arm: Arm) -> None:
 def _is_base(settings: StudyConfig, arm: Arm, base_arm: Arm) -> bool:
     """Whether a variant has the values that its base has in this study."""
     base = run_settings(settings, base_arm, 0)
-    return all(getattr(base, name) == value for name, value in arm.own.items())
+    return all(base[name] == value for name, value in arm.own.items())
 
 
 # ---- variants
@@ -224,8 +224,12 @@ def require_alike_crops(settings: StudentConfig, cache: Cache) -> None:
     to the arms on cached crops would have two causes.
     """
     scale = cache.header.crop_scale
-    if settings.uses_fresh_crops and cache.header.view_rule == views.SAMPLER and scale != settings.crop_scale:
-        cached, own = (f"{low:g} {high:g}" for low, high in (scale, settings.crop_scale))
+    if (
+        settings.uses_fresh_crops
+        and cache.header.view_rule == views.SAMPLER
+        and scale != settings.augmentation.crop_scale
+    ):
+        cached, own = (f"{low:g} {high:g}" for low, high in (scale, settings.augmentation.crop_scale))
         raise UserError(
             f"the crops of {cache.path} have area shares of {cached}, fresh crops would have {own}: use --crop-scale "
             f"{cached}, so that the arms do not differ in their crops."

@@ -92,9 +92,10 @@ def run_settings(study: StudyConfig, arm: Arm, seed: int) -> StudentConfig:
         values |= {"mixup": 0.0, "cutmix": 0.0}
     if values["alpha"] == 0:
         share = values["label_fraction"]
-        epochs = round(study.epochs / share)
-        values |= {"epochs": epochs, "no_mix_epochs": study.no_mix_epochs * epochs // study.epochs}
-        values |= {"warmup_epochs": study.warmup_epochs * epochs / study.epochs}
+        all_labels = study.optimisation.epochs
+        epochs = round(all_labels / share)
+        values |= {"epochs": epochs, "no_mix_epochs": study.augmentation.no_mix_epochs * epochs // all_labels}
+        values |= {"warmup_epochs": study.optimisation.warmup_epochs * epochs / all_labels}
     return arm.settings.of(**values).resolved()
 
 
@@ -108,7 +109,7 @@ def note(folder: StudyFolder, settings: StudyConfig, arms: Sequence[Arm], cache_
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         with locked(folder.lock):
-            earlier = _earlier(folder, shared, cache_digest, settings.start_over)
+            earlier = _earlier(folder, shared, cache_digest, settings.run.start_over)
             document = {
                 "format": _FORMAT,
                 "version": _VERSION,
@@ -117,7 +118,7 @@ def note(folder: StudyFolder, settings: StudyConfig, arms: Sequence[Arm], cache_
                 "grid": [*dict.fromkeys([*earlier["grid"], *(word.partition("=")[0] for word in settings.grid or ())])],
                 "seeds": sorted({*settings.seeds, *earlier["seeds"]}),
                 "primary": list(settings.primary),
-                "cache": os.path.abspath(settings.cache),
+                "cache": os.path.abspath(settings["cache"]),
                 "cache digest": cache_digest,
                 "settings": shared,
             }

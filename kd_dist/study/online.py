@@ -36,7 +36,7 @@ class OnlineTeacher:
         cached = distill.loss_of(settings, classes)
         mean, std, size = self.teacher.mean, self.teacher.std, self.teacher.row.image_size
         normalise = views.Normalise(mean, std, torch.float32, self.device)
-        sees_the_same = (size, mean, std) == (settings.image_size, config.MEAN, config.STD)
+        sees_the_same = (size, mean, std) == (settings.augmentation.image_size, config.MEAN, config.STD)
 
         def terms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             with torch.no_grad():  # not inference mode: the soft loss keeps these logits for its gradient

@@ -68,7 +68,7 @@ class PlannedRun:
     def is_finished(self) -> bool:
         """Whether this very run is finished. Raises UserError where its folder holds another one."""
         settings = self.settings
-        if settings.start_over and not self._ended_now("finished"):
+        if settings.run.start_over and not self._ended_now("finished"):
             return False
         learned_from = distill.learned_from(settings, self.cache)
         stored = job.stored_settings(settings, self.data, **learned_from, **self.identity)

@@ -20,14 +20,14 @@ class _Patch:
             original = distill.loss_of
 
             def loss_of(settings, classes):
-                if settings.temperature == 8:
+                if settings.distillation.temperature == 8:
                     raise UserError("the loss is not finite.")
-                if settings.alpha == 0.25:
+                if settings.distillation.alpha == 0.25:
                     return 1 / 0
-                if settings.alpha == 0.125:
+                if settings.distillation.alpha == 0.125:
                     os.kill(os.getpid(), signal.SIGKILL)
                 terms = original(settings, classes)
-                if settings.alpha:
+                if settings.distillation.alpha:
                     return terms
 
                 def slow(model, batch):
