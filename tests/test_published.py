@@ -16,9 +16,9 @@ import torch
 from kd_dist import label, version
 from kd_dist.cache import BLOCK_SAMPLES, BlockWriter, CachePlan, open_cache
 from kd_dist.cache.__main__ import main
-from kd_dist.publish.folder import Statement, export, restore
 from kd_dist.cache.statistics import top1_by_class
 from kd_dist.errors import UserError
+from kd_dist.publish.folder import Statement, export, restore
 from tests.ranks import run_command
 from tests.test_cache_format import HEADER, logits_of, plan_of, tables_of
 from tests.test_exactness import open_tiny, small_teacher

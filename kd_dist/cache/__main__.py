@@ -124,7 +124,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROG,
-        description="Caches of soft labels: describe, verify, write from trained teachers, add views, combine, publish.",
+        description="Caches of soft labels: describe, verify, write from trained teachers, add views, combine, export.",
         epilog=f"Example: {PROG} verify runs/teacher/logits.h5 --data data/imagewoof2-160",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")

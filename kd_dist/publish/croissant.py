@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from kd_dist.publish.card import ABOUT, NO_IMAGES, USE, limits, stated
 from kd_dist.cache.format import Column, Header
-from kd_dist.publish.parquet import columns_of, lengths_of, name_of
 from kd_dist.cache.reader import Cache
 from kd_dist.cache.statistics import describe_teacher, describe_views
+from kd_dist.publish.card import ABOUT, NO_IMAGES, USE, limits, stated
+from kd_dist.publish.parquet import columns_of, lengths_of, name_of
 
 CR = "http://mlcommons.org/croissant/"
 TERMS = (

@@ -12,14 +12,14 @@ from typing import Any
 import h5py
 
 from kd_dist.cache.assemble import assemble
-from kd_dist.publish.croissant import croissant
-from kd_dist.publish.card import data_card
 from kd_dist.cache.format import PUBLISHED, Header, TeacherRow, checksum_file_of
-from kd_dist.publish.parquet import block_reader, read_table, write_split
 from kd_dist.cache.plan import CachePlan
 from kd_dist.cache.reader import Cache
 from kd_dist.errors import UserError
 from kd_dist.files import disk_full, new_folder, publish, read_json, sha256_of, write_atomically, write_json, writing
+from kd_dist.publish.card import data_card
+from kd_dist.publish.croissant import croissant
+from kd_dist.publish.parquet import block_reader, read_table, write_split
 from kd_dist.version import commit, software
 
 FORMAT, VERSION = "kd_dist.published_labels", 1
