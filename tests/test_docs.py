@@ -29,7 +29,7 @@ def help_of(module: str, command: str) -> str:
     return run_command(module, *([command] if command else []), "--help").stdout
 
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "guide", "study", "cluster")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "guide", "data", "study", "cluster")))
 
 
 WRITTEN_LATER = ("docs/results/imagewoof-gpu.md",)  # by `make gpu`

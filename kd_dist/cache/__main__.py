@@ -121,6 +121,7 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
         of_map = "which of its classes is which of the data's: a file of two columns, JSON, or imagenet (by synset)"
         add("--class-map", metavar="FILE", help=of_map)
     add("--data", metavar="DIR", help="the image folder [$KD_DIST_DATA" + ("]" if name == "verify" else " or data]"))
+    add("--val-share", type=float, metavar="SHARE", help="share of the images held out as val, as in training")
     add("--pixels", choices=PIXELS, default="auto", help="where decoded images are, as in training [auto]")
     add("--pixels-dir", metavar="DIR", help="where decoded images are kept [inside the data folder]")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto [auto]")

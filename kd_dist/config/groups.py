@@ -29,10 +29,15 @@ class DataConfig:
 
     data: str | None = flag(
         None,
-        "Data set folder (with train/ and val/); if it holds none, the release is downloaded into it "
+        "Data set: a folder with train/ and val/ (also valid/, validation/ or test/), each with class folders; a folder "
+        "of class folders, with --val-share; or a CSV file of path,label,split. A folder without one is where the "
+        "release is downloaded to "
         "[$KD_DIST_DATA or data].",
         "DIR",
         may_change=True,
+    )
+    val_share: float | None = flag(
+        None, "Hold out this fraction of the images as val, chosen by their content; for data without val.", "FRACTION"
     )
     release: str | None = flag(
         None, "Data set to download if the folder does not hold one yet [imagewoof2-160].", "NAME"
@@ -60,6 +65,7 @@ class DataConfig:
 
     def __post_init__(self):
         one_of("pixels", self.pixels, PIXELS)
+        check_val_share(self.val_share)
 
 
 @dataclass(frozen=True)
@@ -333,6 +339,11 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
 def check_seed(seed: int) -> None:
     """Raise UserError unless a seed suits both random generators and the cache's int64."""
     require(0 <= seed < 2**63, "seed", seed, "must be at least 0 and below 2^63")
+
+
+def check_val_share(share: float | None) -> None:
+    """Raise UserError unless it is None or leaves both splits some images."""
+    require(share is None or 0 < share < 1, "val_share", share, "must lie between 0 and 1, such as 0.1")
 
 
 def check_mixed_views(share: float, views: int) -> None:

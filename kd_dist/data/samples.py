@@ -50,13 +50,16 @@ class SampleList:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of one folder, with the same classes. `ignored` says in a line each which files were not taken."""
+    """Both splits of one set, with the same classes. `layout` says in a few words how it lies on the disk, `ignored` in
+    a line each which files were not taken.
+    """
 
     name: str
     root: Path
     classes: tuple[str, ...]
     train: SampleList
     val: SampleList
+    layout: str = "class folders in train/ and val/"
     ignored: tuple[str, ...] = ()
 
     def split(self, name: str) -> SampleList:

@@ -65,6 +65,13 @@ class Pixels:
     bytes_: torch.Tensor
     sizes_N2: np.ndarray
     starts_N: np.ndarray
+    path: Path | None = None  # of the mapped file
+
+    def __reduce__(self) -> tuple[Callable[..., "Pixels"], tuple[object, ...]]:
+        """Who unpickles mapped images maps the same file again."""
+        if self.path is None:
+            return Pixels, (self.bytes_, self.sizes_N2, self.starts_N)
+        return _mapped, (self.path, len(self.bytes_), self.sizes_N2, self.starts_N)
 
     def __len__(self) -> int:
         return len(self.sizes_N2)
@@ -144,9 +151,14 @@ def open_pixels(samples: SampleList, folder: Path) -> Pixels | None:
         return None
     if not whole:
         return None
-    images = torch.from_file(str(images_path), shared=False, size=int(sizes_N.sum()), dtype=torch.uint8)
-    _keep_in_use(images_path, images)
-    return Pixels(images, sizes_N2, np.concatenate([[0], np.cumsum(sizes_N)[:-1]]))
+    return _mapped(images_path, int(sizes_N.sum()), sizes_N2, np.concatenate([[0], np.cumsum(sizes_N)[:-1]]))
+
+
+def _mapped(path: Path, size: int, sizes_N2: np.ndarray, starts_N: np.ndarray) -> Pixels:
+    """Map a store's file of `size` bytes, which other processes then keep."""
+    images = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    _keep_in_use(path, images)
+    return Pixels(images, sizes_N2, starts_N, path)
 
 
 def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Callable[[int, int], None]) -> int:

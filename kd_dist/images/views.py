@@ -259,7 +259,7 @@ class Mixed(Protocol):
         ...
 
 
-class CachedViews(Protocol):
+class StoredViews(Protocol):
     """The views of a split as a cache holds them; `mixed` is None where none is mixed."""
 
     @property
@@ -272,7 +272,7 @@ class CachedViews(Protocol):
     def mixed(self) -> Mixed | None: ...
 
 
-def shown_in(cached: CachedViews, index_B: np.ndarray, view_B: np.ndarray | int) -> Shown:
+def shown_in(cached: StoredViews, index_B: np.ndarray, view_B: np.ndarray | int) -> Shown:
     """What images show in a cached view each (or all in one), the partners of mixed ones in theirs."""
     plain = Shown.plain(index_B, cached.box_NV4[index_B, view_B], cached.flip_NV[index_B, view_B])
     mixed = cached.mixed

@@ -47,7 +47,7 @@ def open_data(source: DataConfig, runtime: Runtime) -> Data:
     root = Path(runtime.once_a_node("find data", lambda: str(_find(source, runtime))))
     store = Path(source.pixels_dir) if source.pixels_dir else default_folder(root)
     runtime.once_a_node("decode data", lambda: _prepare(root, store, source, runtime))
-    samples = scan(root, manifest_folder=store)
+    samples = scan(root, val_share=source.val_share, manifest_folder=store)
     for note in samples.notes() if runtime.is_main else ():
         say(runtime, note)
     find = open_files if source.pixels == "off" else open_pixels
@@ -65,7 +65,7 @@ def _prepare(root: Path, store: Path, source: DataConfig, runtime: Runtime) -> N
     workers = max(1, available_cores() // 2)
     from_files = source.pixels == "off"
     make, what = (measure_files, "measuring") if from_files else (build_pixels, "decoding")
-    samples = scan(root, manifest_folder=store, workers=workers)
+    samples = scan(root, val_share=source.val_share, manifest_folder=store, workers=workers)
     written = 0
     for split in SPLITS:
         written += make(samples.split(split), store, workers, progress_lines(runtime, f"{what} {split} images"))
@@ -77,9 +77,8 @@ def _prepare(root: Path, store: Path, source: DataConfig, runtime: Runtime) -> N
 def _find(source: DataConfig, runtime: Runtime) -> Path:
     typed = source.data or os.environ.get("KD_DIST_DATA")
     progress = progress_by_name(runtime)
-    return locate(
-        Path(typed or "data"), source.release, source.archive, source.sha256, explicit=bool(typed), progress=progress
-    )
+    data, named = Path(typed or "data"), (source.release, source.archive, source.sha256)
+    return locate(data, *named, explicit=bool(typed), val_share=source.val_share, progress=progress)
 
 
 def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str, ImageStore]:

@@ -43,16 +43,16 @@ def verify(options: argparse.Namespace) -> None:
             return
         if data is None:
             raise UserError("--teacher computes logits again from the images; name their folder with --data.")
-        _verify_data(cache, Path(data), runtime)
+        _verify_data(cache, Path(data), options.val_share, runtime)
         if options.teacher is None:
             job.say(runtime, "teacher: not checked; name its model.pt with --teacher")
         else:
             _verify_teacher(cache, options, runtime)
 
 
-def _verify_data(cache: Cache, data: Path, runtime: Runtime) -> None:
-    root = locate(data, explicit=True)
-    samples = scan(root)  # without the stored digests: every image is read again
+def _verify_data(cache: Cache, data: Path, val_share: float | None, runtime: Runtime) -> None:
+    root = locate(data, explicit=True, val_share=val_share)
+    samples = scan(root, val_share=val_share)  # without the stored digests: every image is read again
     cache.check_fits(samples.name, samples.classes, {split: samples.split(split) for split in SPLITS})
     job.say(
         runtime,
@@ -188,5 +188,5 @@ def _write(target: Path, plan: CachePlan, teachers: list[Teacher], data: label.L
 
 
 def _open_data(options: argparse.Namespace, runtime: Runtime) -> label.LabelData:
-    source = DataConfig(data=options.data, pixels=options.pixels, pixels_dir=options.pixels_dir)
-    return job.open_data(source, runtime)
+    names = ("data", "val_share", "pixels", "pixels_dir")
+    return job.open_data(DataConfig(**{name: getattr(options, name) for name in names}), runtime)

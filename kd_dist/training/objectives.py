@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from kd_dist.training import losses
 from kd_dist.training.batches import Batch
 from kd_dist.training.losses import NEED_LABELS, SoftLoss, cross_entropy, hard_targets
 from kd_dist.training.trainer import LossTerms
@@ -31,6 +32,27 @@ def distilled(classes: int, smoothing: float, soft_loss: SoftLoss, alpha: float,
         return {"total": alpha * soft_B + (1 - alpha) * hard_B, "soft": soft_B, "hard": hard_B}
 
     return terms
+
+
+def distillation_loss(
+    student_BK: Tensor,
+    teacher_BK: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.9,
+    temperature: float = 4.0,
+    loss: str = "kl",
+) -> Tensor:
+    """The mean over a batch of alpha * soft + (1 - alpha) * hard, for a training loop of your own.
+
+    `labels` are classes, int64 [B], -1 where an image has none and counts by its soft loss alone, or the probabilities
+    of the classes, float [B, K]; `loss` is a name that --loss takes. Raises UserError for a name that is not known.
+    """
+    soft_loss = losses.soft_loss(loss)
+    targets_BK = hard_targets(labels, student_BK.shape[1]) if labels.dim() == 1 else labels
+    own = [labels if labels.dim() == 1 else labels.argmax(dim=1)] if soft_loss in NEED_LABELS else []
+    soft_B = soft_loss(student_BK, teacher_BK, temperature, *own)
+    return (alpha * soft_B + (1 - alpha) * cross_entropy(student_BK, targets_BK)).mean()
 
 
 def _main_labels(batch: Batch) -> Tensor:
