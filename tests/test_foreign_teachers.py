@@ -124,7 +124,7 @@ def test_the_teachers_job_refuses_weights_before_it_writes(here, tiny_root):
     assert (
         "does not fit this network: missing classifier.bias, classifier.weight, convolutions.0.weight and" in sentence
     )
-    assert "two beginnings" in refused(teacher.main, *training(tiny_root, "--weights", "given.pt", "--init", "run"))
+    assert "cannot be combined" in refused(teacher.main, *training(tiny_root, "--weights", "given.pt", "--init", "run"))
     assert not (here / "run").exists()
 
 
