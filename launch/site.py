@@ -47,7 +47,7 @@ def read_site(path: Path | None) -> Site:
         words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
     except OSError as error:
         raise UserError(
-            f"the site file {path} cannot be read ({error.strerror or error}); name yours with --site."
+            f"the site file {path} cannot be read ({error.strerror or error}); pass yours with --site."
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: {error}; put each value between two double quotes.") from None

@@ -98,7 +98,9 @@ def test_batch_larger_than_the_data(made, tmp_path):
     assert "--batch-size 1000 is larger than the 60 training images" in sentence
 
 
-@pytest.mark.parametrize("student, size, smallest", [("cnn5", 16, 32), ("cnn5_wide", 8, 32), ("origin", 8, None)])
+@pytest.mark.parametrize(
+    "student, size, smallest", [("cnn5", 16, 32), ("cnn5_wide", 8, 32), ("reference_cnn", 8, None)]
+)
 def test_image_too_small_for_the_network(made, tmp_path, student, size, smallest):
     """The smallest size that the sentence names is the smallest that works."""
     asked = distilling(made, tmp_path, "--alpha", 0, "--student", student)

@@ -753,7 +753,7 @@ REFUSALS = {
     "a later version": (set_attribute("version", 3), "has format version 3, this kd_dist reads 2: update kd_dist"),
     "version 1": (
         set_attribute("version", 1),
-        "has format version 1, this kd_dist reads 2: write it anew: see `python -m kd_dist.cache write --help`",
+        "has format version 1, this kd_dist reads 2: rewrite it: see `python -m kd_dist.cache write --help`",
     ),
     "unknown features": (
         set_attribute("required_features", np.array([b"zoom", b"colours"])),

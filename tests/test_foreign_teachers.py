@@ -168,7 +168,7 @@ def test_a_class_map_with_a_hole_or_a_double_is_refused(here, text, expected):
     (here / "map.txt").write_text(text)
     with pytest.raises(UserError, match=expected):
         picked(read_class_map("map.txt"), "map.txt", ("cat", "big dog"), 3)
-    with pytest.raises(UserError, match=r"there is no class map absent.json; name a file, or imagenet"):
+    with pytest.raises(UserError, match=r"there is no class map absent.json; pass a file, or imagenet"):
         read_class_map("absent.json")
 
 
@@ -197,7 +197,7 @@ def test_a_network_from_elsewhere_labels_and_is_verified(here, tiny: Dataset, ti
     assert (row.sha256, row.arch, row.seed) == (weights_digest(weights), "own_teachers:small", -1)
     assert row.val_top1 == cache.val_top1 and "trained elsewhere (may have seen val), 24 px" in render_info(cache)
     assert cache.header.mean == (0.5, 0.5, 0.5) and cache.header.image_size == 24
-    verify = ["verify", "picked.h5", "--device", "cpu", "--data", str(tiny_root), "--rows", "999"]
+    verify = ["verify", "picked.h5", "--device", "cpu", "--data", str(tiny_root), "--samples", "999"]
     main([*verify, "--teacher", "own_teachers:small", *given])
     assert f"{2 * 30} rows computed again" in capsys.readouterr().out
     (here / "map.json").write_text(json.dumps(dict(zip(tiny.classes, (0, 5, 3), strict=True))))

@@ -166,9 +166,9 @@ def test_the_commands_write_verify_and_extend_it(written, command, run_folders, 
     again = tmp_path / "again.h5"
     command("write", "--teacher", *folds, "--like", written, "-o", again)
     assert np.array_equal(open_cache(again).split("train").logits_NVK, open_cache(written).split("train").logits_NVK)
-    said = command("verify", again, "--rows", 9999, "--teacher", *folds)
+    said = command("verify", again, "--samples", 9999, "--teacher", *folds)
     assert f"{3 * (40 + 8)} rows computed again" in said and "not checked" not in said
-    said = command("verify", again, "--rows", 9999, "--teacher", folds[1])
+    said = command("verify", again, "--samples", 9999, "--teacher", folds[1])
     rows = 3 * int((open_cache(again).split("train").teacher_N == 1).sum())
     assert f"{rows} rows computed again" in said
     assert "not checked are rows of the teachers trained without fold 0 of 3 of train, without fold 2" in said
@@ -199,7 +199,7 @@ def test_verify_sees_a_row_of_another_fold(written, command, run_folders, tmp_pa
         writer.put(block, cache.split(block.split).logits_NVK[block.start : block.stop, block.view])
     writer.publish()
     with pytest.raises(UserError, match="does not hold what"):
-        command("verify", tmp_path / "wrong.h5", "--rows", 9999, "--teacher", *run_folders[:3])
+        command("verify", tmp_path / "wrong.h5", "--samples", 9999, "--teacher", *run_folders[:3])
 
 
 def test_views_of_another_cache_can_be_labelled_and_combined(written, command, run_folders, tmp_path):
@@ -213,7 +213,7 @@ def test_views_of_another_cache_can_be_labelled_and_combined(written, command, r
     assert (two.header.seed, two.header.crop_scale) == (one.header.seed, one.header.crop_scale)
     main(["combine", str(written), str(other), "-o", str(mean)])
     main(["combine", str(written), str(other), "-o", str(soft), "--mean", "probabilities", "--temperature", "2"])
-    assert f"{3 * 48} rows computed again" in command("verify", mean, "--rows", 9999, "--teacher", *run_folders)
+    assert f"{3 * 48} rows computed again" in command("verify", mean, "--samples", 9999, "--teacher", *run_folders)
     assert "not checked; each row is a mean of several" in command("verify", mean, "--teacher", run_folders[3])
     assert "means of probabilities at temperature 2" in command("verify", soft, "--teacher", *run_folders)
     with pytest.raises(UserError, match="leave out --views"):

@@ -484,7 +484,7 @@ def test_from_teacher_to_student_on_the_command_line(root, tmp_path, capsys):
         cache_main(["write", *told, "--views", "5", "--mixed-views", "0.5", "-o", str(at_once)])
         cache_main(["extend", str(out / "logits.h5"), *told, "--views", "5", "-o", str(longer)])
         assert longer.read_bytes() == at_once.read_bytes()
-        cache_main(["verify", str(longer), *told, "--rows", "4096"])
+        cache_main(["verify", str(longer), *told, "--samples", "4096"])
     assert "teacher: 150 rows computed again" in capsys.readouterr().out
     call(distill.main, *tiny, "--out", tmp_path / "student", "--cache", longer, "--epochs", 2)
     assert read_metrics(RunFolder(tmp_path / "student"))[-1]["train_soft"] > 0

@@ -114,7 +114,7 @@ def test_other_val_images_are_refused(study, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("epochs", "--over epochs has no axis; name one of views, alpha, temperature, label-fraction, "),
+        ("epochs", "--over epochs has no axis; choose one of views, alpha, temperature, label-fraction, "),
         ("loss", "--over loss has no axis"),
         ("cache", "--over cache has no axis"),
         (

@@ -125,7 +125,9 @@ class TeacherRow:
         """The images it was trained on, in words."""
         if self.seed < 0 and not self.members:
             return "elsewhere"
-        return "on all of train" if self.fold < 0 else f"without fold {self.fold} of {self.folds or '?'} of train"
+        if self.fold < 0:
+            return "on all of train"
+        return f"without fold {self.fold}{f' (of 0 to {self.folds - 1})' if self.folds else ''} of train"
 
 
 @dataclass(frozen=True)

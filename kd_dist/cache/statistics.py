@@ -1,6 +1,6 @@
 """Label statistics: what soft labels are worth, and one screen of text about a whole cache.
 
-Probabilities are softmax at temperature 1, in float64. The drawn views are all but view 0, the evaluation view. Mixed
+Probabilities are softmax at temperature 1, in float64. The random views are all but view 0, the evaluation view. Mixed
 views are counted but left out of the statistics: two labels are right for them.
 """
 
@@ -15,36 +15,37 @@ from kd_dist.cache.reader import Cache, LabelledTable, SoftLabels
 
 BINS = 15
 ONE_HOT = 0.99  # logits with a larger probability than this hold little more than a class
-WARNING_SHARE = 0.5  # of such rows
+WARNING_SHARE = 0.5  # of such soft labels
 WIDTH = 100
 TEACHERS_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class LabelStatistics:
-    """Statistics of one split's soft labels: means over samples and drawn views (over view 0 where none was drawn)."""
+    """Statistics of one split's soft labels: means over samples and random views (over view 0 where there are none)."""
 
     top1: float  # of view 0, in [0, 1]
     top1_drawn: float | None
     entropy: float  # in nats
-    entropy_share: float  # of log K, the entropy of an even guess
+    entropy_share: float  # fraction of log K, the maximum
     label_probability: float  # what the label's class gets
     max_probability: float
     calibration_error: float  # see calibration_error
     nll: float  # negative log-likelihood of the label, in nats
-    near_one_hot: float  # share of rows with a probability above ONE_HOT
+    near_one_hot: float  # fraction of soft labels with a probability above ONE_HOT
     spread: float | None  # standard deviation of a class's probability over a sample's views
     divergence: float | None  # KL(view's probabilities | mean over the sample's views), in nats
 
     @property
     def warning(self) -> str | None:
-        """A sentence where most rows are nearly one-hot, else None."""
+        """A sentence where most soft labels are nearly one-hot, else None."""
         if self.near_one_hot <= WARNING_SHARE:
             return None
         return (
-            f"warning: {self.near_one_hot:.0%} of the rows give one class more than {ONE_HOT} (the limit is "
-            f"{WARNING_SHARE:.0%} of rows), so they say little more than hard labels: raise --temperature, or label "
-            "with an earlier checkpoint, a teacher trained with --mixup or --label-smoothing, or out-of-fold teachers."
+            f"warning: {self.near_one_hot:.0%} of the soft labels assign more than {ONE_HOT} to one class (limit: "
+            f"{WARNING_SHARE:.0%}), so they carry little more information than hard labels: raise --temperature, or "
+            "label with an earlier checkpoint, a teacher trained with --mixup or --label-smoothing, or out-of-fold "
+            "teachers."
         )
 
 
@@ -54,9 +55,9 @@ def statistics_of(
     """The statistics of a split's logits over T in these views (all), some samples at a time, so that a large cache
     needs no memory.
 
-    The calibration error is Guo et al. 2017, equation 3: rows are binned by their largest probability into 15 bins of
-    equal width ((m - 1) / 15, m / 15]; it is the mean over rows of the distance between their bin's accuracy and mean
-    confidence.
+    The calibration error is Guo et al. 2017, equation 3: soft labels are binned by their largest probability into 15
+    bins of equal width ((m - 1) / 15, m / 15]; the error is the mean over soft labels of the distance between their
+    bin's accuracy and mean confidence.
     """
     _, all_views, classes = logits_NVK.shape
     views = range(all_views) if views is None else views
@@ -85,13 +86,13 @@ def statistics_of(
 
 
 def _excess(confidence_R: np.ndarray, hit_R: np.ndarray) -> np.ndarray:
-    """Confidence less hits, summed over the rows of each bin."""
+    """Confidence minus hits, summed over the soft labels of each bin."""
     bin_R = np.clip(np.ceil(confidence_R * BINS).astype(int) - 1, 0, BINS - 1)
     return np.bincount(bin_R, weights=confidence_R - hit_R, minlength=BINS)
 
 
 def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarray]:
-    """What the statistics are means of, summed over the drawn rows of some samples."""
+    """What the statistics are means of, summed over the random views of some samples."""
     drawn_BVK = logits_BVK[:, 1:] if logits_BVK.shape[1] > 1 else logits_BVK
     shifted_BVK = drawn_BVK - drawn_BVK.max(axis=2, keepdims=True)
     log_p_BVK = shifted_BVK - np.log(np.exp(shifted_BVK).sum(axis=2, keepdims=True))
@@ -101,7 +102,7 @@ def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarr
     max_BV = p_BVK.max(axis=2)
     hit_BV = log_p_BVK.argmax(axis=2) == labels_B[:, None]
     mean_BK = p_BVK.mean(axis=1)
-    # The mean KL is the entropy of the mean less the mean of the entropies (Lin 1991, equation 4.1).
+    # The mean KL is the entropy of the mean minus the mean of the entropies (Lin 1991, equation 4.1).
     entropy_of_mean_B = -(mean_BK * np.log(np.maximum(mean_BK, np.finfo(float).tiny))).sum(axis=1)
     return {
         "rows": np.float64(hit_BV.size),
@@ -144,7 +145,7 @@ def _identity(cache: Cache) -> list[str]:
         ("sha256", cache.digest),
         ("data", f"{header.dataset}, {len(header.classes)} classes: {', '.join(header.classes)}"),
         *((name, _describe_split(split)) for name, split in cache.splits.items()),
-        ("rows", _describe_rows(header)),
+        ("storage", _describe_rows(header)),
         *(("teacher", _describe_teacher(row)) for row in shown[:TEACHERS_SHOWN]),
         ("views", _describe_views(header)),
         ("images", f"{header.renderer} at {header.image_size} px, {_describe_scale(header.mean, header.std)}"),
@@ -152,7 +153,7 @@ def _identity(cache: Cache) -> list[str]:
         *(("labels", text) for text in _describe_labels(cache)),
     ]
     if len(header.teachers) > TEACHERS_SHOWN:
-        facts.insert(6 + TEACHERS_SHOWN, ("", f"and {len(header.teachers) - TEACHERS_SHOWN} more teachers"))
+        facts.insert(6 + TEACHERS_SHOWN, ("", f"further teachers: {len(header.teachers) - TEACHERS_SHOWN}"))
     return [_fact(name, text) for name, text in facts]
 
 
@@ -178,30 +179,30 @@ def _describe_rows(header: Header) -> str:
         return f"{dense:,} bytes of logits per (image, view): all {len(header.classes)} of them in float16"
     kept = sum(row_bytes(column, header) for column in header.logit_columns)
     return (
-        f"{kept:,} bytes per (image, view): the {header.top_k} largest logits of {len(header.classes)} and the tail's "
-        f"mass; dense {dense:,}"
+        f"{kept:,} bytes per (image, view): the {header.top_k} largest of {len(header.classes)} logits, and the tail; "
+        f"all logits would take {dense:,}"
     )
 
 
 def _describe_teacher(row: TeacherRow) -> str:
     figures = f"val {row.val_top1:.1%}, sha256 {row.sha256[:12]}"
     if row.members:
-        return f"{row.arch} (rows {row.members} of the teachers), {figures}"
+        return f"{row.arch} (mean of teachers {row.members}), {figures}"
     if row.trained_on == "elsewhere":
         return f"{row.arch} trained elsewhere (may have seen val), {row.image_size} px, {figures}"
     return f"{row.arch} {row.trained_on}, seed {row.seed}, {row.image_size} px, {figures}"
 
 
 def _describe_labels(cache: Cache) -> Iterator[str]:
-    """Lines on what a row is where it is not one teacher's logits."""
+    """Lines on what a soft label is where it is not one teacher's logits."""
     if cache.header.temperature is not None:
         t = f"{cache.header.temperature:g}"
-        yield f"T * log of mean probabilities at T = {t}: for --temperature {t} alone, as are the statistics below"
+        yield f"T * log of mean probabilities at T = {t}: for --temperature {t} only; the statistics are at T = {t} too"
     for name, split in cache.splits.items():
         if mixed := split.views - len(unmixed_views(split)):
             yield f"{mixed} of {split.views} views of {name} are mixup or CutMix, and not in the statistics below"
     if cache.is_out_of_fold:
-        yield "out-of-fold: each train image by the one teacher that was not trained on it, val by the mean of all"
+        yield "out-of-fold: each train image by the teacher that was not trained on it, val by the mean of all teachers"
 
 
 def _describe_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
@@ -212,17 +213,17 @@ def _describe_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
 def _worth(names: list[str], found: list[LabelStatistics]) -> list[str]:
     rows = [
         ("top-1, evaluation view", [f"{each.top1:.2%}" for each in found]),
-        ("top-1, drawn views", [_optional(each.top1_drawn, ".2%") for each in found]),
+        ("top-1, random views", [_optional(each.top1_drawn, ".2%") for each in found]),
         ("probability of the label", [f"{each.label_probability:.3f}" for each in found]),
         ("largest probability", [f"{each.max_probability:.3f}" for each in found]),
-        (f"rows above {ONE_HOT}", [f"{each.near_one_hot:.1%}" for each in found]),
-        ("entropy, nats (of an even guess)", [f"{each.entropy:.3f} ({each.entropy_share:.0%})" for each in found]),
+        (f"soft labels above {ONE_HOT}", [f"{each.near_one_hot:.1%}" for each in found]),
+        ("entropy, nats (fraction of maximum)", [f"{each.entropy:.3f} ({each.entropy_share:.0%})" for each in found]),
         ("negative log-likelihood, nats", [f"{each.nll:.3f}" for each in found]),
         (f"calibration error, {BINS} bins", [f"{each.calibration_error:.3f}" for each in found]),
-        ("spread over views, probability", [_optional(each.spread, ".4f") for each in found]),
-        ("a view from the mean, KL in nats", [_optional(each.divergence, ".4f") for each in found]),
+        ("std over views, class probability", [_optional(each.spread, ".4f") for each in found]),
+        ("KL(view || mean of views), nats", [_optional(each.divergence, ".4f") for each in found]),
     ]
-    return [f"{name:<34}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in [("labels", names), *rows]]
+    return [f"{name:<36}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in [("labels", names), *rows]]
 
 
 def _optional(value: float | None, form: str) -> str:

@@ -91,4 +91,6 @@ def _notes_on_copies(train: SampleList, val: SampleList) -> list[str]:
 
 def unreadable(path: Path, why: object) -> UserError:
     """The error for an image that cannot be read."""
-    return UserError(f"cannot read the image {path} ({why}): put back a good copy of it, or take it out of the set.")
+    return UserError(
+        f"cannot read the image {path} ({why}): restore a good copy, or remove the image from the data set."
+    )

@@ -1,4 +1,4 @@
-"""`python -m kd_dist.export MODEL --to DIR`: a trained model as safetensors, ONNX and torch.export, with a model card.
+"""`python -m kd_dist.export MODEL --to DIR`: export a trained model to safetensors, ONNX and torch.export.
 
 Each file is read again and compared with the model before the folder gets its name.
 """
@@ -29,6 +29,7 @@ from kd_dist.run.results import read_val_logits
 from kd_dist.trained import CONFIG, WEIGHTS, Model, load
 
 PROG = "kd_dist.export"
+DESCRIPTION = "Export a trained model to safetensors, ONNX and torch.export, with a model card."
 CARD = "README.md"
 COMPARED = 64  # images
 
@@ -59,7 +60,7 @@ def export(source: Path, target: Path, data: str | None, licence: str | None, wi
     pixels_BCHW, images = _images(model, data)
     temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
-        with writing(target, goes_on="from the start"):
+        with writing(target, resumes="from the start"):
             temporary.mkdir(parents=True)
             _fill(temporary, model, target.name, licence, (pixels_BCHW, images), with_preprocessing)
             _sync(temporary)
@@ -71,7 +72,7 @@ def export(source: Path, target: Path, data: str | None, licence: str | None, wi
 def _require_free(target: Path) -> None:
     """Raise UserError unless the folder is missing or empty."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--to {target} exists already and is not an empty folder; name another one.")
+        raise UserError(f"--to {target} exists already and is not an empty folder; choose another one.")
 
 
 def _scored_images(source: Path, model: Model) -> dict[str, int]:
@@ -132,7 +133,7 @@ def _sync(folder: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"python -m {PROG}", description=__doc__.split(": ", 1)[1].split("\n")[0])
+    parser = argparse.ArgumentParser(f"python -m {PROG}", description=DESCRIPTION)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="a run's folder, a model.pt, or an exported folder")
     add("--to", type=Path, required=True, metavar="DIR", help="the folder to write; missing or empty")

@@ -1,4 +1,4 @@
-"""Decode once: every image of a split as uint8 RGB in one file, mapped read-only and shared by all ranks of a node.
+"""Decode once: every image of a split as uint8 RGB in one file, memory-mapped read-only, shared by all ranks of a node.
 
 Two files a split, named after the split's fingerprint, so a store of other data is never picked up:
 `<split>-<fingerprint>.u8` holds the images one after another as [H, W, 3] bytes, `<split>-<fingerprint>.npy` their
@@ -265,7 +265,7 @@ def measure_files(samples: SampleList, folder: Path, workers: int, progress: Cal
     except OSError as error:
         reason = "the disk is full" if disk_full(error) else error.strerror
         raise UserError(
-            f"cannot write the images' sizes to {folder} ({reason}); name another folder by --pixels-dir."
+            f"cannot write the images' sizes to {folder} ({reason}); choose another folder with --pixels-dir."
         ) from error
 
 

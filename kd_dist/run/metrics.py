@@ -32,7 +32,7 @@ def sync_metrics(folder: RunFolder) -> None:
 
 
 def truncate_metrics(folder: RunFolder, step: int) -> None:
-    """Keep the rows up to `step`, the step of the checkpoint that a run goes on from (0: none)."""
+    """Keep the rows up to `step`, the step of the checkpoint that a run resumes from (0: none)."""
     if folder.metrics.exists():
         kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
         with writing(folder.metrics):

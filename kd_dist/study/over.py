@@ -50,7 +50,7 @@ def over(setting: str, outs: Sequence[Path], as_markdown: bool = False, width: i
     setting = setting.replace("-", "_")
     if setting not in MAY_VARY or setting in _NO_AXIS:
         axes = ", ".join(name for name in MAY_VARY if name not in _NO_AXIS).replace("_", "-")
-        raise UserError(f"--over {setting} has no axis; name one of {axes}.")
+        raise UserError(f"--over {setting} has no axis; choose one of {axes}.")
     studies = [read_study(out) for out in outs]
     require_same_val([run for study in studies for arm in study.arms.values() for run in arm.finished.values()])
     lines = {name + _suffix(study, studies): line for study in studies for name, line in _lines(study, setting)}
