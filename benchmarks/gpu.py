@@ -3,8 +3,8 @@
 python -m benchmarks.gpu --out runs/gpu
 
 Each call resumes where the last one stopped and ends before its time is up. A finished step is not run again; training
-and cache writing stop on SIGTERM with everything saved and resume in the next call. When all steps are done, the page in
-docs/results/ is written from what they left.
+and cache writing stop on SIGTERM with everything saved and resume in the next call. When all steps are done, the page
+in docs/results/ is written from what they left.
 """
 
 import argparse

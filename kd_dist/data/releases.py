@@ -63,7 +63,7 @@ def locate(
 
     `release` names the folder; without it the archive's name does (mirror/imagewoof2-160.tgz: imagewoof2-160), and
     without both it is DEFAULT_RELEASE. What is not there is fetched, unpacked or generated if a release or an archive
-    was given, or if `explicit` is false, which means that the user did not choose `data`. An `archive` (local tar file or
+    was given, or if `explicit` is false, which means that the user did not choose `data`. An `archive` (local tar file,
     http, https or file URL) is checked against `sha256` if that is given, a release's own archive also against its
     known digest. Any number of processes may call this at once, see fetch.make_folder. Raises UserError.
     """

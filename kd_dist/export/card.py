@@ -111,8 +111,8 @@ def _introduction(model: Model, licence: str | None) -> str:
     said = f"Licence: {licence}." if licence else "No licence was named at the export."
     return (
         f"An image classifier, {facts['arch']}, with {count_weights(model):,} parameters, trained as a {facts['kind']} "
-        f"on {data['name']} at {model.image_size} pixels. Classes: {', '.join(model.classes)}.\n\nData: {data['name']}, "
-        f"fingerprint of train {data['train']}, of val {data['val']}.\n\n{taught}\n\n{said}"
+        f"on {data['name']} at {model.image_size} pixels. Classes: {', '.join(model.classes)}.\n\n"
+        f"Data: {data['name']}, fingerprint of train {data['train']}, of val {data['val']}.\n\n{taught}\n\n{said}"
     )
 
 

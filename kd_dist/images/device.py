@@ -306,7 +306,8 @@ def fault_of(resident: ResidentPixels, pixels: Pixels) -> str | None:
     most, share = int(off.max()), float((off > 0).float().mean())
     if most <= TOLERANCE and share <= TOLERATED_SHARE:
         return None
-    return f"GPU-rendered crops differ from CPU-rendered ones by up to {most} grey levels ({share:.2%} of the pixel values)"
+    levels = f"up to {most} grey levels ({share:.2%} of the pixel values)"
+    return f"GPU-rendered crops differ from CPU-rendered ones by {levels}"
 
 
 def free_bytes(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Whose folder is it, and may this command resume the run in it: settings.json, checked and written before a run begins."""
+"""Whose run folder it is, and whether this command may resume its run: settings.json, checked before a run begins."""
 
 from __future__ import annotations
 

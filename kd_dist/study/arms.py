@@ -64,8 +64,8 @@ def smoothed_labels(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: Stud
     """Logits whose softmax at the study's temperature is a smoothed label with the mean entropy of the cache's.
 
     With smoothing e, the label has probability 1 - e + e/K and each other class e/K (Szegedy et al. 2016). e is chosen
-    so that the entropy is the mean entropy of softmax(cached logits / T) over the random views. The entropy grows with e
-    from 0 to log K, so one e exists. The logits are T times the log of these probabilities.
+    so that the entropy is the mean entropy of softmax(cached logits / T) over the random views. The entropy grows with
+    e from 0 to log K, so one e exists. The logits are T times the log of these probabilities.
     """
     classes = logits_NVK.shape[2]
     smoothing = smoothing_of_entropy(mean_entropy(drawn_views(logits_NVK), settings.distillation.temperature), classes)
