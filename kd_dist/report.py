@@ -1,7 +1,8 @@
 """Print a table of runs (teachers and students, finished or not), for example: python -m kd_dist.report runs/*
 
-Top-1 and images/s come from each run's metrics. Agreement is the share of val images on which a student's class is the
-cached teacher's, from the logits that the student saved and view 0 of the cache: comparing needs no network and no GPU.
+Top-1 and images/s come from each run's metrics. Agreement is the fraction of val images on which a student's class is
+the cached teacher's, from the logits that the student saved and view 0 of the cache: comparing needs no network
+and no GPU.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def _rows(runs: Sequence[Run], named: Path | None) -> tuple[list[tuple[str, ...]
     rows: list[tuple[str, ...]] = [COLUMNS]
     remarks: list[str] = []
     opened = lru_cache(open_cache)
-    # A student on hard labels alone names no cache: it is compared with the first one that another run names.
+    # A student on hard labels only names no cache: it is compared with the first one that another run names.
     beside = [run.cache for run in runs if run.cache is not None]
     for run in runs:
         agreement = None

@@ -55,7 +55,7 @@ def read_site(path: Path | None) -> Site:
     for word in words:
         name, _, value = word.partition("=")
         if "=" not in word or name not in _NAMES:
-            raise UserError(f'{path}: invalid {word}; write NAME="value", one a line, NAME of {", ".join(_NAMES)}.')
+            raise UserError(f'{path}: invalid {word}; write NAME="value", one per line, NAME of {", ".join(_NAMES)}.')
         values |= {_NAMES[name]: value} if value else {}
     cpus = values.get("cpus_per_task", "1")
     if not cpus.isdigit() or int(cpus) < 1:
@@ -81,7 +81,7 @@ def minutes_of(text: str) -> int:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one job asks for: `ranks` processes on each of `nodes` machines, `cpus` cores a rank, `minutes` of time.
+    """What one job asks for: `ranks` processes on each of `nodes` machines, `cpus` cores per rank, `minutes` of time.
 
     `signal_seconds` before the time limit comes the warning; after `max_timeouts` time limits no more requeue.
     Raises UserError for a number out of range.

@@ -1,4 +1,4 @@
-"""Getting an image set onto a disk once: resumable download, careful unpacking, and one process at work per filesystem.
+"""Getting a data set onto a disk once: resumable download, careful unpacking, and one process at work per filesystem.
 
 Nothing here leaves half a folder under its final name. What is unfinished has another name: NAME.part (the archive so
 far, with NAME.part.json saying of what) and .NAME.making (the folder being filled). An unfinished download is gone on

@@ -67,7 +67,7 @@ def fold_numbers(labels_N: np.ndarray, sha256_N32: np.ndarray, folds: int) -> np
 
 
 def labelled_rows(labels_N: np.ndarray, sha256_N32: np.ndarray, share: float) -> np.ndarray:
-    """The rows whose labels are used where only a share of them is: int64, sorted.
+    """The rows whose labels are used where only a fraction of them is: int64, sorted.
 
     Of each class the share in (0, 1], rounded up, of its different images, first by digest, and all copies of these. A
     smaller share's rows are among a larger one's.

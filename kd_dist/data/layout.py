@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".ti
 STRAY_FOLDERS = ("__MACOSX",)  # that archive programs add
 OTHER_VALS = ("valid", "validation", "test")
 VAL_NAMES = ("val", *OTHER_VALS)
-SHARE_HINT = "add --val-share 0.1 to hold a tenth of the images out as val"
+SHARE_HINT = "add --val-share 0.1 to hold out a tenth of the images as val"
 
 
 class File(NamedTuple):
@@ -71,7 +71,7 @@ class Ignored:
 
 
 def is_set(folder: Path) -> bool:
-    """Whether a folder looks like an image set: it has train/ and val/, or train/ and one of OTHER_VALS."""
+    """Whether a folder looks like a data set: it has train/ and val/, or train/ and one of OTHER_VALS."""
     return os.path.isdir(folder / "train") and any(os.path.isdir(folder / name) for name in VAL_NAMES)
 
 
@@ -81,7 +81,7 @@ def lay_out(data: Path, val_share: float | None, ignored: Ignored) -> Layout:
 
 
 def _val_among(names: Iterable[str], val_share: float | None, where: Path, ignored: Ignored) -> str | None:
-    """Which of a set's splits is val; None where a share of train becomes val. Raises UserError where it is not clear.
+    """Which of a set's splits is val; None where a fraction of train becomes val. Raises UserError where it is unclear.
 
     Beside another val, or under --val-share, test is no val: it is left alone.
     """
@@ -95,7 +95,7 @@ def _val_among(names: Iterable[str], val_share: float | None, where: Path, ignor
     if val_share is not None:
         if clear:
             raise UserError(f"--val-share {val_share:g}, but {where} has {clear[0]} already: leave --val-share out.")
-        val = "a share of train"
+        val = "a fraction of train"
     elif not found:
         raise UserError(f"{where} has train but no val (nor {', '.join(OTHER_VALS)}): add that, or {SHARE_HINT}.")
     else:

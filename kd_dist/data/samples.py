@@ -51,7 +51,7 @@ class SampleList:
 @dataclass(frozen=True)
 class Dataset:
     """Both splits of one set, with the same classes. `layout` says in a few words how it lies on the disk, `ignored` in
-    a line each which files were not taken.
+    one line each which files were not taken.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Dataset:
         return {"train": self.train, "val": self.val}[name]
 
     def notes(self) -> list[str]:
-        """What a user should know of the set, a line each: files not taken, and files with the same content."""
+        """What a user should know of the set, one line each: files not taken, and files with the same content."""
         return [*self.ignored, *_notes_on_copies(self.train, self.val)]
 
 

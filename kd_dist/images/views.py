@@ -58,9 +58,9 @@ def _stored(box_N4: np.ndarray) -> np.ndarray:
 def draw_boxes(rng: np.random.Generator, sizes_N2: np.ndarray, crop_scale: tuple[float, float]) -> np.ndarray:
     """One random resized crop for each image: int16 [N, 4] from heights and widths int [N, 2].
 
-    Area share uniform in `crop_scale`, aspect ratio log-uniform in [3/4, 4/3], ten attempts, else the largest centred
-    box whose ratio is allowed: the rule of Inception training (Szegedy et al. 2015) as torchvision's RandomResizedCrop
-    has it.
+    Area fraction uniform in `crop_scale`, aspect ratio log-uniform in [3/4, 4/3], ten attempts, else the largest
+    centred box whose ratio is allowed: the rule of Inception training (Szegedy et al. 2015) as torchvision's
+    RandomResizedCrop has it.
     """
     n = len(sizes_N2)
     height_N, width_N = sizes_N2[:, :1], sizes_N2[:, 1:]
@@ -134,7 +134,7 @@ class Mixes:
 def draw_mixes(
     rng: np.random.Generator, n: int, mixup: float, cutmix: float, partners_M: np.ndarray | None = None
 ) -> Mixes:
-    """Mix a share `mixup` of n images by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, area
+    """Mix a fraction `mixup` of n images by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, area
     uniform before it is cut off); partners are any of the n, or of partners_M alone.
     """
     lot_N = rng.random(n)

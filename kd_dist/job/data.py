@@ -1,4 +1,4 @@
-"""The data set of a job, opened: found or fetched, listed, decoded once a node, and placed in memory or on a GPU."""
+"""The data set of a job, opened: found or fetched, listed, decoded once per node, and placed in memory or on a GPU."""
 
 import os
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Data:
 
 
 def open_data(source: DataConfig, runtime: Runtime) -> Data:
-    """Find the data (fetching it where that is allowed), list it, and decode it, each once a node; then place the
+    """Find the data (fetching it where that is allowed), list it, and decode it, each once per node; then place the
     images.
 
     Raises UserError on every rank for data that is not there, damaged, or cannot be fetched or decoded.

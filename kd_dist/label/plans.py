@@ -43,7 +43,7 @@ def plan(
 def plan_like(
     teachers: Sequence[Teacher], data: LabelData, like: Cache, dtype: str, top_k: int | None = None
 ) -> CachePlan:
-    """As plan, with the same views as another cache, whatever this version would draw.
+    """As plan, with the same views as another cache, whatever this version would sample.
 
     Raises UserError where that cache is of other data, or of images that are not rendered here.
     """
@@ -57,7 +57,7 @@ def plan_like(
 def plan_extended(teachers: Sequence[Teacher], data: LabelData, cache: Cache, views_V: int) -> CachePlan:
     """A cache that begins with the views and logits of an existing one and has V views.
 
-    Raises UserError where that cache is of other data or teachers, or its views are not drawn and rendered here.
+    Raises UserError where that cache is of other data or teachers, or its views are not sampled and rendered here.
     """
     header = cache.header
     if header.view_rule != views.SAMPLER:

@@ -122,7 +122,7 @@ def _check_free(
             other += f" (there, --init {shlex.quote(str(folder.path))} trains on from this run's weights)"
         raise UserError(
             f"--out {folder.path} holds a run with other settings ({'; '.join(differing)}) and a resume may change "
-            f"only {free}: type the old values, {other}, or add --start-over to delete that run."
+            f"only {free}: use the old values, {other}, or add --start-over to delete that run."
         )
     return True
 

@@ -1,4 +1,4 @@
-"""What a run measures: metrics.jsonl with one row an epoch, costs.json, and a trace of some steps."""
+"""What a run measures: metrics.jsonl with one row per epoch, costs.json, and a trace of some steps."""
 
 from __future__ import annotations
 

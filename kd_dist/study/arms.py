@@ -180,10 +180,10 @@ def no_gradient_soft_term(student_BK: Tensor, teacher_BK: Tensor, temperature: f
 
 
 _BUILT_IN = (
-    Arm("baseline", "hard labels alone, a new crop every time", {"alpha": 0.0, "crops": "fresh"}),
+    Arm("baseline", "hard labels only, a new crop every time", {"alpha": 0.0, "crops": "fresh"}),
     Arm(
         "baseline-cached",
-        "hard labels alone, on the cache's crops: the cost of having only V crops",
+        "hard labels only, on the cache's crops: the cost of having only V crops",
         {"alpha": 0.0, "crops": "cached"},
     ),
     Arm(

@@ -232,6 +232,6 @@ def require_alike_crops(settings: StudentConfig, cache: Cache) -> None:
     ):
         cached, own = (f"{low:g} {high:g}" for low, high in (scale, settings.augmentation.crop_scale))
         raise UserError(
-            f"the crops of {cache.path} have area shares of {cached}, fresh crops would have {own}: use --crop-scale "
-            f"{cached}, so that the arms do not differ in their crops."
+            f"the crops of {cache.path} have area fractions of {cached}, but fresh crops would have {own}: use "
+            f"--crop-scale {cached}, so that the arms do not differ in their crops."
         )

@@ -1,7 +1,7 @@
-"""Top-1 over one setting: the views of a cache, the share of labels, alpha, the temperature.
+"""Top-1 over one setting: the views of a cache, the fraction of labels, alpha, the temperature.
 
 A line joins arms of one study whose runs differ in that setting alone, such as distilled, few=distilled,views=2 and
-some=distilled,views=4, or the cells of a grid. Several studies, of other epochs say, give a line each.
+some=distilled,views=4, or the cells of a grid. Several studies, of other epochs say, give one line each.
 """
 
 import json
@@ -23,7 +23,7 @@ from kd_dist.study.statistics import spread
 
 AXES = {
     "views": "views of an image in the cache, the evaluation view counted",
-    "label_fraction": "share of the labels that is used",
+    "label_fraction": "fraction of the labels that is used",
 }
 """The title of a setting's axis, where its name would not do."""
 _NO_AXIS = ("loss", "cache")

@@ -148,7 +148,7 @@ def _about_primary(study: Study) -> list[str]:
 
 
 def _about_fewer_labels(study: Study) -> list[str]:
-    """Each arm on a share of the labels minus the best baseline on the same share."""
+    """Each arm on a fraction of the labels minus the best baseline on the same fraction."""
     found = []
     for arm in study.complete.values():
         baseline = study.best_baseline_at(arm.labelled)

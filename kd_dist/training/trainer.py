@@ -339,7 +339,7 @@ class Trainer:
         step = newest[1]["step"] if newest else 0
         if len(set(self.runtime.gather(step))) > 1:
             raise UserError(
-                f"the ranks see different checkpoints in {self.folder.path}; put --out on a disk that all nodes share."
+                f"the ranks see different checkpoints in {self.folder.path}; put --out on a shared file system."
             )
         if self.runtime.is_main:
             truncate_metrics(self.folder, step)
