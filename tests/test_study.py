@@ -139,7 +139,7 @@ def test_the_ends_of_smoothing():
 
 def test_a_class_of_one_image_cannot_be_shuffled_within():
     classes, labels_N = ("beagle", "husky"), np.array([0, 1, 0])
-    with pytest.raises(UserError, match="class husky has only one training image.* omit the arm shuffled-within"):
+    with pytest.raises(UserError, match=r"class husky has only one training image.* omit the arm shuffled-within"):
         arms.require_shuffled(ARMS["shuffled-within"], classes, labels_N)
     arms.require_shuffled(ARMS["shuffled-all"], classes, labels_N)
     arms.require_shuffled(ARMS["shuffled-within"], classes, np.array([0, 1, 0, 1]))
