@@ -16,7 +16,7 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,study,bench,export,hf]'
 	touch $@
 
-# Teacher -> cache -> hard-label baseline and distilled student, on a generated set. Run it again to resume; clean-demo starts over.
+# Teacher -> cache -> hard-label baseline and distilled student, on a demo data set. Run it again to resume; clean-demo starts over.
 demo: setup
 	$(JOB) kd_dist.teacher --preset demo --data data --out $(DEMO)/teacher
 	$(JOB) kd_dist.distill --preset demo --data data --cache $(DEMO)/teacher/logits.h5 --alpha 0 --out $(DEMO)/hard

@@ -2,9 +2,9 @@
 
 python -m benchmarks.gpu --out runs/gpu
 
-Each call goes on where the last one stopped and ends before its time is up. A finished step is not run again; training
-and cache writing stop on SIGTERM with everything saved and go on in the next call. When all steps are done, the page in
-docs/results/ is written from what they left.
+Each call resumes where the last one stopped and ends before its time is up. A finished step is not run again; training
+and cache writing stop on SIGTERM with everything saved and resume in the next call. When all steps are done, the page
+in docs/results/ is written from what they left.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from kd_dist.files import read_json, write_json
 BENCH_ROWS = ("gpu", "1", "2", "3", "4", "5", "7", "job")
 ENDING_SECONDS = 60.0  # what a step gets to save after SIGTERM, before it is killed
 LEAST_SECONDS = 120.0  # no step is begun with less
-ATTEMPTS = 2  # of a step that cannot go on where it was stopped; then it counts as done, without a result
+ATTEMPTS = 2  # of a step that cannot resume where it was stopped; then it counts as done, without a result
 UNFINISHED = 75  # exit code: call again (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the whole. `resumes`: stopped by SIGTERM it goes on where it was; `may_fail`: its failure is a
+    """One command of the whole. `resumes`: stopped by SIGTERM it resumes where it was; `may_fail`: its failure is a
     result, and later steps do not need it.
     """
 
@@ -106,7 +106,7 @@ def main() -> None:
         print(f"{gpu_page.write(out, steps)} is written; all {len(steps)} steps are done", flush=True)
         return
     done = sum(is_done(out, step) for step in steps)
-    print(f"{done} of {len(steps)} steps are done; type make gpu again to go on", flush=True)
+    print(f"{done} of {len(steps)} steps are done; run make gpu again to resume", flush=True)
     sys.stdout.flush()
     os._exit(UNFINISHED)
 

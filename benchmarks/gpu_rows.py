@@ -1,4 +1,4 @@
-"""The rows that only a GPU has: rates of training, the share of the processor's peak, and memory."""
+"""The rows that only a GPU has: rates of training, the fraction of the processor's peak, and memory."""
 
 import time
 import warnings

@@ -122,8 +122,8 @@ class Bench:
         return job.compose_training(settings, self.data, self.runtime, folder, model, supervision).trainer
 
     def student_trainer(self, **changes: Any) -> Trainer:
-        """A student's trainer: distilled from the drawn soft labels, or as `changes` say (alpha=0: the hard-label twin
-        on the same cached crops).
+        """A student's trainer: distilled from the drawn soft labels, or as `changes` say (alpha=0: the
+        hard-label baseline on the same cached crops).
         """
         settings = self.settings(DistillConfig, **{"crops": "cached", **changes})
         supervision = distill.supervision_of(settings, self.data, self.soft_labels)

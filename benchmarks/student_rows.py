@@ -29,7 +29,7 @@ def distillation(bench: Bench) -> Iterator[Row]:
     count = steps_in_turn(bench)
     arms = {
         "distilled": Steps(bench.student_trainer(), count),
-        "hard labels alone": Steps(bench.student_trainer(alpha=0.0), count),
+        "hard labels only": Steps(bench.student_trainer(alpha=0.0), count),
     }
     yield step_ratio(bench, "1 distill step / hard-label step", arms, DISTILL_COST)
 

@@ -54,7 +54,7 @@ def against_torchdistill(bench: Bench) -> Iterator[Row]:
     own = bench.student
     note = (
         f"{len(ours.data.samples.train)} images, {bench.teacher.labelling.teacher} and {own.distillation.student} at "
-        f"{own.augmentation.image_size} px; torchdistill caches one output an image, so all see the centre crop alone"
+        f"{own.augmentation.image_size} px; torchdistill caches one output per image, so all see the centre crop alone"
     )
     yield row(name, taken["torchdistill"] / taken["ours"], facts=facts, note=note)
 

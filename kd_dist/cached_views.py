@@ -43,8 +43,8 @@ class CachedViews(Dataset[CachedView]):
     cache, data, split: the file of soft labels; the folder it was made of, as --data; "train" or "val".
     image_size: side of the images in pixels.
     view: the number of one view for all images, and for all epochs. None is view 0, the evaluation view, for val; for
-        train it is the training rule, by which each epoch shows one of the drawn views of each image, none twice before
-        all were shown: call `set_epoch` before each epoch.
+        train it is the training rule, by which each epoch shows one of the random views of each image, none twice
+        before all were shown: call `set_epoch` before each epoch.
     seed: of the training rule, as --seed.
     temperature: of your loss. It is needed for a cache of the top k logits, and for one of mean probabilities.
     normalise: mean and deviation of each channel, for float32 images; None gives uint8 images.
@@ -108,7 +108,7 @@ class CachedViews(Dataset[CachedView]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[CachedView]:
-        """Several items at once, as a DataLoader asks for them: they are drawn and read together."""
+        """Several items at once, as a DataLoader asks for them: they are rendered and read together."""
         index_B = np.asarray(indices, np.int64)
         labels_B, view_B = self.labels_N[index_B], self._views_of(index_B)
         shown = rendering.shown_in(self._crops, index_B, view_B)
@@ -138,7 +138,7 @@ def _opened(data: str | Path, source: dict[str, Any]) -> job.Data:
     """The data as a job of one process opens it; the first process of a machine decodes it, the others wait."""
     config = DataConfig(**{"data": str(data), "pixels": "memory", **source})
     if config.pixels == "device":
-        raise UserError("CachedViews draws images on the host; pass pixels='memory', or pixels='off'.")
+        raise UserError("CachedViews renders images on the CPU; pass pixels='memory', or pixels='off'.")
     with locked(Path(tempfile.gettempdir(), f"kd_dist-{os.getuid()}.lock")):
         return job.open_data(config, Runtime(0, 1, 0, 1, torch.device("cpu"), None))
 

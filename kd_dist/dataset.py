@@ -1,4 +1,4 @@
-"""The command `python -m kd_dist.dataset`: get an image set ready, on a login node too, and say what is in it."""
+"""The command `python -m kd_dist.dataset`: download or check a data set, on a login node too, and list its content."""
 
 import argparse
 import os
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return exit_code_of("kd_dist.dataset", work)
     except KeyboardInterrupt:
-        print("kd_dist.dataset: stopped; the same command goes on with what is there.", file=sys.stderr)
+        print("kd_dist.dataset: interrupted; run the same command again to resume.", file=sys.stderr)
         return 130
 
 
@@ -85,29 +85,30 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
     )
     add = parser.add_argument
-    add("--data", metavar="DIR", help="the set's folder or CSV file, or where to put it [$KD_DIST_DATA, else data]")
-    add("--val-share", type=float, metavar="SHARE", help="hold this share of the images out as val")
-    add("--unlabelled", type=Path, metavar="DIR", help="a folder of more training images, without labels")
-    add("--release", metavar="NAME", help=f"which set to fetch, see --list [{DEFAULT_RELEASE}]")
-    add("--archive", metavar="FILE_OR_URL", help="take the set from this tar file or http(s) address instead")
-    add("--sha256", metavar="HEX", help="the digest that the archive must have")
-    add("--list", action="store_true", help="print the known releases and stop")
+    own = "the data set's folder or CSV file, or the folder to download it into [$KD_DIST_DATA, else data]"
+    add("--data", metavar="DIR", help=own)
+    add("--val-share", type=float, metavar="FRACTION", help="hold out this fraction of the images as val")
+    add("--unlabelled", type=Path, metavar="DIR", help="folder of more training images, without labels")
+    add("--release", metavar="NAME", help=f"data set to download, see --list [{DEFAULT_RELEASE}]")
+    add("--archive", metavar="FILE_OR_URL", help="read the data set from this tar file or http(s) URL instead")
+    add("--sha256", metavar="HEX", help="SHA-256 that the archive must have")
+    add("--list", action="store_true", help="print the known releases and exit")
     return parser
 
 
 _HELP = """\
-Get an image set ready and say what is in it. No GPU is needed, so a login node will do.
+Download or check a data set and list its classes and counts. No GPU is needed, so it can run on a login node.
 
 A folder with train/<class>/* and val/<class>/* is used as it is (valid/, validation/ and test/ pass for val/),
 and so is a CSV file of path,label,split; of a folder of class folders, --val-share holds a part out as val.
 Otherwise the release is looked for in the folder by name, and fetched when it is not there: downloaded (an
-interrupted download goes on where it stopped), checked, unpacked aside, and put in place with one rename. A
+interrupted download resumes where it stopped), checked, unpacked aside, and put in place with one rename. A
 folder that you name must hold a set, unless you name a release or an archive to put into it."""
 
 _EXAMPLES = """\
 examples:
   python -m kd_dist.dataset                                        Imagewoof, 160 pixels, into data/
-  python -m kd_dist.dataset --release demo                         a set that is drawn, without a network
+  python -m kd_dist.dataset --release demo                         synthetic, generated without internet access
   python -m kd_dist.dataset --archive /mirror/imagewoof2-160.tgz   from a copy
   python -m kd_dist.dataset --data /datasets/pets                  a folder of your own
   python -m kd_dist.dataset --data /datasets/birds --val-share 0.1 class folders, a tenth held out as val

@@ -1,4 +1,4 @@
-"""Entry 2: train a student from cached soft labels and hard labels. No teacher is imported, built or read.
+"""The student's job: train a student from cached soft labels and hard labels. No teacher is imported, built or read.
 
 torchrun --nproc_per_node=4 -m kd_dist.distill
 """
@@ -64,7 +64,8 @@ def require_known(distillation: DistillationConfig) -> None:
     loss, fraction = distillation.loss, distillation.label_fraction
     if soft_loss(loss) in NEED_LABELS and fraction < 1 and distillation.alpha:
         raise UserError(
-            f"--loss {loss} needs every image's label, --label-fraction {fraction} uses fewer; choose another --loss."
+            f"--loss {loss} needs the hard label of every image, but --label-fraction is {fraction}; choose another "
+            "--loss."
         )
 
 
@@ -97,7 +98,10 @@ def require_cache_fits(config: CacheReader, data: Data, cache: Cache) -> None:
 def warn_missing_checksum(cache: Cache, runtime: Runtime) -> None:
     """Print a warning where a cache has no checksum file beside it."""
     if not cache.has_checksum:
-        job.say(runtime, f"{cache.path} came without its .sha256 file; its own checksums hold")
+        job.say(
+            runtime,
+            f"{cache.path} has no .sha256 file next to it; only its internal checksums were verified, and they match",
+        )
 
 
 def run(
@@ -111,7 +115,7 @@ def run(
     stop: StopRequest | None = None,
     **identity: str,
 ) -> RunFolder:
-    """Train one student in its folder, or go on with it; one that is trained already is left as it is.
+    """Train one student in its folder, or resume it; a student that is already trained is left as it is.
 
     `rows` makes soft labels from the cache's, `loss` replaces the one that the config names; `identity` tells this
     run from others of the same config. Raises UserError, and Interrupted when `stop` or a signal asked for it.
@@ -187,15 +191,15 @@ def _extending(config: CacheReader, cache: Cache) -> str:
 
 
 def require_plain_views(config: CacheReader, cache: Cache) -> None:
-    """Raise UserError where the last epochs are to show plain views of a cache whose drawn views are all mixed."""
+    """Raise UserError where the last epochs need views that are not mixed of a cache whose random views all are."""
     mixed = cache.split("train").mixed
     if mixed is None or not config.augmentation.no_mix_epochs or config.uses_fresh_crops:
         return
     drawn = min(config.distillation.views or cache.views, cache.views) - 1
     if 0 < drawn == len(mixed.first(drawn + 1).mixed_views()):
         raise UserError(
-            f"--no-mix-epochs {config.augmentation.no_mix_epochs}, but all drawn views of {cache.path} that are used "
-            "are mixed; use --no-mix-epochs 0, or a cache with plain views."
+            f"--no-mix-epochs {config.augmentation.no_mix_epochs} needs random views that are not mixed, but all that "
+            f"are used of {cache.path} are mixed; use --no-mix-epochs 0, or a cache with fewer mixed views."
         )
 
 
@@ -213,8 +217,9 @@ def require_unseen(config: CacheReader, data: Data, cache: Cache) -> None:
         if (row.fold, row.folds) != (fold.number, fold.folds):
             saw = "may have seen" if row.trained_on == "elsewhere" else "saw"
             raise UserError(
-                f"{cache.path} has labels of a teacher trained {row.trained_on}, but --tune scores on {fold.name}, "
-                f"which it {saw}; name the cache of a teacher trained with --folds {fold.folds} --fold {fold.number}."
+                f"{cache.path} was labelled by a teacher trained {row.trained_on}, but --tune evaluates on "
+                f"{fold.in_words}, which that teacher {saw}; use the cache of a teacher trained with --folds "
+                f"{fold.folds} --fold {fold.number}."
             )
 
 
@@ -226,8 +231,8 @@ def require_own_partners(config: CacheReader, data: Data, cache: Cache) -> None:
     for view in mixed.mixed_views():
         if np.isin(mixed.in_view(view)[0][fold.train_M], fold.held_out_M).any():
             raise UserError(
-                f"{cache.path} has mixed views that show images of {fold.name}, which is left out here; name the cache "
-                f"of a teacher trained with --folds {fold.folds} --fold {fold.number}."
+                f"{cache.path} has mixed views that show images of {fold.in_words}, which is left out here; use the "
+                f"cache of a teacher trained with --folds {fold.folds} --fold {fold.number}."
             )
 
 
@@ -262,7 +267,7 @@ def train(
 
 
 def _made_of_members(rows: Rows, logits_NVK: SoftLabels, data: Data, config: StudentConfig) -> np.ndarray:
-    """Soft labels [N, V, K] made from the rows that are trained on; a part of train that is left out has zeros."""
+    """Soft labels [N, V, K] made from those of the images that are trained on; a fold that is left out has zeros."""
     labels_N, fold = data.samples.train.labels_N, job.fold_for(config.split, data)
     logits_NVK = logits_NVK[:]  # of the top k all logits are made
     if fold is None:

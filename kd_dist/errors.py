@@ -1,4 +1,4 @@
-"""The errors that a user can mend, the exit codes of all commands, and what a rank that fails tells the others."""
+"""The errors that a user can fix, the exit codes of all commands, and what a rank that fails tells the others."""
 
 import importlib.util
 import sys

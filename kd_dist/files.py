@@ -22,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place with one rename.
 
     A reader sees the old file or the new one, never half of either; a crash leaves the old one. On any error the
-    temporary file is removed and the error goes on.
+    temporary file is removed and the error is raised again.
     """
     # Nodes may share the folder, and threads the process.
     writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
@@ -146,17 +146,18 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, goes_on: str = "where it stopped") -> Iterator[None]:
-    """Turn what the system says on a failed write into a UserError that names the path and how to go on."""
+def writing(path: Path, resumes: str = "where it stopped") -> Iterator[None]:
+    """Turn the system's error on a failed write into a UserError that names the path and how to resume."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         if disk_full(error):
-            message = f"no space left to write {path}; free some and type the same command again: it goes on {goes_on}."
-        elif isinstance(error, OSError):
             message = (
-                f"{path} cannot be written ({error.strerror or error}); mend that and type the same command again."
+                f"no space left on the disk for {path}; free disk space and run the same command again: it resumes "
+                f"{resumes}."
             )
+        elif isinstance(error, OSError):
+            message = f"{path} cannot be written ({error.strerror or error}); fix this and run the same command again."
         else:
             raise
         raise UserError(message) from error

@@ -37,7 +37,7 @@ def function_of(reference: str) -> Callable[..., Any]:
         offered = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise UserError(f"{reference}: {module_name} has no function {name or '(empty name)'}{near(name, offered)}.")
     if not callable(found):
-        raise UserError(f"{reference} is a {type(found).__name__}; name a function.")
+        raise UserError(f"{reference} is a {type(found).__name__}; pass a function.")
     return found
 
 

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROG}: stopped.", file=sys.stderr)
         return 130
     if broken and code == 0:
-        print(f"{PROG}: images that could not be read: {len(broken):,}; they are named above.", file=sys.stderr)
+        print(f"{PROG}: images that could not be read: {len(broken):,} (listed above).", file=sys.stderr)
         return EXIT_SOME_BROKEN
     return code
 
@@ -103,10 +103,10 @@ def _images_at(entry: str) -> list[str]:
     if os.path.isdir(entry):
         found = sorted(_images_below(entry))
         if not found:
-            raise UserError(f"{entry} holds no images; name a folder of {', '.join(IMAGE_SUFFIXES)} files.")
+            raise UserError(f"{entry} holds no images; pass a folder of {', '.join(IMAGE_SUFFIXES)} files.")
         return found
     if not os.path.exists(entry):
-        raise UserError(f"there is no {entry}; name an image or a folder of images.")
+        raise UserError(f"there is no {entry}; pass an image or a folder of images.")
     return [entry]
 
 
@@ -118,7 +118,7 @@ def _images_below(folder: str) -> Iterator[str]:
 
 
 def _refuse(error: OSError) -> None:
-    raise UserError(f"cannot list {error.filename} ({error.strerror}): mend its permissions.") from error
+    raise UserError(f"cannot list {error.filename} ({error.strerror}): fix its permissions.") from error
 
 
 def predict(
@@ -154,7 +154,7 @@ def _classified(
     images_BCHW = torch.stack([view_CHW for _, view_CHW in whole]).to(device)
     logits_BK = model(model.transform.normalise(images_BCHW)).double()
     if not torch.isfinite(logits_BK).all():
-        raise UserError("the model gives logits that are not finite; train it again, or name another model.")
+        raise UserError("the model gives logits that are not finite; train it again, or pass another model.")
     top = logits_BK.softmax(dim=1).topk(top_k, dim=1)
     rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     named = [tuple((model.classes[index], p) for index, p in zip(*row, strict=True)) for row in rows]
@@ -191,7 +191,13 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="a run's folder, a model.pt, or a folder that kd_dist.export wrote")
     add("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them at any depth")
     formats = parser.add_mutually_exclusive_group()
-    formats.add_argument("--json", dest="format", action="store_const", const="json", help="print a JSON line an image")
+    formats.add_argument(
+        "--json",
+        dest="format",
+        action="store_const",
+        const="json",
+        help="print one JSON object per image, one per line",
+    )
     formats.add_argument("--csv", dest="format", action="store_const", const="csv", help="print CSV")
     add("--top-k", type=_positive, default=1, metavar="K", help="classes of each image, the most probable first [1]")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto [auto]")

@@ -1,7 +1,8 @@
-"""A table of single runs: `python -m kd_dist.report runs/*` shows teachers and students, finished or not.
+"""Print a table of runs (teachers and students, finished or not), for example: python -m kd_dist.report runs/*
 
-Top-1 and images/s come from each run's metrics. Agreement is the share of val images on which a student's class is the
-cached teacher's, from the logits that the student saved and view 0 of the cache: comparing needs no network and no GPU.
+Top-1 and images/s come from each run's metrics. Agreement is the fraction of val images on which a student's class is
+the cached teacher's, from the logits that the student saved and view 0 of the cache: comparing needs no network
+and no GPU.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def find_runs(entries: Sequence[Path]) -> tuple[list[Run], list[str]]:
         raise next(iter(passed.values()))
     shown = ", ".join(f"{folder.path} ({'damaged' if folder.settings.exists() else 'not a run'})" for folder in passed)
     if not runs:
-        raise UserError(f"no runs in {shown}; name a run's or a study's folder.")
+        raise UserError(f"no runs in {shown}; pass a run's or a study's folder.")
     return runs, [f"passed over: {shown}"] * bool(passed)
 
 
@@ -84,12 +85,12 @@ def _rows(runs: Sequence[Run], named: Path | None) -> tuple[list[tuple[str, ...]
     rows: list[tuple[str, ...]] = [COLUMNS]
     remarks: list[str] = []
     opened = lru_cache(open_cache)
-    # A student on hard labels alone names no cache: it is compared with the first one that another run names.
+    # A student on hard labels only names no cache: it is compared with the first one that another run names.
     beside = [run.cache for run in runs if run.cache is not None]
     for run in runs:
         agreement = None
         if run.prefix == "tune":
-            part = f"fold {run.settings['fold']} of {run.settings['folds']} of train"
+            part = f"fold {run.settings['fold']} (of 0 to {run.settings['folds'] - 1}) of train"
             remarks.append(f"{run.name}: top-1 and agreement are on {part} (--tune), not on val")
         elif run.kind == "student" and run.folder.val_logits.exists():
             caches = [named] if named else [path for path in (run.cache, *beside) if path and path.exists()]
@@ -111,8 +112,8 @@ def agreement_of(run: Run, cache: Cache) -> float:
     teacher_NK = cache.split("val").logits_NVK[:, 0]
     if val.fingerprint != cache.fingerprint("val"):
         raise UserError(
-            f"{run.folder.val_logits} is of other val images ({val.fingerprint[:12]}) than {cache.path} "
-            f"({cache.fingerprint('val')[:12]}); name the cache of the same data with --cache."
+            f"{run.folder.val_logits} has other val images ({val.fingerprint[:12]}) than {cache.path} "
+            f"({cache.fingerprint('val')[:12]}); pass the cache of the same data with --cache."
         )
     return float(np.mean(val.logits_NK.argmax(axis=1) == teacher_NK.argmax(axis=1)))
 

@@ -1,4 +1,4 @@
-"""Entry 1: train a teacher, then write its logits on views of every image to the cache.
+"""The teacher's job: train a teacher, then write its logits on the views of every image to the cache.
 
 torchrun --nproc_per_node=4 -m kd_dist.teacher
 """
@@ -29,7 +29,7 @@ from kd_dist.run.metrics import CACHE_SECONDS, note_cost, read_costs, read_metri
 from kd_dist.training import objectives
 
 DESCRIPTION = """Train a teacher on all ranks, then write its logits on V views of every train and val image to one HDF5
-file. Running the same command again resumes, in the training and in the writing."""
+file. Running the same command again resumes, both the training and the writing of the cache."""
 EPILOG = """Example: torchrun --nproc_per_node=4 -m kd_dist.teacher --out runs/teacher --epochs 100. Without GPUs the
 same command trains at a small size on the CPU. Next: torchrun --nproc_per_node=4 -m kd_dist.distill"""
 
@@ -68,7 +68,7 @@ def given_weights(config: TeacherConfig, model: nn.Module, classes: int, runtime
     path = Path(config.labelling.weights)
     weights = read_weights(path)
     replaced = take_weights(model, weights, path, classes)
-    head = f"; their head for {replaced} classes is replaced by a new one for {classes}" if replaced else ""
+    head = f"; the head for {replaced} classes is replaced by a new head for {classes}" if replaced else ""
     job.say(runtime, f"initial weights from {path}{head}")
     return {"initial weights": weights_digest(weights)}
 
@@ -84,7 +84,7 @@ def require_writable(target: Path) -> None:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         reason = error.strerror or error
-        raise UserError(f"--cache {target} cannot be written ({reason}); name a file in another folder.") from error
+        raise UserError(f"--cache {target} cannot be written ({reason}); choose a file in another folder.") from error
 
 
 def require_own_cache(config: TeacherConfig, target: Path, data: Data) -> None:
@@ -93,20 +93,21 @@ def require_own_cache(config: TeacherConfig, target: Path, data: Data) -> None:
     if not target.exists() or (config.run.start_over and target == folder.cache):
         return
     if config.run.start_over or not folder.model.exists():
-        raise UserError(f"{target} exists already, and is not of this run; name another --cache, or move that file.")
+        raise UserError(f"{target} already exists and is not of this run; choose another --cache, or move that file.")
     cache = open_cache(target)
     data.require_fit(cache)
     own = label.load_teacher(folder.model, torch.device("cpu")).row.sha256
     if [row.sha256 for row in cache.header.teachers] != [own]:
         raise UserError(
-            f"{target} was labelled by the teacher {cache.header.teachers[0].sha256}, the one in {folder.path} is "
-            f"{own}; name another --cache."
+            f"{target} was labelled by the teacher {cache.header.teachers[0].sha256}, but the teacher in {folder.path} "
+            f"is {own}; choose another --cache."
         )
     wanted = config.labelling
     if cache.header.top_k != (wanted.top_k or 0):
         kept = f"the top {cache.header.top_k}" if cache.header.top_k else "all"
         raise UserError(
-            f"{target} holds {kept} logits of a row, --top-k asks for {wanted.top_k or 'all'}; name another --cache."
+            f"{target} holds {kept} logits of each soft label, but --top-k is {wanted.top_k or 'not given'}; choose "
+            "another --cache."
         )
     if cache.views != wanted.views:
         longer = target.with_name(f"{target.stem}-{wanted.views}-views.h5")
@@ -118,12 +119,12 @@ def require_own_cache(config: TeacherConfig, target: Path, data: Data) -> None:
             output=longer,
             **carried(config, OF_DATA),
         )
-        how = f"`{extend}` writes a longer one" if wanted.views > cache.views else "name another --cache"
-        raise UserError(f"{target} holds {cache.views} views, --views asks for {wanted.views}; {how}.")
+        how = f"`{extend}` writes a cache with more views" if wanted.views > cache.views else "choose another --cache"
+        raise UserError(f"{target} holds {cache.views} views, but --views is {wanted.views}; {how}.")
     if cache.header.mixed_share != wanted.mixed_views:
         raise UserError(
-            f"{target} was written with --mixed-views {cache.header.mixed_share}, this is --mixed-views "
-            f"{wanted.mixed_views}; name another --cache."
+            f"{target} was written with --mixed-views {cache.header.mixed_share}, but --mixed-views is "
+            f"{wanted.mixed_views}; choose another --cache."
         )
 
 
@@ -153,7 +154,7 @@ def train(
 
 
 def tell_what_passed(config: TeacherConfig, folder: RunFolder, runtime: Runtime) -> None:
-    """Say which weights cannot be kept any more, because their epochs have passed; the last epoch's are model.pt's."""
+    """Print which weights cannot be kept any more, because their epochs have passed; the last epoch's are model.pt."""
     rows = runtime.on_main(lambda: read_metrics(folder))
     done = max((row["epoch"] for row in rows), default=0)
     passed = [epoch for epoch in config.labelling.keep_epochs if epoch <= done and epoch < config.optimisation.epochs]
@@ -161,17 +162,17 @@ def tell_what_passed(config: TeacherConfig, folder: RunFolder, runtime: Runtime)
     if missing:
         job.say(
             runtime,
-            f"--keep-epochs {' '.join(missing)}: {done} epochs are done already, so those weights are gone; train in "
-            "another --out to have them",
+            f"--keep-epochs {' '.join(missing)}: training is already past these epochs ({done} done), so their weights "
+            "cannot be saved; to get them, train again in another --out",
         )
 
 
 def write(
     config: TeacherConfig, data: Data, target: Path, folder: RunFolder, runtime: Runtime, stop: StopRequest
 ) -> None:
-    """Write the cache, or go on with it; this run's whole one is left as it is."""
+    """Write the cache, or resume writing it; a complete cache of this run is left as it is."""
     if runtime.on_main(target.exists):
-        job.say(runtime, f"{target} is there already; `{command('kd_dist.cache', 'info', target)}` describes it")
+        job.say(runtime, f"{target} already exists; `{command('kd_dist.cache', 'info', target)}` describes it")
         return
     teacher = label.load_teacher(folder.model, runtime.device)
     job.say(

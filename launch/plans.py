@@ -94,7 +94,7 @@ def require_cache(plan: Plan) -> None:
             submit = f"python -m {__package__}.submit"
             raise UserError(
                 f"there is no cache {cache} for the student to learn from; write it by `{submit} teacher`, submit both "
-                f"jobs by `{submit} pipeline`, or name yours: -- --cache FILE."
+                f"jobs by `{submit} pipeline`, or pass yours: -- --cache FILE."
             )
 
 
@@ -106,7 +106,7 @@ def plan_pipeline(options: argparse.Namespace, own: list[str], resources: Resour
     for kind, run in zip(PIPELINE, ("teacher", "student"), strict=True):
         typed = {**shared[kind], **_typed(kind, shlex.split(getattr(options, kind)))}
         for name in {"out", "cache"} & typed.keys():
-            raise UserError(f"a pipeline names --{name} itself; choose the folder of both runs by --runs DIR.")
+            raise UserError(f"a pipeline sets --{name} itself; choose the folder of both runs by --runs DIR.")
         plans.append(_plan(kind, {**typed, "out": str(options.runs / run), "cache": cache}, resources, site))
     return plans
 
@@ -121,8 +121,8 @@ def _shared(own: list[str]) -> dict[str, dict[str, Any]]:
     strange = sorted(set.intersection(*unknown))
     if strange:
         raise UserError(
-            f"{', '.join(strange)}: neither job knows it; `python -m kd_dist.teacher --help` and kd_dist.distill list "
-            "what they know."
+            f"{', '.join(strange)}: unknown to both jobs; `python -m kd_dist.teacher --help` and `python -m "
+            "kd_dist.distill --help` list their options."
         )
     return known
 

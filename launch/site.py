@@ -47,7 +47,7 @@ def read_site(path: Path | None) -> Site:
         words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
     except OSError as error:
         raise UserError(
-            f"the site file {path} cannot be read ({error.strerror or error}); name yours with --site."
+            f"the site file {path} cannot be read ({error.strerror or error}); pass yours with --site."
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: {error}; put each value between two double quotes.") from None
@@ -55,7 +55,7 @@ def read_site(path: Path | None) -> Site:
     for word in words:
         name, _, value = word.partition("=")
         if "=" not in word or name not in _NAMES:
-            raise UserError(f'{path}: invalid {word}; write NAME="value", one a line, NAME of {", ".join(_NAMES)}.')
+            raise UserError(f'{path}: invalid {word}; write NAME="value", one per line, NAME of {", ".join(_NAMES)}.')
         values |= {_NAMES[name]: value} if value else {}
     cpus = values.get("cpus_per_task", "1")
     if not cpus.isdigit() or int(cpus) < 1:
@@ -81,7 +81,7 @@ def minutes_of(text: str) -> int:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one job asks for: `ranks` processes on each of `nodes` machines, `cpus` cores a rank, `minutes` of time.
+    """What one job asks for: `ranks` processes on each of `nodes` machines, `cpus` cores per rank, `minutes` of time.
 
     `signal_seconds` before the time limit comes the warning; after `max_timeouts` time limits no more requeue.
     Raises UserError for a number out of range.

@@ -148,7 +148,7 @@ def standings(runs: Path) -> list[Standing]:
     jobs = sorted(map(Job.read, job_folders(runs)), key=lambda job: (job.submitted, job.folder))
     if not jobs:
         raise UserError(
-            f"no jobs were submitted under {runs}; name the folder that holds {JOBS}/, such as runs, or submit one "
+            f"no jobs were submitted under {runs}; pass the folder that holds {JOBS}/, such as runs, or submit one "
             "first."
         )
     known = states(jobs)
@@ -256,7 +256,7 @@ def cancel(found: Sequence[Standing]) -> list[str]:
         else:
             os.kill(int(standing.job.id), signal.SIGTERM)
         lines.append(f"{standing.title}: {answer}")
-    return lines or ["no job is waiting or running"]
+    return lines or ["no job is pending or running"]
 
 
 def follow(runs: Path, seconds: float) -> int:
@@ -278,12 +278,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     page = __doc__.replace("-m launch.", f"-m {__package__}.")
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("launch.status", description=page, formatter_class=layout)
+    parser = argparse.ArgumentParser(f"python -m {__package__}.status", description=page, formatter_class=layout)
     add = parser.add_argument
     add("runs", nargs="?", type=Path, default=Path("runs"), help="the folder that holds jobs/ [runs]")
     add("--follow", action="store_true", help="keep the table up to date until all jobs have ended")
     add("--every", type=float, default=5.0, metavar="S", help="seconds between two updates with --follow [5]")
-    add("--cancel", action="store_true", help="cancel all waiting and running jobs; each saves before it ends")
+    add(
+        "--cancel",
+        action="store_true",
+        help="cancel all pending and running jobs; each saves a checkpoint before it ends",
+    )
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a log line may hold what the terminal cannot show

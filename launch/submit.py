@@ -100,7 +100,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     page = __doc__.replace("-m launch.", f"-m {__package__}.")
     layout = argparse.RawDescriptionHelpFormatter
-    usage = f"python -m {__package__}.submit JOB [where and how much] -- [the job's own options]"
+    usage = f"python -m {__package__}.submit JOB [SUBMIT OPTIONS] [-- JOB OPTIONS]"
     parser = _Parser(usage=usage, description=page, formatter_class=layout)
     jobs = parser.add_subparsers(dest="job", required=True, metavar="|".join(PLANNERS), help=argparse.SUPPRESS)
     for name in PLANNERS:
@@ -114,35 +114,39 @@ def _parser() -> argparse.ArgumentParser:
 def _add_own_options(job: str, group: Any) -> None:
     if job == "pipeline":
         for kind in ("teacher", "distill"):
-            group.add_argument(f"--{kind}", default="", metavar="'OPTIONS'", help=f"for {kind} alone, in quotes")
+            group.add_argument(
+                f"--{kind}", default="", metavar="'OPTIONS'", help=f"options of the {kind} job only, in quotes"
+            )
     if job == "study":
         for name, meaning in zip(STUDY_WORDS, ("ARM", "SEED", "SETTING=V1,V2"), strict=True):
-            group.add_argument(f"--{name}", nargs="+", metavar=meaning, help="as python -m kd_dist.study takes it")
+            group.add_argument(f"--{name}", nargs="+", metavar=meaning, help="as of python -m kd_dist.study")
         group.add_argument("--array", type=int, default=1, metavar="N", help="jobs that share the study's runs [1]")
     if job in ("pipeline", "study"):
-        group.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of its runs [runs]")
+        group.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs [runs]")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("where").add_argument
-    add("--cluster", choices=CLUSTERS, default="slurm", help="slurm, local: this machine, debug: this process [slurm]")
-    add("--partition", metavar="NAME", help="[SBATCH_PARTITION]")
-    add("--account", metavar="NAME", help="[SBATCH_ACCOUNT]")
-    add("--qos", metavar="NAME", help="[SBATCH_QOS]")
-    add("--constraint", metavar="NAME", help="[SBATCH_CONSTRAINT]")
+    add = parser.add_argument_group("placement").add_argument
+    where = "where to run: slurm (the queue), local (this machine), debug (this process) [slurm]"
+    add("--cluster", choices=CLUSTERS, default="slurm", help=where)
+    named = ("partition", "partition"), ("account", "account"), ("qos", "QOS"), ("constraint", "node constraint")
+    for name, meaning in named:
+        default = f"[SBATCH_{name.upper()} from slurm/site.conf]"
+        add(f"--{name}", metavar="NAME", help=f"Slurm {meaning} {default}")
     add("--scratch", metavar="DIR", help="node-local folder for the decoded images, such as '$TMPDIR' [SITE_SCRATCH]")
-    add("--site", type=Path, metavar="FILE", help="the site's settings, which give the defaults here [slurm/site.conf]")
-    add("--dry-run", action="store_true", help="show the sbatch text and the resolved settings, submit nothing")
-    add = parser.add_argument_group("how much").add_argument
-    add("--nodes", type=int, default=1, metavar="N", help="machines [1]")
-    add("--gpus-per-node", type=int, metavar="N", help="GPUs, and ranks, on each; 0: CPU [1; local: all]")
-    add("--ranks-per-node", type=int, metavar="N", help="ranks on each node, where they are not one a GPU")
-    add("--cpus-per-task", type=int, metavar="N", help="cores for each rank [SITE_CPUS_PER_TASK]")
-    add("--mem", metavar="SIZE", help="memory a node, as Slurm writes it, such as 64G")
-    add = parser.add_argument_group("how long").add_argument
+    add("--site", type=Path, metavar="FILE", help="file of the site's defaults [slurm/site.conf]")
+    add("--dry-run", action="store_true", help="print the sbatch text and the resolved settings, submit nothing")
+    add = parser.add_argument_group("resources").add_argument
+    add("--nodes", type=int, default=1, metavar="N", help="number of nodes [1]")
+    add("--gpus-per-node", type=int, metavar="N", help="GPUs per node, one rank each; 0: CPU [1; local: all]")
+    add("--ranks-per-node", type=int, metavar="N", help="ranks per node [one per GPU]")
+    add("--cpus-per-task", type=int, metavar="N", help="cores per rank [SITE_CPUS_PER_TASK]")
+    add("--mem", metavar="SIZE", help="memory per node in Slurm's notation, such as 64G [Slurm's default]")
+    add = parser.add_argument_group("time limit").add_argument
     add("--time", metavar="TIME", help="time limit, such as 2h, 90m, 1d12h or HH:MM:SS [4h; local: none]")
     add("--signal-before", type=int, default=90, metavar="S", help="seconds from the warning to the time limit [90]")
-    add("--max-timeouts", type=int, default=3, metavar="N", help="time limits after which the job is requeued [3]")
+    most = "maximum number of requeues after hitting the time limit [3]"
+    add("--max-timeouts", type=int, default=3, metavar="N", help=most)
 
 
 def _site(options: argparse.Namespace) -> Site:
@@ -167,8 +171,8 @@ def _resources(options: argparse.Namespace) -> Resources:
         )
     if not on_slurm and array * wanted.nodes * gpus > len(_gpus_here()):
         raise UserError(
-            f"{array} x {wanted.nodes * gpus} GPUs were asked for, this machine has {len(_gpus_here())}; ask for fewer "
-            "by --gpus-per-node or --array."
+            f"{array} x {wanted.nodes * gpus} GPUs were requested, but this machine has {len(_gpus_here())}; request "
+            "fewer with --gpus-per-node or --array."
         )
     return wanted
 
@@ -248,8 +252,7 @@ def _submit_all(options: argparse.Namespace, plans: list[Plan], resources: Resou
         for job in _start(batch):
             waits = f", after job {before.id} has succeeded" if before else ""
             log = _shown(JobFolder(Path(job.folder)).main_log)
-            size = f"{counted(job.nodes, 'node')} x {counted(job.ranks, 'rank')}"
-            print(f"{job.kind}: job {job.id}, {size}{waits}; log {log}")
+            print(f"{job.kind}: job {job.id}, nodes: {job.nodes}, ranks per node: {job.ranks}{waits}; log {log}")
         before = job
     print(f"watch them: python -m {__package__}.status {shlex.quote(_shown(runs))} --follow")
 

@@ -221,8 +221,8 @@ def begin_attempt(journal: Path, progress: int, log: str) -> None:
     before = [event for event in events.read(journal) if event["code"] == "began"][-2:]
     if len(before) == 2 and all(event["progress"] == progress for event in before):
         raise UserError(
-            f"no progress after two restarts (no new checkpoint, no new part of the cache), giving up; see "
-            f"{before[0]['log']} and {before[1]['log']}, and submit again when the cause is gone, or with more --time."
+            f"no progress in two restarts (no new checkpoint, no new cache shard), giving up; see {before[0]['log']} "
+            f"and {before[1]['log']}, fix the cause and submit again, or increase --time."
         )
     events.append(journal, {"code": "began", "progress": progress, "log": log})
 
@@ -233,8 +233,8 @@ def stop_attempt(journal: Path, why: Stop, max_timeouts: int) -> None:
     timeouts = sum(event.get("why") == Stop.TIME_OUT for event in events.read(journal))
     if why == Stop.TIME_OUT and timeouts > max_timeouts:
         raise UserError(
-            f"the time limit came {timeouts} times and --max-timeouts is {max_timeouts}, so the job was not requeued; "
-            "everything is saved: submit again to resume, with more --time perhaps."
+            f"the job hit its time limit (count: {timeouts}) and --max-timeouts is {max_timeouts}, so it was not "
+            "requeued; all progress is saved: submit again to resume, perhaps with a longer --time."
         )
 
 
@@ -369,7 +369,7 @@ class Supervisor:
             progress = progress_of(Path(self.job.run), self.folder.name)
             begin_attempt(self.folder.attempts, progress, str(self.log))
             self._say(
-                f"attempt {self.attempt} of job {self.env.job_id}: {self.env.world_size} ranks, rank 0 on "
+                f"job {self.env.job_id}, attempt {self.attempt}: world size {self.env.world_size}, rank 0 on "
                 f"{socket.gethostname()}"
             )
 
@@ -416,7 +416,7 @@ class Supervisor:
             if self.peer_failed_at is None and self.folder.failures(self.attempt):
                 self.peer_failed_at = time.monotonic()
             if _over(self.peer_failed_at, PEER_SECONDS) or _over(self.signals.first_at, self.job.signal_seconds * 0.7):
-                self._say("the rank did not stop in time and was killed; its newest checkpoint counts")
+                self._say("the rank did not stop in time and was killed; a restart resumes from its newest checkpoint")
                 rank.kill()
 
     # ---- after
@@ -439,7 +439,7 @@ class Supervisor:
         passed = time.monotonic() - self.started_at
         time_is_up = passed > self.job.minutes * 60 - self.job.signal_seconds - CLOCK_SECONDS
         why = Stop.TIME_OUT if time_is_up else Stop.PREEMPTED
-        self._say(f"stopped by the scheduler's warning ({why}), asking for another start")
+        self._say(f"stopped by the scheduler's warning signal ({why}); requesting a requeue")
         try:
             stop_attempt(self.folder.attempts, why, self.job.max_timeouts)
         except UserError as error:
@@ -448,7 +448,7 @@ class Supervisor:
             sys.exit(LOCAL_REQUEUE)
         asked = subprocess.run(["scontrol", "requeue", self.env.job_id], capture_output=True, text=True)
         if asked.returncode:
-            self._fail(1, f"requeueing failed ({asked.stderr.strip()}); everything is saved: submit again to resume.")
+            self._fail(1, f"requeueing failed ({asked.stderr.strip()}); all progress is saved: submit again to resume.")
         sys.exit(0)
 
     def _fail(self, code: int, message: str = "") -> NoReturn:
@@ -519,7 +519,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--signal-before", type=int, default=120, metavar="S", help="seconds from warning to time limit"
     )
-    parser.add_argument("--max-timeouts", type=int, default=3, metavar="N", help="time limits with a requeue")
+    parser.add_argument(
+        "--max-timeouts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="maximum number of requeues after hitting the time limit",
+    )
     split = arguments.index("--")
     options, own = parser.parse_args(arguments[:split]), tuple(arguments[split + 1 :])
     run, task = options.run.absolute(), submitit.JobEnvironment()

@@ -76,7 +76,7 @@ TYPED = {
     "not a number": (["--epochs", "many"], "invalid int value: 'many'"),
     "fresh crops with soft labels": (["--crops", "fresh"], "needs --crops cached"),
     "mixup on cached crops": (["--mixup", "0.5"], "--mixup 0.5 needs --crops fresh"),
-    "crop scale upside down": (["--crop-scale", "0.9", "0.2"], "--crop-scale 0.9 0.2 must be two shares"),
+    "crop scale upside down": (["--crop-scale", "0.9", "0.2"], "--crop-scale 0.9 0.2 must be two fractions"),
 }
 
 
@@ -98,7 +98,9 @@ def test_batch_larger_than_the_data(made, tmp_path):
     assert "--batch-size 1000 is larger than the 60 training images" in sentence
 
 
-@pytest.mark.parametrize("student, size, smallest", [("cnn5", 16, 32), ("cnn5_wide", 8, 32), ("origin", 8, None)])
+@pytest.mark.parametrize(
+    "student, size, smallest", [("cnn5", 16, 32), ("cnn5_wide", 8, 32), ("reference_cnn", 8, None)]
+)
 def test_image_too_small_for_the_network(made, tmp_path, student, size, smallest):
     """The smallest size that the sentence names is the smallest that works."""
     asked = distilling(made, tmp_path, "--alpha", 0, "--student", student)
@@ -297,7 +299,7 @@ def test_a_teacher_takes_no_other_cache_for_its_own(made, tmp_path):
     assert "not of this run" in refused(teacher.main, *other, "--cache", cache)
     call(teacher.main, *other)
     assert "was labelled by the teacher" in refused(teacher.main, *other, "--cache", cache)
-    assert "holds 2 views, --views asks for 3" in refused(teacher.main, *other, "--views", 3)
+    assert "holds 2 views, but --views is 3" in refused(teacher.main, *other, "--views", 3)
     truncate(tmp_path / "run" / "logits.h5")
     assert "logits.h5" in refused(teacher.main, *other)
 
@@ -344,7 +346,7 @@ def test_no_gpu_and_more_ranks_than_gpus(made, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     from kd_dist.dist.rendezvous import choose_device
 
-    with pytest.raises(UserError, match="4 ranks on this machine but 2 GPUs; use --nproc_per_node=2"):
+    with pytest.raises(UserError, match="4 ranks but only 2 visible GPUs on this machine; use --nproc_per_node=2"):
         choose_device("auto", 0, 4)
 
 

@@ -689,7 +689,7 @@ REFUSALS = {
     "a later version": (set_attribute("version", 3), "has format version 3, this kd_dist reads 2: update kd_dist"),
     "version 1": (
         set_attribute("version", 1),
-        "has format version 1, this kd_dist reads 2: write it anew: see `python -m kd_dist.cache write --help`",
+        "has format version 1, this kd_dist reads 2: rewrite it: see `python -m kd_dist.cache write --help`",
     ),
     "unknown features": (
         set_attribute("required_features", np.array([b"zoom", b"colours"])),
@@ -844,7 +844,7 @@ MISFITS = {
     "label": (
         CLASSES,
         with_val(labels_N=swapped(VAL.labels_N, 3, 5)),
-        "has label 0 for val/beagle/0003.JPEG, other has label 2:",
+        "has label 0 for val/beagle/0003.JPEG, but other has label 2:",
     ),
     "content": (
         CLASSES,
@@ -949,7 +949,7 @@ def test_info_is_one_screen(reference):
     for shown in (
         cache.digest,
         "1,030 images x 2 views",
-        "resnet18-s1 without fold 1 of ? of train",
+        "resnet18-s1 without fold 1 of train",
         "sha256 cdcdcdcdcdcd",
         "beagle, dingo, Samoyède",
         "some-sampler/1",
@@ -957,7 +957,7 @@ def test_info_is_one_screen(reference):
         assert shown in text
     many = replace(cache, header=replace(HEADER, teachers=HEADER.teachers * 5, classes=tuple("abcdefghijklm" * 20)))
     crowded = render_info(many).splitlines()
-    assert "and 7 more teachers" in "\n".join(crowded)
+    assert "further teachers: 7" in "\n".join(crowded)
     assert len(crowded) <= 28
 
 

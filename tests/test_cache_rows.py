@@ -119,7 +119,7 @@ def test_a_file_changed_in_place_is_refused_and_a_touched_one_is_not(copy):
         file.seek(place)
         file.write(b"\x01\x02")
     os.utime(copy, ns=(2, 2))
-    assert f"{copy} was changed while this run was reading it" in refusal(cache.require_unchanged)
+    assert f"{copy} was modified during this run" in refusal(cache.require_unchanged)
 
 
 def test_a_file_replaced_while_it_is_opened_is_refused(copy, monkeypatch):

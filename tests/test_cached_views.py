@@ -221,7 +221,7 @@ def test_the_processes_of_a_machine_open_the_data_one_after_the_other(cache, roo
         ({"split": "test"}, "split='test' is not known; pass 'train' or 'val'."),
         ({"view": 5}, "view=5, but the views are 0 to 4"),
         ({"view": -1, "split": "val"}, "view=-1, but the views are 0 to 4"),
-        ({"pixels": "device"}, "draws images on the host"),
+        ({"pixels": "device"}, "renders images on the CPU"),
         ({"pixels": "nowhere"}, "--pixels nowhere is not known"),
         ({"data": "absent"}, "absent"),
         ({"cache": "absent.h5"}, "there is no cache absent.h5"),

@@ -342,7 +342,9 @@ FOREIGN = {
 def test_weights_of_another_program_are_not_called_damaged(tmp_path, kind):
     path = tmp_path / "model.pt"
     FOREIGN[kind](path)
-    with pytest.raises(UserError, match=f"was not written by kd_dist: it is {kind}.*name that of a run") as caught:
+    with pytest.raises(
+        UserError, match=f"was not written by kd_dist: it is {kind}.*pass the model.pt of a run"
+    ) as caught:
         load_model(path)
     assert "damaged" not in str(caught.value) and "\n" not in str(caught.value)
     assert f"--teacher NAME --weights {path}" in str(caught.value)

@@ -111,7 +111,7 @@ def test_mean_of_probabilities_is_theirs_at_its_temperature(caches, tmp_path, te
         mean.check_loss("kl", 3.0)
     with pytest.raises(UserError, match="--loss mse looks at logits; use --loss kl"):
         mean.check_loss("mse", temperature)
-    with pytest.raises(UserError, match=r"one_temperature.*combine the files it was made from"):
+    with pytest.raises(UserError, match=r"one_temperature.*combine the caches"):
         combine([mean, caches[0]], tmp_path / "again.h5", None, SOFTWARE)
 
 
@@ -183,9 +183,9 @@ def test_other_views_are_refused_with_both_values(caches, tmp_path, facts, messa
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["{}", "-o", "x.h5"], "takes two caches or more"),
-        (["{}", "{}", "-o", "x.h5", "--mean", "probabilities"], "needs --temperature T"),
-        (["{}", "{}", "-o", "x.h5", "--temperature", "4"], "a mean of logits has none"),
+        (["{}", "-o", "x.h5"], "needs two caches or more"),
+        (["{}", "{}", "-o", "x.h5", "--mean", "probabilities"], "requires --temperature T"),
+        (["{}", "{}", "-o", "x.h5", "--temperature", "4"], "omit --temperature"),
         (["{}", "{}", "-o", "x.h5", "--mean", "probabilities", "--temperature", "0"], "0 is not a number above 0"),
     ],
 )

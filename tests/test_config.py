@@ -258,7 +258,7 @@ def test_a_resume_on_fewer_gpus_keeps_the_batch(monkeypatch, tmp_path):
 def test_batch_warnings():
     assert job.batch_warnings(256, 2, "cuda") == job.batch_warnings(8, 8, "cpu") == []
     (few,) = job.batch_warnings(256, 8, "cuda")
-    assert "32 images a rank" in few and "--batch-size" in few
+    assert "32 images per rank" in few and "--batch-size" in few
     (many,) = job.batch_warnings(16384, 32, "cuda")
     assert "8192" in many and "--lr" in many
 

@@ -415,8 +415,8 @@ def test_chosen_folder_without_a_set_is_not_fetched_into(tmp_path: Path):
     ("release", "archive", "sha256", "words"),
     [
         ("imagenet", None, None, "no release imagenet: choose one of imagewoof2-160, .*demo"),
-        ("../up", None, None, "cannot name a folder"),
-        (None, "weird name.tgz", None, "plain name with --release"),
+        ("../up", None, None, "not usable as a folder"),
+        (None, "weird name.tgz", None, "name with --release"),
         (None, "x.tgz", "abc", "64 hexadecimal digits"),
         (None, "missing.tgz", None, "no archive missing.tgz"),
         (None, "ftp://host/x.tgz", None, "http, https or file"),

@@ -366,7 +366,7 @@ def test_link_cannot_be_written_through(tmp_path: Path, small_set: Path):
 def test_archive_of_something_else_is_refused(tmp_path: Path):
     with tarfile.open(tmp_path / "notes.tar", "w") as tar:
         tar.add(__file__, "notes/test.py")
-    with pytest.raises(UserError, match="holds 0 image sets"):
+    with pytest.raises(UserError, match="holds 0 data sets"):
         _get(tmp_path / "data", tmp_path / "notes.tar")
 
 

@@ -101,9 +101,7 @@ def training(root: Path, *more: object) -> list[object]:
 def test_the_teachers_job_starts_from_given_weights(here, tiny_root, capsys):
     save_file(network(7).state_dict(), here / "given.safetensors")
     call(teacher.main, *training(tiny_root, "--weights", "given.safetensors", "--lr", 1e-9))
-    assert (
-        "weights from given.safetensors; their head for 7 classes is replaced by a new one" in capsys.readouterr().out
-    )
+    assert "weights from given.safetensors; the head for 7 classes is replaced by a new head" in capsys.readouterr().out
     kept = load_model(here / "run/model.pt")
     assert kept["arch"] == "own_teachers:small"
     given = network(7).convolutions[1].weight
@@ -151,8 +149,8 @@ def test_class_maps_of_all_kinds(here, name, text, expected):
         ("cat 2\nbig dig 1\n", r"has no line for big dog \(did you mean big dig\?\)"),
         ("cat 2\nbig dog 2\n", r"gives cat and big dog the same class of the teacher, 2"),
         ("cat 2\ncat 1\nbig dog 0\n", r"names cat twice"),
-        ("cat 3\nbig dog 2\n", r"names the class 3; the teacher's are 0 to 2\."),
-        ("cat n02086240\nbig dog 2\n", r"names the class n02086240; the teacher's are 0 to 2\."),
+        ("cat 3\nbig dog 2\n", r"has the class 3, but the teacher's classes are 0 to 2\."),
+        ("cat n02086240\nbig dog 2\n", r"has the class n02086240, but the teacher's classes are 0 to 2\."),
         ("cat\nbig dog 2\n", r"has a line with one column \(cat\)"),
     ],
 )
@@ -160,7 +158,7 @@ def test_a_class_map_with_a_hole_or_a_double_is_refused(here, text, expected):
     (here / "map.txt").write_text(text)
     with pytest.raises(UserError, match=expected):
         picked(read_class_map("map.txt"), "map.txt", ("cat", "big dog"), 3)
-    with pytest.raises(UserError, match=r"there is no class map absent.json; name a file, or imagenet"):
+    with pytest.raises(UserError, match=r"there is no class map absent.json; pass a file, or imagenet"):
         read_class_map("absent.json")
 
 
@@ -183,21 +181,21 @@ def test_a_network_from_elsewhere_labels_and_is_verified(here, tiny: Dataset, ti
     (here / "map.json").write_text(json.dumps(dict(zip(tiny.classes, (5, 0, 3), strict=True))))
     given = ("--weights", "given.safetensors", "--class-map", "map.json")
     labelling(tiny_root, "picked.h5", *given, "--mean", 0.5, 0.5, 0.5, "--std", 0.3, 0.3, 0.3)
-    assert "whether the teacher has seen images of val is not known" in capsys.readouterr().out
+    assert "it is not known whether the teacher has seen images of val" in capsys.readouterr().out
     cache = open_cache(here / "picked.h5")
     row = cache.header.teachers[0]
     assert (row.sha256, row.arch, row.seed) == (weights_digest(weights), "own_teachers:small", -1)
     assert row.val_top1 == cache.val_top1 and "trained elsewhere (may have seen val), 24 px" in render_info(cache)
     assert cache.header.mean == (0.5, 0.5, 0.5) and cache.header.image_size == 24
-    verify = ["verify", "picked.h5", "--device", "cpu", "--data", str(tiny_root), "--rows", "999"]
+    verify = ["verify", "picked.h5", "--device", "cpu", "--data", str(tiny_root), "--samples", "999"]
     main([*verify, "--teacher", "own_teachers:small", *given])
-    assert f"{2 * 30} rows computed again" in capsys.readouterr().out
+    assert f"{2 * 30} soft labels recomputed" in capsys.readouterr().out
     main(["export", "picked.h5", "--to", "labels"])
     assert "whether it has seen images of val is not known" in (here / "labels/README.md").read_text()
     main(["verify", "labels", *verify[2:], "--teacher", "own_teachers:small", *given])
-    assert f"{2 * 30} rows computed again" in capsys.readouterr().out
+    assert f"{2 * 30} soft labels recomputed" in capsys.readouterr().out
     (here / "map.json").write_text(json.dumps(dict(zip(tiny.classes, (0, 5, 3), strict=True))))
-    with pytest.raises(UserError, match="does not hold what"):
+    with pytest.raises(UserError, match="does not hold the logits"):
         main([*verify, "--teacher", "own_teachers:small", *given])
     weights["classifier.bias"] += 1
     save_file(weights, here / "given.safetensors")
@@ -217,10 +215,10 @@ def test_the_logits_picked_are_the_networks(here, tiny, tiny_root):
 @pytest.mark.parametrize(
     "more, expected",
     [
-        (["--teacher", "own_teachers:of_five"], "has 5 classes, the data has 3; .*--class-map"),
+        (["--teacher", "own_teachers:of_five"], "has 5 classes, but the data set has 3; .*--class-map"),
         (["--teacher", "torchvision:resnet18"], "would have random weights; add --weights FILE"),
         (["--teacher", "torchvision:resnet19", "--weights", "a.pt"], r"no classifier resnet19 \(did you mean"),
-        (["--teacher", "own_teachers:small", "own_teachers:of_five"], "name one teacher"),
+        (["--teacher", "own_teachers:small", "own_teachers:of_five"], "pass one teacher"),
         (["--weights", "absent.pt"], "there is no file absent.pt"),
         (["--image-size", "2"], "--image-size 2 is too small for own_teachers:small; the smallest that works is 4"),
         (["--class-map", "absent.txt"], "there is no class map absent.txt"),

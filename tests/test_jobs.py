@@ -142,7 +142,7 @@ def test_weights_of_middle_epochs_are_kept_and_can_label(data, tmp_path, capsys)
     assert open_cache(target).header.teachers[0].sha256 == weights_digest(first["weights"])
     assert "--keep-epochs" not in capsys.readouterr().out
     call(teacher_entry.main, *command, "--keep-epochs", "2", "3")
-    assert "--keep-epochs 2: 3 epochs are done already, so those weights are gone" in capsys.readouterr().out
+    assert "--keep-epochs 2: training is already past these epochs (3 done)" in capsys.readouterr().out
 
 
 def test_student_learns_from_the_cache_alone(data, teacher_run, tmp_path):
@@ -151,7 +151,7 @@ def test_student_learns_from_the_cache_alone(data, teacher_run, tmp_path):
     cache_file.parent.mkdir()
     cache_file.write_bytes(teacher_run.cache.read_bytes())
     shown = run_command(*distill(data, tmp_path / "student", cache_file), ranks=2).stdout
-    assert "without its .sha256 file" in shown
+    assert "has no .sha256 file next to it" in shown
     saved, cache = load_model(RunFolder(tmp_path / "student").model), open_cache(cache_file)
     assert saved["cache"]["sha256"] == cache.digest
     assert saved["cache"]["teachers"] == [row.sha256 for row in cache.header.teachers]
@@ -256,7 +256,7 @@ class TestCacheCommands:
         shown = self.cache("verify", teacher_run.cache).stdout
         assert "all finite" in shown and "not checked" in shown
         shown = self.cache("verify", teacher_run.cache, "--data", data, "--teacher", teacher_run.model).stdout
-        assert "rows computed again" in shown and "not checked" not in shown
+        assert "soft labels recomputed" in shown and "not checked" not in shown
 
     def test_verify_refuses_another_teacher_and_other_data(self, data, teacher_run, tmp_path):
         run_command(*teacher(data, tmp_path / "other", "--seed", "1"))
@@ -278,7 +278,7 @@ class TestCacheCommands:
         result = self.cache(
             "verify", tmp_path / "shuffled.h5", "--data", data, "--teacher", teacher_run.model, check=False
         )
-        assert result.returncode == 2 and "does not hold what" in result.stderr
+        assert result.returncode == 2 and "does not hold the logits" in result.stderr
 
     def test_write_from_a_checkpoint_gives_the_jobs_own_file(self, data, teacher_run, tmp_path):
         self.cache("write", "--teacher", teacher_run.model, "--data", data, "--views", 3, "-o", tmp_path / "again.h5")

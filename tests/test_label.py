@@ -166,20 +166,18 @@ def test_the_commands_write_verify_and_extend_it(written, command, run_folders, 
     again = tmp_path / "again.h5"
     command("write", "--teacher", *folds, "--like", written, "-o", again)
     assert np.array_equal(open_cache(again).split("train").logits_NVK, open_cache(written).split("train").logits_NVK)
-    said = command("verify", again, "--rows", 9999, "--teacher", *folds)
-    assert f"{3 * (40 + 8)} rows computed again" in said and "not checked" not in said
-    said = command("verify", again, "--rows", 9999, "--teacher", folds[1])
+    said = command("verify", again, "--samples", 9999, "--teacher", *folds)
+    assert f"{3 * (40 + 8)} soft labels recomputed" in said and "not checked" not in said
+    said = command("verify", again, "--samples", 9999, "--teacher", folds[1])
     rows = 3 * int((open_cache(again).split("train").teacher_N == 1).sum())
-    assert f"{rows} rows computed again" in said
-    assert "not checked are rows of the teachers trained without fold 0 of 3 of train, without fold 2" in said
+    assert f"{rows} soft labels recomputed" in said
+    assert "soft labels of the teachers trained without fold 0 (of 0 to 2) of train, without fold 2" in said
     command("extend", again, "--teacher", *reversed(folds), "--views", 4, "-o", more)
     command("write", "--teacher", *folds, "--views", 4, "--seed", 5, "-o", at_once)
     assert more.read_bytes() == at_once.read_bytes()
-    with pytest.raises(UserError, match=r"not what labelled .* name the model.pt of each teacher"):
+    with pytest.raises(UserError, match=r"was labelled by other teachers .* pass the model.pt of each teacher"):
         command("extend", again, "--teacher", folds[0], "--views", 4, "-o", tmp_path / "none.h5")
-    assert "out-of-fold: each train image by the one teacher that was not trained on it" in render_info(
-        open_cache(more)
-    )
+    assert "out-of-fold: each train image by the teacher that was not trained on it" in render_info(open_cache(more))
 
 
 def test_verify_finds_the_data_where_the_environment_names_it(root, written, run_folders, monkeypatch, capsys):
@@ -187,7 +185,7 @@ def test_verify_finds_the_data_where_the_environment_names_it(root, written, run
     monkeypatch.setenv("KD_DIST_DATA", str(root))
     main(["verify", str(written), "--device", "cpu", "--teacher", *run_folders[:3]])
     said = capsys.readouterr().out
-    assert f"images in {root} are the cache's" in said and "rows computed again" in said
+    assert f"images in {root} are the cache's" in said and "soft labels recomputed" in said
 
 
 def test_verify_sees_a_row_of_another_fold(written, command, run_folders, tmp_path):
@@ -198,8 +196,8 @@ def test_verify_sees_a_row_of_another_fold(written, command, run_folders, tmp_pa
     for block in plan.blocks:
         writer.put(block, cache.split(block.split).logits_NVK[block.start : block.stop, block.view])
     writer.publish()
-    with pytest.raises(UserError, match="does not hold what"):
-        command("verify", tmp_path / "wrong.h5", "--rows", 9999, "--teacher", *run_folders[:3])
+    with pytest.raises(UserError, match="does not hold the logits"):
+        command("verify", tmp_path / "wrong.h5", "--samples", 9999, "--teacher", *run_folders[:3])
 
 
 def test_views_of_another_cache_can_be_labelled_and_combined(written, command, run_folders, tmp_path):
@@ -213,19 +211,19 @@ def test_views_of_another_cache_can_be_labelled_and_combined(written, command, r
     assert (two.header.seed, two.header.crop_scale) == (one.header.seed, one.header.crop_scale)
     main(["combine", str(written), str(other), "-o", str(mean)])
     main(["combine", str(written), str(other), "-o", str(soft), "--mean", "probabilities", "--temperature", "2"])
-    assert f"{3 * 48} rows computed again" in command("verify", mean, "--rows", 9999, "--teacher", *run_folders)
+    assert f"{3 * 48} soft labels recomputed" in command("verify", mean, "--samples", 9999, "--teacher", *run_folders)
     assert "not checked; each row is a mean of several" in command("verify", mean, "--teacher", run_folders[3])
     assert "means of probabilities at temperature 2" in command("verify", soft, "--teacher", *run_folders)
     with pytest.raises(UserError, match="leave out --views"):
         command("write", "--teacher", run_folders[3], "--like", written, "--views", 4, "-o", tmp_path / "none.h5")
-    with pytest.raises(UserError, match="--views V or --like FILE is required"):
+    with pytest.raises(UserError, match="--views is required unless --like FILE is given"):
         command("write", "--teacher", run_folders[3], "-o", tmp_path / "none.h5")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda teachers: teachers[:2], "no teacher leaves out fold 2 of 3: train it with --folds 3 --fold 2"),
+        (lambda teachers: teachers[:2], "no teacher leaves out fold 2 (of 0 to 2): train one with --folds 3 --fold 2"),
         (lambda teachers: [*teachers, teachers[0]], "F0/model.pt and F0/model.pt both leave out fold 0 of 3"),
         (lambda teachers: [*teachers[:2], with_row(teachers[2], folds=5)], "has folds 3, F2/model.pt 5"),
         (lambda teachers: [*teachers[:2], with_row(teachers[2], image_size=32)], "has image size 24, F2/model.pt 32"),

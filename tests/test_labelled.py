@@ -243,6 +243,6 @@ def test_a_studys_twins_on_fewer_labels_are_shown_as_many_images(made, tmp_path)
 @pytest.mark.parametrize("name", ["smooth", "class-mean", "shuffled-within", "no-gradient"])
 def test_arms_that_need_every_label_are_refused(made, tmp_path, name):
     command = [*student(made), "--seeds", 0, "--out", tmp_path / "study", "--arms"]
-    sentence = "needs every image's label, --label-fraction uses fewer; leave it out by --arms."
+    sentence = "needs the hard label of every image, but --label-fraction uses fewer; omit the arm with --arms."
     assert refused(study.main, *command, name, "--label-fraction", 0.5) == f"arm {name} {sentence}"
     assert refused(study.main, *command, f"few={name},label_fraction=0.5") == f"arm few {sentence}"

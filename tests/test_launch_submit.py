@@ -186,7 +186,7 @@ def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
         ("teacher --site nowhere.conf", "the site file nowhere.conf cannot be read"),
         ("teacher --time 1m --signal-before 60", "--signal-before 60 s must be shorter than --time 1m"),
         ("sweep", "invalid choice: 'sweep'"),
-        ("teacher --cluster local --gpus-per-node 2", "1 x 2 GPUs were asked for, this machine has 0"),
+        ("teacher --cluster local --gpus-per-node 2", "1 x 2 GPUs were requested, but this machine has 0"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(here, capsys, words, sentence):

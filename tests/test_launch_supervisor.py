@@ -201,7 +201,7 @@ def test_two_restarts_without_a_new_checkpoint_end_the_job_and_name_both_logs(tm
     begin_attempt(journal, 5, "log-0")
     stop_attempt(journal, Stop.PREEMPTED, 3)
     begin_attempt(journal, 5, "log-1")
-    with pytest.raises(UserError, match=r"no progress after two restarts .*log-0 and log-1"):
+    with pytest.raises(UserError, match=r"no progress in two restarts .*log-0 and log-1"):
         begin_attempt(journal, 5, "log-2")
 
 
@@ -221,7 +221,7 @@ def test_only_time_outs_are_counted_against_their_limit(tmp_path):
         begin_attempt(journal, step, "log")
         stop_attempt(journal, why, 1)
     begin_attempt(journal, 9, "log")
-    with pytest.raises(UserError, match="came 2 times and --max-timeouts is 1"):
+    with pytest.raises(UserError, match=r"hit its time limit \(count: 2\) and --max-timeouts is 1"):
         stop_attempt(journal, Stop.TIME_OUT, 1)
 
 

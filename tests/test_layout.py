@@ -197,7 +197,7 @@ def test_folder_without_classes_is_refused(tmp_path: Path, spoiled: str, words: 
 
 
 def test_share_without_data_of_the_users_is_refused_before_anything_is_fetched(tmp_path: Path):
-    with pytest.raises(UserError, match="name their folder with --data"):
+    with pytest.raises(UserError, match="pass their folder with --data"):
         locate(tmp_path / "data", explicit=False, val_share=0.1)
     assert not (tmp_path / "data").exists()
 

@@ -238,7 +238,7 @@ def test_the_first_views_stand_alone(cache, data):
 
 def test_an_image_that_is_left_out_is_in_no_image(cache, data):
     settings = DistillConfig.of(alpha=0.0, crops="cached", folds=4, fold=1)
-    with pytest.raises(UserError, match="mixed views that show images of fold 1 of 4 of train, which is left out"):
+    with pytest.raises(UserError, match=r"show images of fold 1 \(of 0 to 3\) of train, which is left out"):
         distill.require_own_partners(settings, data, cache)
     distill.require_own_partners(DistillConfig.of(alpha=0.0, crops="cached"), data, cache)
     apart = replace(cache, splits=plan(data, folds=4).tables)
@@ -248,7 +248,7 @@ def test_an_image_that_is_left_out_is_in_no_image(cache, data):
 def test_out_of_fold_teachers_label_no_image_of_two_parts(cache, data):
     train = data.samples.train
     part_N = fold_numbers(train.labels_N, train.sha256_N32, 4)
-    with pytest.raises(UserError, match="mixed of images of different folds of train"):
+    with pytest.raises(UserError, match="mixed views with images of two folds"):
         require_partners_share(part_N, cache.split("train").mixed)
     require_partners_share(part_N, plan(data, folds=4).tables["train"].mixed)
     require_partners_share(part_N, None)
@@ -285,7 +285,7 @@ def test_plain_epochs_of_a_cache_without_plain_views_are_refused(cache):
     mixed = replace(cache.split("train").mixed, weight_NV=np.full((21, V), 0.5, np.float32))
     mixed.weight_NV[:, 0] = 1
     everywhere = replace(cache, splits={**cache.splits, "train": replace(cache.split("train"), mixed=mixed)})
-    with pytest.raises(UserError, match=r"all drawn views of .* that are used are mixed; use --no-mix-epochs 0"):
+    with pytest.raises(UserError, match=r"needs random views that are not mixed.* use --no-mix-epochs 0"):
         distill.require_use(settings, everywhere)
     distill.require_use(settings.changed(no_mix_epochs=0), everywhere)
     distill.require_use(settings.changed(alpha=0.0, crops="fresh"), everywhere)
@@ -484,12 +484,12 @@ def test_from_teacher_to_student_on_the_command_line(root, tmp_path, capsys):
         cache_main(["write", *told, "--views", "5", "--mixed-views", "0.5", "-o", str(at_once)])
         cache_main(["extend", str(out / "logits.h5"), *told, "--views", "5", "-o", str(longer)])
         assert longer.read_bytes() == at_once.read_bytes()
-        cache_main(["verify", str(longer), *told, "--rows", "4096"])
-    assert "teacher: 150 rows computed again" in capsys.readouterr().out
+        cache_main(["verify", str(longer), *told, "--samples", "4096"])
+    assert "teacher: 150 soft labels recomputed" in capsys.readouterr().out
     call(distill.main, *tiny, "--out", tmp_path / "student", "--cache", longer, "--epochs", 2)
     assert read_metrics(RunFolder(tmp_path / "student"))[-1]["train_soft"] > 0
     again = refused(teacher.main, *tiny, "--out", out, "--views", 3)
-    assert "was written with --mixed-views 0.5, this is --mixed-views 0.0" in again
+    assert "was written with --mixed-views 0.5, but --mixed-views is 0.0" in again
     assert "--mixed-views 1.5 must lie in [0, 1]" in refused(teacher.main, *tiny, "--mixed-views", 1.5)
     few = refused(teacher.main, *tiny, "--views", 3, "--mixed-views", 0.25)
-    assert "--mixed-views 0.25 of 2 drawn views is less than one" in few
+    assert "--mixed-views 0.25 of the random views (2) is less than one" in few

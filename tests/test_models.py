@@ -19,7 +19,7 @@ SIZES = {
     "resnet18_s1": (32, 65),
     "cnn5": (32, 64, 97),
     "cnn5_wide": (32, 97),
-    "origin": (64, 97, 224),
+    "reference_cnn": (64, 97, 224),
 }
 
 
@@ -117,16 +117,16 @@ def test_cnn5_takes_other_channels():
     assert count_weights(Cnn5(3, (4, 8))) == 3 * 4 * 9 + 4 * 8 * 9 + 2 * (4 + 8) + 8 * 3 + 3
 
 
-def test_origin_is_the_described_network():
-    """Conv 5x5 of 64, conv 3x3 stride 2 of 128, the same of 264, then 512, 64 and the classes: 5.28 M weights."""
-    model = seeded("origin")
+def test_reference_cnn_is_the_described_network():
+    """Conv 5x5 of 64, conv 3x3 stride 2 of 128, the same of 264, then 512, 64 and the classes: 5.28 M parameters."""
+    model = seeded("reference_cnn")
     assert count_weights(model) == pytest.approx(5.28e6, rel=0.002)
     kinds = [layer for layer in model if not isinstance(layer, nn.ReLU)]
     first_linear = next(layer for layer in kinds if isinstance(layer, nn.Linear))
     before_flatten = next(layer for layer in kinds if isinstance(layer, nn.AdaptiveAvgPool2d))
     seen = inputs_and_outputs(model, {"map": before_flatten, "fc": first_linear}, torch.randn(1, 3, 224, 224))
     assert seen["map"][0].shape == (1, 264, 6, 6)
-    assert torch.equal(seen["map"][0], seen["map"][1])  # the added pooling changes nothing at the origin's size
+    assert torch.equal(seen["map"][0], seen["map"][1])  # the added pooling changes nothing at 224 px
     assert seen["fc"][0].shape == (1, 264 * 36)
     order = [type(layer).__name__ for layer in kinds]
     assert order[:8] == ["Conv2d", "MaxPool2d", *["Conv2d", "MaxPool2d", "BatchNorm2d"] * 2]

@@ -98,7 +98,7 @@ def test_what_follows_the_teacher_and_the_student(capsys, place):
     run(re.search(r"compare runs by (.*)", capsys.readouterr().out)[1])
     assert "student" in capsys.readouterr().out
     call(teacher.main, *typed("my runs/second"))
-    run(re.search(r"is there already; `(.*)`", capsys.readouterr().out)[1])
+    run(re.search(r"already exists; `(.*)`", capsys.readouterr().out)[1])
 
 
 def test_a_teacher_without_a_cache_says_where_its_weights_are(capsys, place):

@@ -42,7 +42,7 @@ def test_teacher_cache_student(subset, tmp_path):
     cache = open_cache(out.cache)
     assert cache.split("train").logits_NVK.shape == (240, 3, 10)
     verify = ["kd_dist.cache", "verify", str(out.cache), *data, "--teacher", str(out.model)]
-    assert "rows computed again" in run([sys.executable, "-m", *verify]).stdout
+    assert "soft labels recomputed" in run([sys.executable, "-m", *verify]).stdout
     student = RunFolder(tmp_path / "student")
     from_cache = ["--cache", str(out.cache), "--out", str(student.path), "--epochs", "6", "--lr", "0.02"]
     run([*torchrun(2), "kd_dist.distill", *data, *from_cache, *SMALL])

@@ -163,7 +163,7 @@ def test_a_renderer_that_is_off_is_found_out(stored, monkeypatch, off):
     assert resident.fault_of(on_device, stored) is None
     show = on_device.show
     monkeypatch.setattr(on_device, "show", lambda *of: (show(*of).int() + off).clamp(0, 255).to(torch.uint8))
-    assert "2 grey levels off" in resident.fault_of(on_device, stored)
+    assert "up to 2 grey levels" in resident.fault_of(on_device, stored)
 
 
 # -------------------------------------------------------------------------------- crops of very unlike size

@@ -137,10 +137,12 @@ def test_the_ends_of_smoothing():
     assert arms.smoothing_of_entropy(-0.91 * np.log(0.91) - 0.09 * np.log(0.01), 10) == pytest.approx(0.1)
 
 
-def test_a_class_of_one_image_has_no_other(rows):
-    logits_NVK, labels_N = rows
-    with pytest.raises(UserError, match="class 9 has one training image"):
-        ARMS["shuffled-within"].soft_labels(logits_NVK, np.where(np.arange(N) == 4, 9, labels_N), STUDENT)
+def test_a_class_of_one_image_cannot_be_shuffled_within():
+    classes, labels_N = ("beagle", "husky"), np.array([0, 1, 0])
+    with pytest.raises(UserError, match=r"class husky has only one training image.* omit the arm shuffled-within"):
+        arms.require_shuffled(ARMS["shuffled-within"], classes, labels_N)
+    arms.require_shuffled(ARMS["shuffled-all"], classes, labels_N)
+    arms.require_shuffled(ARMS["shuffled-within"], classes, np.array([0, 1, 0, 1]))
 
 
 # ---- settings and losses
@@ -468,7 +470,7 @@ def test_fresh_crops_unlike_the_caches_are_refused(made, tmp_path):
     """baseline would differ from distilled in its crops too."""
     command = words(made, tmp_path / "study", "--crop-scale", "0.5", "1", "--arms")
     sentence = refused(entry.main, *command, "distilled", "baseline")
-    assert "have area shares of 0.35 1, fresh crops would have 0.5 1: use --crop-scale 0.35 1" in sentence
+    assert "have area fractions of 0.35 1, but fresh crops would have 0.5 1: use --crop-scale 0.35 1" in sentence
     assert not (tmp_path / "study").exists()
     call(entry.main, *command, "baseline-cached", "--epochs", "1")
 
@@ -560,7 +562,7 @@ def test_two_ranks_side_by_side_train_what_one_process_does(made, whole, tmp_pat
     out, chosen = tmp_path / "study", ["baseline", "class-mean", "distilled"]
     done = two_ranks(made, out, "--cutmix", "0.5", "--side-by-side", "yes", "--arms", *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "side by side: each of 2 ranks trains students of its own" in done.stdout
+    assert "side by side: each of 2 ranks trains separate students" in done.stdout
     assert {line[:8] for line in done.stdout.splitlines() if ": train" in line or "1 rank on cpu" in line} == {
         *("rank 0 |", "rank 1 |")
     }
@@ -735,15 +737,15 @@ def test_a_variant_that_makes_no_sense_is_refused(made, tmp_path, word, sentence
     ("typed", "sentence"),
     [
         (["--arms", "cached-2"], "arm cached-2 is not known; choose from baseline, baseline-cached, smooth"),
-        (["--arms", "online"], "arm online needs the teacher: name its weights, --teacher-model"),
+        (["--arms", "online"], "arm online needs the teacher: pass its weights, --teacher-model"),
         (["--arms", "hot=distilled,lr=1", "very=hot,alpha=1"], "hot is not a built-in arm; vary one of"),
         (["--arms", "same=distilled,temperature=4", "--temperature", "4"], "the study's distilled has these values"),
         (["--arms", "hot=distilled,lr=1", "hot=distilled,lr=2"], "arm hot is defined twice; give one"),
         (["--arms", "hot=distilled,lr=1", "--primary", "hot", "baseline"], "--primary hot is not a built-in arm"),
         (["--primary", "distilled"], "--primary distilled must be two different arms"),
         (["--primary", "distilled", "distilled"], "--primary distilled distilled must be two different arms"),
-        (["--primary", "distilled", "soft"], "--primary soft is not a built-in arm; name two of baseline, "),
-        (["--alpha", "0"], "--alpha 0.0 must be above 0: the arms without soft labels are there already"),
+        (["--primary", "distilled", "soft"], "--primary soft is not a built-in arm; choose two of baseline, "),
+        (["--alpha", "0"], "--alpha 0.0 must be above 0: the study already has arms without soft labels"),
         (["--seeds", "0", "-1"], "--seed -1 must be at least 0"),
         (["--seed", "1"], "unrecognized arguments: --seed 1"),
         (["--crops", "fresh"], "unrecognized arguments: --crops fresh"),
@@ -771,7 +773,7 @@ def test_results_of_a_folder_without_a_study_are_refused(tmp_path, word):
     for name in ("nowhere", "empty", "file"):
         assert str(tmp_path / name) in refused(entry.main, word, tmp_path / name, *rest)
     assert not list((tmp_path / "empty").iterdir())
-    assert f"`python -m kd_dist.study {word} --help` shows how to use it." in refused(entry.main, word)
+    assert f"`python -m kd_dist.study {word} --help` lists the options." in refused(entry.main, word)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_lost_study_file_joins_no_arms_that_differ_in_more(study):
 def test_a_setting_that_a_run_does_not_name_has_its_default(study):
     """Runs of the time before --label-fraction had all labels."""
     text = markdown_over("label_fraction", [study])
-    assert head(text)[1] == "share of the labels that is used"
+    assert head(text)[1] == "fraction of the labels that is used"
     assert points(text) == [
         ("baseline", "0.1", "tenth", *shown(30, 20)),
         ("baseline", "1", "baseline", *shown(12, 16)),
@@ -114,7 +114,7 @@ def test_other_val_images_are_refused(study, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("epochs", "--over epochs has no axis; name one of views, alpha, temperature, label-fraction, "),
+        ("epochs", "--over epochs has no axis; choose one of views, alpha, temperature, label-fraction, "),
         ("loss", "--over loss has no axis"),
         ("cache", "--over cache has no axis"),
         (
@@ -144,7 +144,7 @@ def test_the_command_prints_the_table(study, capsys):
         "few",
         *" ".join(shown(10, 12)).split(),
     ]
-    assert "add --over SETTING" in refused(entry.main, "table", study, study)
+    assert "needs --over SETTING" in refused(entry.main, "table", study, study)
 
 
 def test_a_grids_table_is_followed_by_those_over_its_settings(study):

@@ -388,5 +388,5 @@ def test_compare_refuses_other_val_images_and_unfinished_runs(study):
         results.compare(study / "distilled" / "seed-0", other.path)
     assert "ffffffffffff" in str(refusal.value)
     cut = make_run(study, "other", 1, 4, status="interrupted")
-    with pytest.raises(UserError, match=r"seed-1/val_logits.h5; run it to its end"):
+    with pytest.raises(UserError, match=r"seed-1/val_logits.h5; finish the run first"):
         results.compare(cut.path, study / "distilled" / "seed-0")

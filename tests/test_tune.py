@@ -99,7 +99,10 @@ def test_the_score_says_what_it_is_of(made, kind):
     assert saved["tune_top1"] == row["tune_top1"] == kept.attrs["top1"]
     assert "val_top1" not in saved and not [name for name in row if name.startswith("val_")]
     shown = report([folder.path])
-    assert f"{100 * row['tune_top1']:.1f} %" in shown and "are on fold 1 of 4 of train (--tune), not on val" in shown
+    assert (
+        f"{100 * row['tune_top1']:.1f} %" in shown
+        and "are on fold 1 (of 0 to 3) of train (--tune), not on val" in shown
+    )
 
 
 def test_agreement_is_with_the_caches_rows_of_the_part(made):
@@ -133,7 +136,10 @@ def test_labels_of_a_teacher_that_saw_the_part_are_refused(made):
     other = [*usual(made, "student"), "--cache", made / "teacher/logits.h5", "--tune", "--folds", 4, "--fold", 2]
     other[other.index("small")] = "cnn5"
     sentence = refused(distill.main, *other, "--out", made / "none")
-    assert "trained without fold 1 of 4 of train, but --tune scores on fold 2 of 4 of train, which it saw" in sentence
+    assert (
+        "trained without fold 1 (of 0 to 3) of train, but --tune evaluates on fold 2 (of 0 to 3) of train" in sentence
+    )
+    assert "which that teacher saw; use the cache of a teacher trained with --folds 4 --fold 2" in sentence
     assert "--folds 4 --fold 2" in sentence and not (made / "none").exists()
     assert "fold 1 of 3" in refused(distill.main, *other[:-4], "--folds", 3, "--fold", 1, "--out", made / "none")
 

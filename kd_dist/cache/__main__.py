@@ -38,15 +38,15 @@ def info(options: argparse.Namespace) -> None:
 
 
 def combine(options: argparse.Namespace) -> None:
-    """Write the mean of several caches whose teachers labelled the same views: of logits, which holds at every
-    temperature, or of probabilities at one, at which alone it can be used.
+    """Write the mean of several caches whose teachers labelled the same views: of logits, valid at every temperature,
+    or of probabilities at one temperature, valid at that temperature only.
     """
     from kd_dist.version import software
 
     if len(options.caches) < 2:
-        raise UserError(f"a mean takes two caches or more; {options.caches[0]} is one.")
+        raise UserError(f"combine needs two caches or more, but only {options.caches[0]} was given.")
     if (options.mean == "probabilities") != (options.temperature is not None):
-        raise UserError("--mean probabilities needs --temperature T, at which it is taken; a mean of logits has none.")
+        raise UserError("--mean probabilities requires --temperature T; with --mean logits, omit --temperature.")
     if launched_rank() == 0:
         combine_caches([open_cache(path) for path in options.caches], options.output, options.temperature, software())
         print(f"wrote {options.output}; `{PROG} info {shlex.quote(str(options.output))}` describes it")
@@ -86,23 +86,23 @@ COMMANDS = {
     "verify": (
         _labelling,
         "check checksums, completeness, values, fit to the data, and logits against the teacher",
-        ". What was not checked is printed too.",
+        ". Checks that were skipped are listed too.",
     ),
     "write": (
         _labelling,
         "write a cache from a trained teacher's model.pt",
-        ". From the teachers of all K folds, each train image is labelled by the one that was not trained on it, and "
-        "val by the mean of the K.",
+        ". With the teachers of all K folds, each train image is labelled by the teacher that was not trained on it, "
+        "and val by the mean of all K.",
     ),
     "extend": (
         _labelling,
-        "write a cache with more views, starting with an existing one's",
-        ". The existing file is left alone.",
+        "write a cache with more views, starting with the views of an existing cache",
+        ". The existing file is not changed.",
     ),
     "combine": (
         combine,
         "write the mean of caches whose teachers labelled the same views",
-        ": of logits, which holds at every temperature, or of probabilities at one, at which alone it can be used.",
+        ": of logits (valid at every temperature), or of probabilities at one temperature (valid only there).",
     ),
     "export": (
         export,
@@ -141,27 +141,33 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
         add("cache", type=Path, metavar="FILE", help=f"the cache, such as runs/teacher/logits.h5{folder}")
     if name == "info":
         return
-    of_folds = "; of out-of-fold labels, those of all K teachers"
-    foreign = "" if name == "extend" else "; or a network not trained here, torchvision:resnet34 or my_module:build"
-    add("--teacher", nargs="+", metavar="FILE", required=name != "verify", help=f"model.pt{of_folds}{foreign}")
+    own = "model.pt of the teacher (for out-of-fold labels: of all K teachers)"
+    foreign = (
+        "" if name == "extend" else "; or a network not trained by kd_dist: torchvision:NAME or my_module:function"
+    )
+    add("--teacher", nargs="+", metavar="TEACHER", required=name != "verify", help=own + foreign)
     if name != "extend":
-        of_weights = "weights of a network not trained here: .safetensors, or a .pt state dict"
+        of_weights = "weights of a network not trained by kd_dist: .safetensors, or a .pt state dict"
         add("--weights", type=Path, metavar="FILE", help=of_weights)
-        of_map = "which of its classes is which of the data's: a file of two columns, JSON, or imagenet (by synset)"
+        of_map = (
+            "map from the data set's classes to the teacher's: a two-column text file, a JSON file, or imagenet (match "
+            "by synset)"
+        )
         add("--class-map", metavar="FILE", help=of_map)
     add("--data", metavar="DIR", help="the image folder [$KD_DIST_DATA" + ("]" if name == "verify" else " or data]"))
-    add("--val-share", type=float, metavar="SHARE", help="share of the images held out as val, as in training")
+    add("--val-share", type=float, metavar="SHARE", help="fraction of the images held out as val, as in training")
     add("--unlabelled", metavar="DIR", help="folder of more training images, without labels")
-    add("--pixels", choices=PIXELS, default="auto", help="where decoded images are, as in training [auto]")
-    add("--pixels-dir", metavar="DIR", help="where decoded images are kept [inside the data folder]")
+    add("--pixels", choices=PIXELS, default="auto", help="where to keep decoded images, as in training [auto]")
+    add("--pixels-dir", metavar="DIR", help="folder for the file of decoded images [inside the data folder]")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto [auto]")
     if name == "verify":
-        rows = "how many soft labels to compute again and compare [1024]"
-        add("--rows", type=_positive, default=1024, metavar="N", help=rows)
+        samples = "approximate number of soft labels to recompute, rounded to full batches [1024]"
+        add("--samples", type=_positive, default=1024, metavar="N", help=samples)
         return
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the cache to write; must not exist")
-    views = "views of every image, the evaluation view counted"
-    add("--views", type=_positive, required=name == "extend", metavar="V", help=views)
+    views = "number of views of each image, including the evaluation view"
+    needed = " (required unless --like is given)" * (name == "write")
+    add("--views", type=_positive, required=name == "extend", metavar="V", help=views + needed)
     if name == "write":
         _add_flags_of_write(add)
 
@@ -171,34 +177,34 @@ def _add_flags_of_write(add: Callable[..., object]) -> None:
         "--image-size",
         type=_positive,
         metavar="PX",
-        help="side, in pixels, of the square images that a network not trained here takes",
+        help="input size in pixels; required for a network not trained by kd_dist",
     )
     for name, default in (("mean", "0.485 0.456 0.406"), ("std", "0.229 0.224 0.225")):
         triple = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
         add(
             f"--{name}",
             **triple,
-            help=f"{name} of each colour, for pixels scaled to 0..1, that such a network expects [{default}]",
+            help=f"{name} per RGB channel for normalising pixels in [0, 1], for such a network [{default}]",
         )
-    add("--like", type=Path, metavar="FILE", help="label the same views as this cache, so that the two can be combined")
-    add(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="number format of the forward pass [auto]"
-    )
-    add("--seed", type=int, metavar="N", help="seed of the crops and flips [the teacher's]")
+    same = "label exactly the same views as this cache, so that the two can be combined"
+    add("--like", type=Path, metavar="FILE", help=same)
+    precision = "numeric precision of the forward pass [auto]"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
+    add("--seed", type=int, metavar="N", help="seed for sampling crops and flips [the teacher's seed]")
     add(
         "--top-k",
         type=_positive,
         metavar="K",
-        help="keep the K largest logits of a view, and the probability mass of the others [all]",
+        help="keep the K largest logits of each soft label and the total probability of the other classes [all]",
     )
-    share = "share of train's drawn views that are mixed, half by mixup and half by CutMix [0]"
-    add("--mixed-views", type=float, metavar="SHARE", help=share)
+    mixed = "fraction of the random views of train that are mixed, half by mixup and half by CutMix [0]"
+    add("--mixed-views", type=float, metavar="FRACTION", help=mixed)
     add(
         "--crop-scale",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="smallest and largest area of a crop, as a share of the image [the teacher's]",
+        help="smallest and largest area of a random crop, as fractions of the image area [the teacher's]",
     )
 
 
@@ -215,7 +221,7 @@ def _add_flags_of_combine(add: Callable[..., object]) -> None:
         "--temperature",
         type=_temperature,
         metavar="T",
-        help="temperature at which probabilities are averaged; the cache is valid at this temperature only",
+        help="temperature for --mean probabilities; the result is valid at this temperature only",
     )
 
 

@@ -1,8 +1,8 @@
-"""One cache out of several whose teachers labelled the same views: each row is the mean of theirs.
+"""One cache out of several whose teachers labelled the same views: each soft label is the mean of theirs.
 
-A mean of logits holds at every temperature: its softmax is the normalised geometric mean of the members' probabilities,
-at any T. A mean of probabilities is taken at one temperature T and stored as T * log(mean), whose softmax at T, and at
-no other, it is.
+A mean of logits is valid at every temperature: its softmax is the normalised geometric mean of the members'
+probabilities, at any T. A mean of probabilities is taken at one temperature T and stored as T * log(mean); the softmax
+of the stored logits is the mean at this T only.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def combine(caches: Sequence[Cache], target: Path, temperature: float | None, so
     """Write the mean of the caches' logits, or of their probabilities at `temperature`, to `target`.
 
     Raises UserError, naming both values, where they are not of the same views, and where `target` cannot be written.
-    One process does it, a block at a time; interrupted, it goes on with the missing blocks.
+    One process does it, a block at a time; interrupted, it resumes with the missing blocks.
     """
     for cache in caches:
         _require_logits(cache)
@@ -82,8 +82,8 @@ def _require_logits(cache: Cache) -> None:
     other = sorted(set(cache.header.features) - TABLE_FEATURES)
     if other:
         raise UserError(
-            f"{cache.path} does not hold teachers' logits as they were (it uses {', '.join(other)}); combine the files "
-            "it was made from."
+            f"{cache.path} does not hold unmodified teacher logits (features: {', '.join(other)}); combine the caches "
+            "from which it was computed."
         )
 
 

@@ -8,9 +8,7 @@ import numpy as np
 from kd_dist.cache.format import first_true
 from kd_dist.errors import UserError
 
-MEND = (
-    "name the data of the cache with --data, or write a cache of this data: see `python -m kd_dist.cache write --help`"
-)
+MEND = "pass the cache's own data set with --data, or write a new cache (see `python -m kd_dist.cache write --help`)"
 
 
 class Samples(Protocol):
@@ -36,7 +34,7 @@ class Pair:
 
     def refuse(self, cached: str, given: str) -> None:
         """Raise UserError with both values."""
-        raise UserError(f"{self.cached} has {cached}, {self.given} has {given}: {self.mend}.")
+        raise UserError(f"{self.cached} has {cached}, but {self.given} has {given}: {self.mend}.")
 
 
 def check_classes(names: Pair, cached: tuple[str, ...], given: tuple[str, ...]) -> None:

@@ -128,18 +128,21 @@ class TeacherRow:
         """The images it was trained on, in words."""
         if self.seed < 0 and not self.members:
             return "elsewhere"
-        return "on all of train" if self.fold < 0 else f"without fold {self.fold} of {self.folds or '?'} of train"
+        if self.fold < 0:
+            return "on all of train"
+        return f"without fold {self.fold}{f' (of 0 to {self.folds - 1})' if self.folds else ''} of train"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What holds for a whole cache: the classes, how views were drawn and rendered, which teachers labelled them.
+    """What holds for a whole cache: the classes, how views were sampled and rendered, which teachers labelled them.
 
     image_size: the teachers' render size in pixels; mean, std: by RGB channel, on pixels in [0, 1]; renderer,
-    view_rule: names of rules, so that a reader can refuse one it does not know; crop_scale: least and largest share of
-    an image's area in a drawn crop; mixed_share: of the drawn views of train; created: ISO 8601, chosen by the caller,
-    since the writer reads no clock; features: of KNOWN_FEATURES, what a reader has to understand; temperature: the only
-    one at which the logits mean anything, for ONE_TEMPERATURE; top_k: how many logits of a row are stored, 0 for all.
+    view_rule: names of rules, so that a reader can refuse one it does not know; crop_scale: least and largest fraction
+    of an image's area in a random view; mixed_share: of the random views of train; created: ISO 8601, chosen by the
+    caller, since the writer reads no clock; features: of KNOWN_FEATURES, what a reader has to understand; temperature:
+    the only one at which the logits mean anything, for ONE_TEMPERATURE; top_k: how many logits of a soft label are
+    stored, 0 for all.
     """
 
     classes: tuple[str, ...]

@@ -83,12 +83,12 @@ class CachePlan:
         return replace(self._with_header(teachers=tuple(teachers), created=created), tables=tables)
 
     def mixing(self, share: float, mixed: Mapping[str, Mixed]) -> "CachePlan":
-        """The same with a share of train's drawn views mixed; `mixed` has what each split's views are mixed with."""
+        """The same with a fraction of train's random views mixed; `mixed`: what each split's views are mixed with."""
         plan = self._with_header(features=(*self.header.features, MIXED_VIEWS), mixed_share=share)
         return replace(plan, tables={split: replace(table, mixed=mixed[split]) for split, table in self.tables.items()})
 
     def beginning_with(self, cache: Cache) -> "CachePlan":
-        """The same with the views and the logits of a cache in front, whatever this version would draw for them."""
+        """The same with the views and the logits of a cache in front, whatever this version would sample for them."""
         tables = {split: _joined(cache.split(split), table) for split, table in self.tables.items()}
         return replace(self, tables=tables, known=cache.splits)
 

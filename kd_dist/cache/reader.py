@@ -61,7 +61,7 @@ from kd_dist.files import sha256_of
 TEMPERED_LOSSES = ("kl", "ce")  # those that use nothing of a row but its probabilities at --temperature
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 WRITE_ONE = "`python -m kd_dist.cache write --help` shows how a finished teacher writes one"
-MEND = "copy it again from where it was written, or write it anew: see `python -m kd_dist.cache write --help`"
+MEND = "copy it again from where it was written, or rewrite it: see `python -m kd_dist.cache write --help`"
 
 SoftLabels = np.ndarray | TopK
 """Raw logits float16 [N, V, K], or the top k of them: [index_B, view_B] gives rows, [start:stop] all views of some
@@ -122,7 +122,7 @@ class Cache:
 
     @property
     def is_combined(self) -> bool:
-        """Whether the rows of train are means of other caches' rows."""
+        """Whether the soft labels of train are means of those of other caches."""
         return any(self.header.teachers[number].members for number in np.unique(self.split("train").teacher_N))
 
     @property
@@ -133,7 +133,7 @@ class Cache:
 
     @property
     def views(self) -> int:
-        """V of train: view 0 is the evaluation view, the others are drawn."""
+        """V of train: view 0 is the evaluation view, the others are random views."""
         return self.split("train").views
 
     @property
@@ -158,8 +158,8 @@ class Cache:
             return
         if now != self.identity and now[-1] == self.identity[-1] and sha256_of(self.path) != self.digest:
             raise UserError(
-                f"the cache {self.path} was changed while this run was reading it, so what the run learned since is of "
-                "no use: put the file back, and start the run again with --start-over."
+                f"the cache {self.path} was modified during this run, so the run's results are invalid: restore the "
+                "file and run again with --start-over."
             )
 
     def check_fits(self, dataset: str, classes: Sequence[str], splits: Mapping[str, Samples]) -> None:
@@ -181,11 +181,11 @@ class Cache:
         what = f"{self.path} holds means of probabilities at temperature {own:g}"
         if loss not in TEMPERED_LOSSES:
             raise UserError(
-                f"{what}, and --loss {loss} looks at logits; use --loss {' or --loss '.join(TEMPERED_LOSSES)}."
+                f"{what}, but --loss {loss} needs logits; use --loss {' or --loss '.join(TEMPERED_LOSSES)}."
             )
         if temperature != own:
             raise UserError(
-                f"{what}, not {temperature:g}: use --temperature {own:g}, or a mean of logits, which holds at any."
+                f"{what}, not {temperature:g}: use --temperature {own:g}, or a cache of mean logits, valid at any."
             )
 
 
@@ -253,7 +253,7 @@ def _refusing(path: Path) -> Iterator[None]:
     except IsADirectoryError:
         raise UserError(_why_no_file(path)) from None
     except OSError as error:
-        raise UserError(f"the cache {path} cannot be read ({error.strerror}): name another with --cache.") from None
+        raise UserError(f"the cache {path} cannot be read ({error.strerror}): pass another with --cache.") from None
 
 
 def _require_hdf5(path: Path) -> None:
@@ -262,14 +262,14 @@ def _require_hdf5(path: Path) -> None:
     if not start:
         raise UserError(f"the cache {path} is empty: {MEND}.")
     if start != SIGNATURE:
-        raise UserError(f"{path} is not an HDF5 file: name a cache of soft labels with --cache, or {WRITE_ONE}.")
+        raise UserError(f"{path} is not an HDF5 file: pass a cache of soft labels with --cache, or {WRITE_ONE}.")
 
 
 def _why_missing(path: Path) -> str:
     shards = shards_folder_of(path)
     if shards.is_dir():
         return (
-            f"the cache {path} is not finished, {shards} holds its shards: run the command that was writing it again."
+            f"the cache {path} is not finished ({shards} holds its shards): run the command that was writing it again."
         )
     return f"there is no cache {path}: {WRITE_ONE}."
 
@@ -290,7 +290,7 @@ def _has_checksum(path: Path, digest: str) -> bool:
         return False
     except OSError as error:
         raise UserError(
-            f"{beside} cannot be read ({error.strerror}): copy it again from beside the original."
+            f"{beside} cannot be read ({error.strerror}): copy it again from the folder of the original cache."
         ) from None
     if digest not in named:
         expected = " or ".join(named) or "no SHA-256"
@@ -325,7 +325,9 @@ def _damage_named(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except MemoryError as error:
-        raise UserError(f"the cache {path} does not fit in memory ({error}): use a machine with more.") from error
+        raise UserError(
+            f"the cache {path} does not fit in memory ({error}): use a machine with more memory."
+        ) from error
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the cache {path} is damaged ({reason:.300}): {MEND}.") from error
@@ -334,12 +336,12 @@ def _damage_named(path: Path) -> Iterator[None]:
 def _refuse_other_formats(path: Path, file: h5py.File) -> None:
     if "format" not in file.attrs or attribute(file, "format", TEXT, ()) != FORMAT:
         raise UserError(
-            f"{path} is an HDF5 file, but not a cache of soft labels: name one with --cache, or {WRITE_ONE}."
+            f"{path} is an HDF5 file, but not a cache of soft labels: pass one with --cache, or {WRITE_ONE}."
         )
     version = int(attribute(file, "version", INT, ()))
     if version != VERSION:
-        mend = "update kd_dist" if version > VERSION else "write it anew: see `python -m kd_dist.cache write --help`"
-        raise UserError(f"the cache {path} has format version {version}, this kd_dist reads {VERSION}: {mend}.")
+        mend = "update kd_dist" if version > VERSION else "rewrite it: see `python -m kd_dist.cache write --help`"
+        raise UserError(f"the cache {path} has format version {version}, but this kd_dist reads {VERSION}: {mend}.")
     unknown = sorted(set(attribute(file, "required_features", TEXT, None)) - KNOWN_FEATURES)
     if unknown:
         raise UserError(f"the cache {path} uses {', '.join(unknown)}, unknown to this kd_dist: update kd_dist.")
@@ -402,8 +404,8 @@ def _check_values(cache: Cache, stored: Mapping[str, Any]) -> None:
         found, expected = table.checksum, stored[f"{split}_checksum"]
         if found != expected:
             raise ValueError(
-                f"the columns of {split} have checksum {found[:16]}... but {expected[:16]}... was stored, so they are "
-                "not those, or not in the order, that were written"
+                f"the columns of {split} have checksum {found[:16]}... but {expected[:16]}... was stored, so their "
+                "values or their order were changed"
             )
 
 

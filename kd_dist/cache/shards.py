@@ -16,7 +16,7 @@ from kd_dist.cache.plan import Block, CachePlan
 from kd_dist.errors import UserError
 from kd_dist.files import write_atomically, writing
 
-GOES_ON = "with the blocks that are missing"  # after a failed write
+RESUMES = "with the blocks that are missing"  # after a failed write
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
@@ -39,7 +39,7 @@ class Shards:
 
     def start(self) -> None:
         """Make the folder and write the plan into it."""
-        with writing(self.folder, GOES_ON):
+        with writing(self.folder, RESUMES):
             shutil.rmtree(self._dropped, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._plan_file, lambda file: file.write(_text(self.plan.document)))
@@ -59,7 +59,7 @@ class Shards:
     def write(self, block: Block, columns: Sequence[np.ndarray]) -> None:
         """Store what a block holds of each logit column durably, in place of an earlier shard."""
         logits = b"".join(values.tobytes() for values in columns)
-        with writing(self.folder, GOES_ON):
+        with writing(self.folder, RESUMES):
             write_atomically(self._file(block), lambda file: file.write(self._checksum(block, logits) + logits))
 
     def read(self, block: Block) -> tuple[np.ndarray, ...] | None:

@@ -1,6 +1,6 @@
 """Label statistics: what soft labels are worth, and one screen of text about a whole cache.
 
-Probabilities are softmax at temperature 1, in float64. The drawn views are all but view 0, the evaluation view. Mixed
+Probabilities are softmax at temperature 1, in float64. The random views are all but view 0, the evaluation view. Mixed
 views are counted but left out of the statistics: two labels are right for them.
 """
 
@@ -16,14 +16,14 @@ from kd_dist.fingerprint import UNKNOWN
 
 BINS = 15
 ONE_HOT = 0.99  # logits with a larger probability than this hold little more than a class
-WARNING_SHARE = 0.5  # of such rows
+WARNING_SHARE = 0.5  # of such soft labels
 WIDTH = 100
 TEACHERS_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class LabelStatistics:
-    """Statistics of one split's soft labels: means over samples and drawn views (over view 0 where none was drawn).
+    """Statistics of one split's soft labels: means over samples and random views (over view 0 where there are none).
 
     What compares with the label (top-1, its probability, calibration, likelihood) is over the images that have one.
     """
@@ -31,24 +31,25 @@ class LabelStatistics:
     top1: float  # of view 0, in [0, 1]
     top1_drawn: float | None
     entropy: float  # in nats
-    entropy_share: float  # of log K, the entropy of an even guess
+    entropy_share: float  # fraction of log K, the maximum
     label_probability: float  # what the label's class gets
     max_probability: float
     calibration_error: float  # see calibration_error
     nll: float  # negative log-likelihood of the label, in nats
-    near_one_hot: float  # share of rows with a probability above ONE_HOT
+    near_one_hot: float  # fraction of soft labels with a probability above ONE_HOT
     spread: float | None  # standard deviation of a class's probability over a sample's views
     divergence: float | None  # KL(view's probabilities | mean over the sample's views), in nats
 
     @property
     def warning(self) -> str | None:
-        """A sentence where most rows are nearly one-hot, else None."""
+        """A sentence where most soft labels are nearly one-hot, else None."""
         if self.near_one_hot <= WARNING_SHARE:
             return None
         return (
-            f"warning: {self.near_one_hot:.0%} of the rows give one class more than {ONE_HOT} (the limit is "
-            f"{WARNING_SHARE:.0%} of rows), so they say little more than hard labels: raise --temperature, or label "
-            "with an earlier checkpoint, a teacher trained with --mixup or --label-smoothing, or out-of-fold teachers."
+            f"warning: {self.near_one_hot:.0%} of the soft labels assign more than {ONE_HOT} to one class (limit: "
+            f"{WARNING_SHARE:.0%}), so they carry little more information than hard labels: raise --temperature, or "
+            "label with an earlier checkpoint, a teacher trained with --mixup or --label-smoothing, or out-of-fold "
+            "teachers."
         )
 
 
@@ -58,9 +59,9 @@ def statistics_of(
     """The statistics of a split's logits over T in these views (all), some samples at a time, so that a large cache
     needs no memory.
 
-    The calibration error is Guo et al. 2017, equation 3: rows are binned by their largest probability into 15 bins of
-    equal width ((m - 1) / 15, m / 15]; it is the mean over rows of the distance between their bin's accuracy and mean
-    confidence.
+    The calibration error is Guo et al. 2017, equation 3: soft labels are binned by their largest probability into 15
+    bins of equal width ((m - 1) / 15, m / 15]; the error is the mean over soft labels of the distance between their
+    bin's accuracy and mean confidence.
     """
     _, all_views, classes = logits_NVK.shape
     views = range(all_views) if views is None else views
@@ -90,13 +91,13 @@ def statistics_of(
 
 
 def _excess(confidence_R: np.ndarray, hit_R: np.ndarray) -> np.ndarray:
-    """Confidence less hits, summed over the rows of each bin."""
+    """Confidence minus hits, summed over the soft labels of each bin."""
     bin_R = np.clip(np.ceil(confidence_R * BINS).astype(int) - 1, 0, BINS - 1)
     return np.bincount(bin_R, weights=confidence_R - hit_R, minlength=BINS)
 
 
 def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarray]:
-    """What the statistics are means of, summed over the drawn rows of some samples."""
+    """What the statistics are means of, summed over the random views of some samples."""
     drawn_BVK = logits_BVK[:, 1:] if logits_BVK.shape[1] > 1 else logits_BVK
     shifted_BVK = drawn_BVK - drawn_BVK.max(axis=2, keepdims=True)
     log_p_BVK = shifted_BVK - np.log(np.exp(shifted_BVK).sum(axis=2, keepdims=True))
@@ -107,7 +108,7 @@ def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarr
     log_label_RV = np.take_along_axis(log_p_BVK[known_B], labels_B[known_B, None, None], axis=2)[..., 0]
     hit_RV = log_p_BVK[known_B].argmax(axis=2) == labels_B[known_B, None]
     mean_BK = p_BVK.mean(axis=1)
-    # The mean KL is the entropy of the mean less the mean of the entropies (Lin 1991, equation 4.1).
+    # The mean KL is the entropy of the mean minus the mean of the entropies (Lin 1991, equation 4.1).
     entropy_of_mean_B = -(mean_BK * np.log(np.maximum(mean_BK, np.finfo(float).tiny))).sum(axis=1)
     return {
         "rows": np.float64(max_BV.size),
@@ -169,7 +170,7 @@ def _identity(cache: Cache) -> list[str]:
         ("sha256", cache.digest),
         ("data", f"{header.dataset}, {len(header.classes)} classes: {', '.join(header.classes)}"),
         *((name, _describe_split(split)) for name, split in cache.splits.items()),
-        ("rows", _describe_rows(header)),
+        ("storage", _describe_rows(header)),
         *(("teacher", describe_teacher(row)) for row in shown[:TEACHERS_SHOWN]),
         ("views", describe_views(header)),
         ("images", f"{header.renderer} at {header.image_size} px, {describe_scale(header.mean, header.std)}"),
@@ -177,7 +178,7 @@ def _identity(cache: Cache) -> list[str]:
         *(("labels", text) for text in describe_labels(cache)),
     ]
     if len(header.teachers) > TEACHERS_SHOWN:
-        facts.insert(6 + TEACHERS_SHOWN, ("", f"and {len(header.teachers) - TEACHERS_SHOWN} more teachers"))
+        facts.insert(6 + TEACHERS_SHOWN, ("", f"further teachers: {len(header.teachers) - TEACHERS_SHOWN}"))
     return [_fact(name, text) for name, text in facts]
 
 
@@ -206,8 +207,8 @@ def _describe_rows(header: Header) -> str:
         return f"{dense:,} bytes of logits per (image, view): all {len(header.classes)} of them in float16"
     kept = sum(row_bytes(column, header) for column in header.logit_columns)
     return (
-        f"{kept:,} bytes per (image, view): the {header.top_k} largest logits of {len(header.classes)} and the tail's "
-        f"mass; dense {dense:,}"
+        f"{kept:,} bytes per (image, view): the {header.top_k} largest of {len(header.classes)} logits, and the tail; "
+        f"all logits would take {dense:,}"
     )
 
 
@@ -215,22 +216,22 @@ def describe_teacher(row: TeacherRow) -> str:
     """A teacher in one line: network, what it was trained on, val top-1, start of its digest."""
     figures = f"val {row.val_top1:.1%}, sha256 {row.sha256[:12]}"
     if row.members:
-        return f"{row.arch} (rows {row.members} of the teachers), {figures}"
+        return f"{row.arch} (mean of teachers {row.members}), {figures}"
     if row.trained_on == "elsewhere":
         return f"{row.arch} trained elsewhere (may have seen val), {row.image_size} px, {figures}"
     return f"{row.arch} {row.trained_on}, seed {row.seed}, {row.image_size} px, {figures}"
 
 
 def describe_labels(cache: Cache) -> Iterator[str]:
-    """Lines on what a row is where it is not one teacher's logits."""
+    """Lines on what a soft label is where it is not one teacher's logits."""
     if cache.header.temperature is not None:
         t = f"{cache.header.temperature:g}"
-        yield f"T * log of mean probabilities at T = {t}: for --temperature {t} alone, as are the statistics below"
+        yield f"T * log of mean probabilities at T = {t}: for --temperature {t} only; the statistics are at T = {t} too"
     for name, split in cache.splits.items():
         if mixed := split.views - len(unmixed_views(split)):
             yield f"{mixed} of {split.views} views of {name} are mixup or CutMix, and not in the statistics below"
     if cache.is_out_of_fold:
-        yield "out-of-fold: each train image by the one teacher that was not trained on it, val by the mean of all"
+        yield "out-of-fold: each train image by the teacher that was not trained on it, val by the mean of all teachers"
 
 
 def describe_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
@@ -244,15 +245,15 @@ def rows_of(found: Mapping[str, LabelStatistics]) -> list[tuple[str, ...]]:
     each = list(found.values())
     rows: list[tuple[str, Callable[[LabelStatistics], str]]] = [
         ("top-1, evaluation view", lambda of: f"{of.top1:.2%}"),
-        ("top-1, drawn views", lambda of: _optional(of.top1_drawn, ".2%")),
+        ("top-1, random views", lambda of: _optional(of.top1_drawn, ".2%")),
         ("probability of the label", lambda of: f"{of.label_probability:.3f}"),
         ("largest probability", lambda of: f"{of.max_probability:.3f}"),
-        (f"rows above {ONE_HOT}", lambda of: f"{of.near_one_hot:.1%}"),
-        ("entropy, nats (of an even guess)", lambda of: f"{of.entropy:.3f} ({of.entropy_share:.0%})"),
+        (f"soft labels above {ONE_HOT}", lambda of: f"{of.near_one_hot:.1%}"),
+        ("entropy, nats (fraction of maximum)", lambda of: f"{of.entropy:.3f} ({of.entropy_share:.0%})"),
         ("negative log-likelihood, nats", lambda of: f"{of.nll:.3f}"),
         (f"calibration error, {BINS} bins", lambda of: f"{of.calibration_error:.3f}"),
-        ("spread over views, probability", lambda of: _optional(of.spread, ".4f")),
-        ("a view from the mean, KL in nats", lambda of: _optional(of.divergence, ".4f")),
+        ("std over views, class probability", lambda of: _optional(of.spread, ".4f")),
+        ("KL(view || mean of views), nats", lambda of: _optional(of.divergence, ".4f")),
     ]
     return [("labels", *found), *((name, *map(shown, each)) for name, shown in rows)]
 

@@ -47,9 +47,9 @@ def require_temperature(temperature: float, path: object) -> None:
     """Raise UserError where a cache of the top k does not know the tail's mass."""
     if temperature < min(TAIL_TEMPERATURES):
         raise UserError(
-            f"--temperature {temperature:g} is below {min(TAIL_TEMPERATURES):g}, and {path} holds the top logits, "
-            f"with the mass of the others from {min(TAIL_TEMPERATURES):g} on: use a higher --temperature, or a cache "
-            "written without --top-k."
+            f"--temperature {temperature:g} is below {min(TAIL_TEMPERATURES):g}, but {path} holds the largest "
+            f"logits and the tail for temperatures from {min(TAIL_TEMPERATURES):g} on: use a higher --temperature, or "
+            "a cache written without --top-k."
         )
 
 

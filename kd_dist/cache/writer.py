@@ -9,7 +9,7 @@ import numpy as np
 from kd_dist.cache.assemble import assemble
 from kd_dist.cache.format import LOGITS, checksum_file_of, first_true, shards_folder_of
 from kd_dist.cache.plan import Block, CachePlan
-from kd_dist.cache.shards import GOES_ON, Shards
+from kd_dist.cache.shards import RESUMES, Shards
 from kd_dist.cache.topk import shorten
 from kd_dist.errors import UserError
 from kd_dist.files import publish, sha256_of, write_atomically, writing
@@ -18,7 +18,7 @@ from kd_dist.files import publish, sha256_of, write_atomically, writing
 class BlockWriter:
     """The writer of one cache. Every process makes its own, on the same target with the same plan.
 
-    A killed job loses at most the blocks in flight, may go on with another number of processes, and ends with the
+    A killed job loses at most the blocks in flight, may resume with another number of processes, and ends with the
     same bytes: they depend on the plan and the logits alone. Raises UserError where `target` exists already and
     where its folder of shards belongs to another plan; ValueError where the plan contradicts itself.
     """
@@ -27,13 +27,15 @@ class BlockWriter:
         plan.check()
         self.target, self.plan = Path(target), plan
         self._shards = Shards(shards_folder_of(self.target), plan)
-        with writing(self.target, GOES_ON):
+        with writing(self.target, RESUMES):
             self._acquire()
 
     def _acquire(self) -> None:
         if not self._shards.exist():
             if self.target.exists():
-                raise UserError(f"{self.target} exists already: move it away, or choose another place for the new one.")
+                raise UserError(
+                    f"{self.target} already exists: move it away, or choose another path for the new cache."
+                )
             self._shards.start()
         self._shards.check_plan()
 
@@ -83,7 +85,7 @@ class BlockWriter:
         """
         temporary = self.target.with_name(f".{self.target.name}.tmp")
         try:
-            with writing(self.target, GOES_ON):
+            with writing(self.target, RESUMES):
                 digest = assemble(temporary, self.plan, self._read)
                 self._install(temporary, digest)
         finally:
@@ -106,14 +108,17 @@ class BlockWriter:
         sample = block.start + row
         where = f"{block.split} view {block.view} of sample {sample} ({self.plan.tables[block.split].paths[sample]})"
         raise UserError(
-            f"the teacher's logits of {where} are NaN or beyond float16's 65504: train it again with a lower --lr."
+            f"the teacher's logits of {where} are NaN or beyond float16's 65504: train the teacher again with a lower "
+            "--lr."
         )
 
     def _install(self, temporary: Path, digest: str) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         if self.target.exists() and sha256_of(self.target) != digest:  # the same one: a kill came after the rename
-            raise UserError(f"another file has come to {self.target}: move it away, then run the same command again.")
+            raise UserError(
+                f"another process created {self.target} meanwhile: move it away, then run the same command again."
+            )
         text = f"{digest}  {self.target.name}\n"
         write_atomically(checksum_file_of(self.target), lambda file: file.write(text.encode()))
         publish(temporary, self.target)

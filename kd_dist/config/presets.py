@@ -6,7 +6,7 @@ from typing import Any
 
 from kd_dist.config.jobs import JobConfig
 
-RULE_HOLDS_TO = 8192  # images a step
+RULE_HOLDS_TO = 8192  # images per step
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def scaled(
     run that is resumed.
 
     The linear scaling rule of Goyal et al. 2017 ("Accurate, Large Minibatch SGD", with a warm-up of five epochs): k
-    times the images a step, k times the learning rate. They showed it on ImageNet up to RULE_HOLDS_TO images.
+    times the images per step, k times the learning rate. They showed it on ImageNet up to RULE_HOLDS_TO images.
     """
     if not preset.per_gpu:
         return {}
@@ -103,7 +103,7 @@ PRESETS: dict[str, Preset] = {
         },
         distill={"image_size": 64, "epochs": 12, "lr": 0.05, "batch_size": 64, "warmup_epochs": 2.0},
     ),
-    # The generated set, in minutes. Students get few epochs: with many, a small network needs no teacher on this set.
+    # The demo data set, in minutes. Students get few epochs: with many, a small network needs no teacher on this set.
     "demo": Preset(
         about="for the data set of `make demo`: teacher at 48 px, student at 32 px, a few minutes on two cores",
         teacher={

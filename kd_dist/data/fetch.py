@@ -1,4 +1,4 @@
-"""Getting an image set onto a disk once: resumable download, careful unpacking, and one process at work per filesystem.
+"""Getting a data set onto a disk once: resumable download, careful unpacking, and one process at work per filesystem.
 
 Nothing here leaves half a folder under its final name. What is unfinished has another name: NAME.part (the archive so
 far, with NAME.part.json saying of what) and .NAME.making (the folder being filled). An unfinished download is gone on
@@ -65,7 +65,10 @@ def make_folder(target: Path, is_whole: Callable[[Path], bool], fill: Callable[[
 
 def _make_alone(target: Path, is_whole: Callable[[Path], bool], fill: Callable[[Path], None]) -> None:
     if target.exists() and not (target.is_dir() and not os.listdir(target)):
-        raise UserError(f"{target} is there but is no image set (no train/ and val/): move it away and run this again.")
+        raise UserError(
+            f"{target} exists but is not a data set (it has no train/ and val/): move it away and run the command "
+            "again."
+        )
     making = target.with_name(f".{target.name}.making")
     shutil.rmtree(making, ignore_errors=True)  # of an attempt that was killed
     making.mkdir()
@@ -84,7 +87,7 @@ def _the_whole_one(folder: Path, is_whole: Callable[[Path], bool]) -> Path:
     if found and (found[0] == folder or len(found) == 1):
         return found[0]
     raise UserError(
-        f"the archive holds {len(found)} image sets (folders with train/ and val/): name one that holds one."
+        f"the archive holds {len(found)} data sets (folders with train/ and val/): pass an archive that holds one."
     )
 
 
@@ -100,7 +103,7 @@ def _locked(target: Path, is_whole: Callable[[Path], bool]) -> Iterator[bool]:
             except OSError as error:
                 raise UserError(
                     f"{target.parent} is on a filesystem without file locks ({error.strerror}): unpack the set there "
-                    "by hand, or name another place with --data."
+                    "by hand, or choose another folder with --data."
                 ) from error
             else:
                 yield not _is_there(target, is_whole)
@@ -115,8 +118,10 @@ def _is_there(target: Path, is_whole: Callable[[Path], bool]) -> bool:
 
 def _write_error(target: Path, error: OSError) -> UserError:
     if disk_full(error):
-        return UserError(f"no space left for {target}: make room, and the same command goes on where it stopped.")
-    return UserError(f"cannot make {target} ({error}): name with --data a folder that can be written.")
+        return UserError(
+            f"no space left for {target}: free disk space and run the same command again: it resumes where it stopped."
+        )
+    return UserError(f"cannot make {target} ({error}): choose a writable folder with --data.")
 
 
 # ------------------------------------------------------------------------------------------------------------ archives
@@ -145,7 +150,7 @@ def _unpack_checked(path: Path, source: str, sha256: str | None, folder: Path, p
     if sha256 is not None and (found := sha256_of(path)) != sha256.lower():
         raise UserError(
             f"{source} has the SHA-256 {found} instead of {sha256.lower()}, so nothing of it was unpacked: run this "
-            "again, or name a good copy with --archive."
+            "again, or pass a good copy with --archive."
         )
     unpack(path, folder, source, progress)
 
@@ -159,9 +164,9 @@ def _local_path(source: str) -> Path | None:
         raise UserError(f"cannot fetch {source}: --archive takes a local file or an http, https or file URL.")
     path = Path("/" + unquote(rest.partition("/")[2]) if is_url else source)
     if path.is_dir():
-        raise UserError(f"{path} is a folder, not an archive: name it with --data if it holds train/ and val/.")
+        raise UserError(f"{path} is a folder, not an archive: pass it with --data if it holds train/ and val/.")
     if not path.is_file():
-        raise UserError(f"there is no archive {path}: name a tar file that is there, or leave --archive out.")
+        raise UserError(f"there is no archive {path}: pass an existing tar file, or omit --archive.")
     return path
 
 
@@ -187,7 +192,7 @@ def unpack(archive: Path, folder: Path, name: str, progress: Progress | None = N
         if getattr(error, "errno", None) not in {None, *_CLASHES}:  # the disk's fault; bz2 and gzip give no number
             raise
         raise UserError(
-            f"{name} is damaged, cut short, or no tar archive ({error}): name a good copy with --archive."
+            f"{name} is damaged, cut short, or no tar archive ({error}): pass a good copy with --archive."
         ) from error
 
 
@@ -228,7 +233,7 @@ def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, n
     if path.is_absolute() or ".." in path.parts or not (member.isreg() or member.isdir()):
         raise UserError(
             f"{name} was refused for its entry {member.name!r}: only files and folders that stay inside are unpacked, "
-            "no links; pack it anew (tar --dereference --hard-dereference)."
+            "no links; pack it again (tar --dereference --hard-dereference)."
         )
     target = folder / path  # stays inside: the folder was empty, and no link is ever made in it
     if member.isdir():
@@ -245,7 +250,7 @@ def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, n
 
 
 class _Dropped(Exception):
-    """The connection failed or ended early; another try may go on from the bytes that came."""
+    """The connection failed or ended early; another try may resume from the bytes that came."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +263,7 @@ class _Origin:
 
 
 def download(url: str, part: Path, progress: Progress | None = None) -> None:
-    """Fetch an http(s) URL into `part`, going on with the bytes that are already there when they are of the same file.
+    """Fetch an http(s) URL into `part`, resuming from the bytes that are already there if they are of the same file.
 
     A dropped connection is tried again, up to TRIES times without a new byte. Raises UserError when the server refuses
     or cannot be reached; the bytes so far are kept.
@@ -304,16 +309,16 @@ def _request(url: str, part: Path, origin: _Origin | None) -> http.client.HTTPRe
         if error.code in (416, 429) or error.code >= 500:
             raise _Dropped(f"HTTP {error.code} {error.reason}") from error
         raise UserError(
-            f"the server has no {url} (HTTP {error.code} {error.reason}): name another copy with --archive FILE_OR_URL."
+            f"the server has no {url} (HTTP {error.code} {error.reason}): pass another copy with --archive FILE_OR_URL."
         ) from error
     except (OSError, http.client.HTTPException) as error:
         raise _Dropped(str(getattr(error, "reason", error))) from error
     except ValueError as error:
-        raise UserError(f"{url} is no address that can be fetched ({error}): name another with --archive.") from error
+        raise UserError(f"{url} is not a URL that can be downloaded ({error}): pass another with --archive.") from error
 
 
 def _check_range(response: http.client.HTTPResponse, part: Path, origin: _Origin) -> None:
-    """Drop the part unless the reply goes on where it ends and is of a file of the same size."""
+    """Drop the part unless the reply continues where it ends and is of a file of the same size."""
     span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
     if span and int(span[1]) == _size(part) and span[2] in ("*", str(origin.total)):
         return
@@ -370,6 +375,6 @@ def _size(path: Path) -> int:
 
 def _unreachable(url: str, error: _Dropped) -> UserError:
     return UserError(
-        f"cannot fetch {url} ({error}): on a machine without a network name a copy with --archive FILE_OR_URL, or "
-        "fetch it beforehand on a login node with python -m kd_dist.dataset."
+        f"cannot download {url} ({error}): if this machine has no internet access, pass a local copy with --archive "
+        "FILE_OR_URL, or download the data set on a login node first with python -m kd_dist.dataset."
     )

@@ -1,4 +1,4 @@
-"""The K folds of the training images, of which one is held out, and the share of images whose labels are used.
+"""The K folds of the training images, of which one is held out, and the fraction of images whose labels are used.
 
 The folds are a function of the images alone (labels and contents), not of a seed or of names. Every class is spread
 evenly over the folds, and files of the same content stay together: a teacher that was not trained on a fold was trained
@@ -30,8 +30,13 @@ class Fold:
 
     @property
     def name(self) -> str:
-        """What the held-out rows are, in words: "fold 0 of 10 of train"."""
+        """What files call the images that are held out: "fold 0 of 10 of train"."""
         return f"fold {self.number} of {self.folds} of train"
+
+    @property
+    def in_words(self) -> str:
+        """What messages call them: "fold 0 (of 0 to 9) of train"."""
+        return f"fold {self.number} (of 0 to {self.folds - 1}) of train"
 
 
 def fold_of(labels_N: np.ndarray, sha256_N32: np.ndarray, number: int, folds: int) -> Fold:
@@ -66,7 +71,7 @@ def fold_numbers(labels_N: np.ndarray, sha256_N32: np.ndarray, folds: int) -> np
 
 
 def labelled_rows(labels_N: np.ndarray, sha256_N32: np.ndarray, share: float) -> np.ndarray:
-    """The rows whose labels are used where only a share of them is: int64, sorted.
+    """The rows whose labels are used where only a fraction of them is: int64, sorted.
 
     Of each class the share in (0, 1], rounded up, of its different images, first by digest, and all copies of these. A
     smaller share's rows are among a larger one's.

@@ -1,4 +1,4 @@
-"""The generated image set `demo`: ten classes that a small network learns only partly, drawn in seconds, no download.
+"""The synthetic data set `demo`: ten classes that a small network learns only partly, generated in seconds.
 
 Classes come in pairs that look alike: a pair shares its shape and its colour, and its two members differ in how coarse
 their stripes are. Colours and stripe widths overlap between classes, and every image has clutter and noise, so no
@@ -44,7 +44,7 @@ def generate(
                 pixels_HW3 = draw(np.random.default_rng([seed, split, label, index]), label, classes)
                 Image.fromarray(pixels_HW3).save(target / f"{index:05d}.jpg", quality=88)
             if progress:
-                progress("drawing the demo set", split * classes + label + 1, 2 * classes)
+                progress("generating the demo data set", split * classes + label + 1, 2 * classes)
 
 
 def class_name(label: int) -> str:

@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".ti
 STRAY_FOLDERS = ("__MACOSX",)  # that archive programs add
 OTHER_VALS = ("valid", "validation", "test")
 VAL_NAMES = ("val", *OTHER_VALS)
-SHARE_HINT = "add --val-share 0.1 to hold a tenth of the images out as val"
+SHARE_HINT = "add --val-share 0.1 to hold out a tenth of the images as val"
 
 
 class File(NamedTuple):
@@ -79,7 +79,7 @@ class Ignored:
 
 
 def is_set(folder: Path) -> bool:
-    """Whether a folder looks like an image set: it has train/ and val/, or train/ and one of OTHER_VALS."""
+    """Whether a folder looks like a data set: it has train/ and val/, or train/ and one of OTHER_VALS."""
     return os.path.isdir(folder / "train") and any(os.path.isdir(folder / name) for name in VAL_NAMES)
 
 
@@ -89,7 +89,7 @@ def lay_out(data: Path, val_share: float | None, ignored: Ignored) -> Layout:
 
 
 def _val_among(names: Iterable[str], val_share: float | None, where: Path, ignored: Ignored) -> str | None:
-    """Which of a set's splits is val; None where a share of train becomes val. Raises UserError where it is not clear.
+    """Which of a set's splits is val; None where a fraction of train becomes val. Raises UserError where it is unclear.
 
     Beside another val, or under --val-share, test is no val: it is left alone.
     """
@@ -103,7 +103,7 @@ def _val_among(names: Iterable[str], val_share: float | None, where: Path, ignor
     if val_share is not None:
         if clear:
             raise UserError(f"--val-share {val_share:g}, but {where} has {clear[0]} already: leave --val-share out.")
-        val = "a share of train"
+        val = "a fraction of train"
     elif not found:
         raise UserError(f"{where} has train but no val (nor {', '.join(OTHER_VALS)}): add that, or {SHARE_HINT}.")
     else:
@@ -143,10 +143,10 @@ def _split_folders(root: Path, val_share: float | None, ignored: Ignored) -> dic
         val = _val_among({name for name in VAL_NAMES if os.path.isdir(root / name)}, val_share, root, ignored)
         return {"train": "train"} if val is None else {"train": "train", "val": val}
     if not os.path.isdir(root):
-        raise UserError(f"there is no folder {root}: name with --data a folder of images or a CSV file.")
+        raise UserError(f"there is no folder {root}: pass with --data a folder of images or a CSV file.")
     if val_share is None:
         raise UserError(
-            f"{root} has no folders train/ and val/: name with --data a folder that holds train/<class>/* and "
+            f"{root} has no folders train/ and val/: pass with --data a folder that holds train/<class>/* and "
             f"val/<class>/*; if its folders are the classes, {SHARE_HINT}."
         )
     return {"train": ""}
@@ -204,7 +204,7 @@ def _listed(folder: Path) -> tuple[list[str], list[str]]:
             visible = sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
     except OSError as error:
         raise UserError(
-            f"cannot list {folder} ({error.strerror}): mend its permissions, or name other data."
+            f"cannot list {folder} ({error.strerror}): fix its permissions, or pass another data set with --data."
         ) from error
     for name, is_folder in visible:
         if is_folder or _is_image(name):
@@ -329,7 +329,7 @@ def _read_csv(file: Path, val_share: float | None) -> list[_Row]:
             at = [header.index(name) for name in wanted]
             return [_row(file, reader.line_num, cells, at) for cells in reader if cells]
     except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}): name another file with --data.") from error
+        raise UserError(f"cannot read {file} ({error.strerror}): pass another file with --data.") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"{file} is no CSV file in UTF-8 ({error}): --data takes a folder of images or a CSV file of "
@@ -339,10 +339,10 @@ def _read_csv(file: Path, val_share: float | None) -> list[_Row]:
 
 def _row(file: Path, line: int, cells: Sequence[str], at: Sequence[int]) -> _Row:
     if len(cells) <= max(at):
-        raise _wrong_line(file, line, f"it has {len(cells)} fields, the first line names more: mend it")
+        raise _wrong_line(file, line, f"it has {len(cells)} fields, the first line names more: fix the line")
     path, label, split = [*(cells[place].strip() for place in at), "train"][:3]
     if not path or not label:
-        what = "label: images without one go into a folder that --unlabelled names" if path else "path: mend it"
+        what = "label: images without one go into a folder that --unlabelled names" if path else "path: add it"
         raise _wrong_line(file, line, f"there is no {what}")
     if split not in ("train", *VAL_NAMES):
         raise _wrong_line(file, line, f"the split {split!r} is not known: write train or val")
@@ -360,7 +360,7 @@ def _status_of_row(file: Path, row: _Row) -> os.stat_result:
         status = None
     if status is None or not stat.S_ISREG(status.st_mode):
         raise _wrong_line(
-            file, row.line, f"there is no file {file.parent / row.path}: mend the path, or remove the line"
+            file, row.line, f"there is no file {file.parent / row.path}: fix the path, or remove the line"
         )
     return status
 

@@ -1,4 +1,4 @@
-"""Image sets known by name, and where a set's folder is: `locate` finds it, and fetches or draws it where it may."""
+"""Data sets known by name, and where a set's folder is: `locate` finds, downloads or generates it."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from kd_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Release:
-    """An image set known by name. Without a URL it is drawn, without a SHA-256 its archive's content is not checked."""
+    """A data set known by name. Without a URL it is generated; without a SHA-256 its archive is not checked."""
 
     name: str
     about: str
@@ -40,7 +40,9 @@ RELEASES = {
             "a0d360f9d8159055b3bf2b8926a51d19b2f1ff98a1eef6034e4b891c59ca3f1a",
         ),
         Release(
-            "demo", "ten classes of drawn shapes, 1,200 train and 400 val images, made in seconds without a network"
+            "demo",
+            "synthetic: ten classes of shapes, 1,200 train and 400 val images, generated locally in seconds, no "
+            "download",
         ),
     )
 }
@@ -60,8 +62,8 @@ def locate(
     """The folder or CSV file to scan: `data` itself, or the release's folder in it, made first where it may be.
 
     `release` names the folder; without it the archive's name does (mirror/imagewoof2-160.tgz: imagewoof2-160), and
-    without both it is DEFAULT_RELEASE. What is not there is fetched, unpacked or drawn when a release or an archive was
-    named, or when `explicit` is false, which means that the user did not choose `data`. An `archive` (local tar file or
+    without both it is DEFAULT_RELEASE. What is not there is fetched, unpacked or generated if a release or an archive
+    was given, or if `explicit` is false, which means that the user did not choose `data`. An `archive` (local tar file,
     http, https or file URL) is checked against `sha256` if that is given, a release's own archive also against its
     known digest. Any number of processes may call this at once, see fetch.make_folder. Raises UserError.
     """
@@ -92,12 +94,12 @@ def _require_default(data: Path, explicit: bool, val_share: float | None) -> Non
     """Raise UserError where the user asked for data of their own, so that the default set would be no answer."""
     if explicit:
         raise UserError(
-            f"{data} has no folders train/ and val/: name with --data a folder that holds train/<class>/* and "
-            f"val/<class>/*, {SHARE_HINT} if its folders are the classes, or add --release {DEFAULT_RELEASE} to fetch "
-            "that into it."
+            f"{data} has no folders train/ and val/: pass with --data a folder that holds train/<class>/* and "
+            f"val/<class>/*, {SHARE_HINT} if its folders are the classes, or add --release {DEFAULT_RELEASE} to "
+            "download that data set into it."
         )
     if val_share is not None:
-        raise UserError(f"--val-share {val_share:g} is for class folders of your own: name their folder with --data.")
+        raise UserError(f"--val-share {val_share:g} is for class folders of your own: pass their folder with --data.")
 
 
 def _set_name(release: str | None, archive: str | None) -> str:
@@ -105,18 +107,18 @@ def _set_name(release: str | None, archive: str | None) -> str:
     file_name = fetch.file_name(archive) if archive else DEFAULT_RELEASE
     name = release or re.sub(r"\.(tgz|tbz2?|txz|tar(\.\w+)?)$", "", file_name, flags=re.IGNORECASE)
     if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise UserError(f"{name!r} cannot name a folder: give the set a plain name with --release.")
+        raise UserError(f"{name!r} is not usable as a folder's name: give the data set a name with --release.")
     return name
 
 
 def _source(name: str, archive: str | None, sha256: str | None) -> tuple[str, str | None]:
     """Where the archive is, and the digest it must have (None: any)."""
     if sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-        raise UserError(f"--sha256 {sha256} is no SHA-256: it has 64 hexadecimal digits, as sha256sum prints them.")
+        raise UserError(f"--sha256 {sha256} is not a SHA-256: pass 64 hexadecimal digits, as sha256sum prints them.")
     if archive:
         return archive, sha256
     if name not in RELEASES:
-        raise UserError(f"there is no release {name}: choose one of {', '.join(RELEASES)}, or name its --archive.")
+        raise UserError(f"there is no release {name}: choose one of {', '.join(RELEASES)}, or pass its --archive.")
     release = RELEASES[name]
-    assert release.url is not None  # the demo alone has none, and it is drawn, not fetched
+    assert release.url is not None  # the demo alone has none, and it is generated, not fetched
     return release.url, sha256 or release.sha256

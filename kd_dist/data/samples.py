@@ -65,7 +65,7 @@ class SampleList:
 @dataclass(frozen=True)
 class Dataset:
     """Both splits of one set, with the same classes. `layout` says in a few words how it lies on the disk, `ignored` in
-    a line each which files were not taken.
+    one line each which files were not taken.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Dataset:
         return {"train": self.train, "val": self.val}[name]
 
     def notes(self) -> list[str]:
-        """What a user should know of the set, a line each: files not taken, and files with the same content."""
+        """What a user should know of the set, one line each: files not taken, and files with the same content."""
         return [*self.ignored, *_notes_on_copies(self.train, self.val)]
 
 
@@ -110,4 +110,6 @@ def _copies(sha256_N32: np.ndarray, rows_M: np.ndarray) -> list[tuple[int, int]]
 
 def unreadable(path: Path, why: object) -> UserError:
     """The error for an image that cannot be read."""
-    return UserError(f"cannot read the image {path} ({why}): put back a good copy of it, or take it out of the set.")
+    return UserError(
+        f"cannot read the image {path} ({why}): restore a good copy, or remove the image from the data set."
+    )

@@ -19,7 +19,7 @@ STORE_FOLDER = ".kd_dist"  # in the set's own folder: digests and decoded images
 
 
 def default_folder(data: Path) -> Path:
-    """Where a set's digests and decoded images go when nobody says: inside its folder, or in the user's cache folder
+    """Where a set's digests and decoded images go by default: inside its folder, or in the user's cache folder
     when that is read-only. `data` is the folder, or the CSV file in it.
     """
     root = data.parent if data.is_file() else data
@@ -87,7 +87,7 @@ def _sample_list(layout: Layout, files: Sequence[File], sha256_N32: np.ndarray, 
 
 
 def in_val(sha256_N32: np.ndarray, share: float) -> np.ndarray:
-    """Which images are val's where a share of them is: bool [N].
+    """Which images are val's where a fraction of them is: bool [N].
 
     Those whose digest's last 8 bytes, read as a number in [0, 1), are below the share. So an image's side depends on
     its content alone: not on its name or class, nor on which other images there are; copies are on one side.
@@ -114,7 +114,7 @@ def _split_off(layout: Layout, sha256_N32: np.ndarray, share: float) -> np.ndarr
         side = "train" if True in sides else "val"
         mend = "add images of it, or write the split into a CSV file of path,label,split"
         if works:
-            mend = f"{least:g} is the least share that gives every class images on both sides"
+            mend = f"{least:g} is the smallest --val-share that gives every class images on both sides"
         raise UserError(f"--val-share {share:g} leaves {side} no image of the class {name}: {mend}.")
     return in_val_N
 

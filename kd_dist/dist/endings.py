@@ -120,7 +120,7 @@ def run_entry(main: Callable[[], None]) -> None:
         main()
     except Interrupted as stop:
         _leave(stop.signal)
-        _end(Failure(f"{stop}; run the same command again to go on.", stop.exit_code))
+        _end(Failure(f"{stop}; run the same command again to resume.", stop.exit_code))
     except (KeyboardInterrupt, BrokenPipeError):
         _leave(signal.SIGINT)
         os._exit(128 + signal.SIGINT)
@@ -183,7 +183,7 @@ def _first_line(error: BaseException) -> str:
 def _out_of_memory(text: str) -> str:
     return (
         f"the GPU's memory is full ({text.split(' If reserved')[0].split(' Of the allocated')[0].rstrip('.')}); use a "
-        "smaller --batch-size, or --pixels memory to keep the decoded images in the host's memory."
+        "smaller --batch-size, or --pixels memory to keep the decoded images in host memory."
     )
 
 

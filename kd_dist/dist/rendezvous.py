@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from kd_dist.dist.endings import environment_number, largest_number
 from kd_dist.errors import MachineError, UnreachableError, UserError
+from kd_dist.tables import counted
 
 RENDEZVOUS_SECONDS = 10.0  # how long rank 0's port may stay closed; KD_DIST_RENDEZVOUS_SECONDS changes it
 POLL_SECONDS = 0.2
@@ -27,7 +28,7 @@ def refuse_strays() -> None:
     if tasks > 1 and environment_number("WORLD_SIZE") is None:
         raise UserError(
             f"{tasks} tasks were started side by side without RANK and WORLD_SIZE, so each would train alone in the "
-            "same folder; start them by `python -m launch.submit`, or one task a node by `srun torchrun` (see slurm/)."
+            "same folder; start them with `python -m launch.submit`, or one task per node with `srun torchrun` (see slurm/)."
         )
 
 
@@ -45,8 +46,8 @@ def choose_device(device: str, local_rank: int, local_world_size: int) -> torch.
         return torch.device("cuda", 0)
     if visible < local_world_size:
         raise MachineError(
-            f"{local_world_size} ranks on this machine but {visible} GPUs; use --nproc_per_node={visible}, or "
-            "--device cpu to run without GPUs."
+            f"{local_world_size} ranks but only {counted(visible, 'visible GPU')} on this machine; use "
+            f"--nproc_per_node={visible}, or --device cpu to run without GPUs."
         )
     return torch.device("cuda", local_rank)
 
@@ -63,8 +64,8 @@ def open_store(rank: int, world_size: int, several_machines: bool, seconds: floa
                 f"the port of {address} is in use; choose another by --master_port, or use torchrun --standalone."
             ) from error
         raise UserError(
-            f"the ranks could not meet at {address} (MASTER_ADDR:MASTER_PORT): {str(error).splitlines()[0]}; check "
-            "that every node can reach it."
+            f"rendezvous failed at {address} (MASTER_ADDR:MASTER_PORT): {str(error).splitlines()[0]}; check that every "
+            "node can reach this address."
         ) from error
     return store
 
@@ -80,15 +81,15 @@ def check_master_address(rank: int, several_machines: bool) -> None:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4]
     except OSError as error:
         raise UnreachableError(
-            f"MASTER_ADDR {host}:{port} does not resolve on {socket.gethostname()} ({error.strerror or error}); name "
-            "rank 0's machine as the others know it."
+            f"MASTER_ADDR {host}:{port} does not resolve on {socket.gethostname()} ({error.strerror or error}); set "
+            "MASTER_ADDR to a name of rank 0's machine that resolves on all nodes."
         ) from error
     if rank != 0 and not _opens(address):
         loopback = several_machines and str(address[0]).startswith(("127.", "::1"))
         hint = ", a loopback address, leads to this machine itself" if loopback else ""
         raise UnreachableError(
             f"nothing answers at MASTER_ADDR:MASTER_PORT {host}:{port} ({address[0]}{hint}) as seen from "
-            f"{socket.gethostname()}; check that rank 0 runs there and that no firewall stands between."
+            f"{socket.gethostname()}; check that rank 0 runs there and that no firewall blocks the port."
         )
 
 
@@ -113,6 +114,6 @@ def refuse_shared_gpus(device: torch.device, rank: int, world_size: int, store: 
     here = [gpu for host, gpu in everyone if host == mine[0]]
     if len({tuple(gpu) for gpu in everyone}) < world_size:
         raise UserError(
-            f"{len(here)} ranks on this machine but {len(set(here))} GPUs; use --nproc_per_node={len(set(here))}, or "
-            "--device cpu."
+            f"{len(here)} ranks but only {counted(len(set(here)), 'visible GPU')} on this machine; use "
+            f"--nproc_per_node={len(set(here))}, or --device cpu to run without GPUs."
         )

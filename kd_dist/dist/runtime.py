@@ -1,7 +1,7 @@
 """This process among its ranks: its device, its share of the work, reductions, and what one rank does for all.
 
 Ranks come from torch's own variables (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which
-torchrun sets and our SLURM launcher too. With none of them set this is one process and no process group is made.
+torchrun sets and our Slurm launcher too. With none of them set this is one process and no process group is made.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ class Runtime:
         return self._result(self.gather(outcome)[0])
 
     def once_a_node(self, task: str, work: Callable[[], Any]) -> Any:
-        """Let one process a node do something long while its peers wait outside any collective.
+        """Let one process per node do something long while its peers wait outside any collective.
 
         Gives its result, which must be plain JSON, on every rank of the node, and raises its UserError there.
         """

@@ -32,7 +32,7 @@ HEARTBEAT_SECONDS = 1.0
 LEAVE_SECONDS = 2.0  # for the peers to read that this rank leaves
 SILENCE_SECONDS = 120.0
 CONNECT_SECONDS = 10.0
-GO_ON = "run the same command again to go on from the last checkpoint."
+GO_ON = "run the same command again to resume from the last checkpoint."
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`python -m kd_dist.export MODEL --to DIR`: a trained model as safetensors, ONNX and torch.export, with a model card.
+"""`python -m kd_dist.export MODEL --to DIR`: export a trained model to safetensors, ONNX and torch.export.
 
 Each file is read again and compared with the model before the folder gets its name.
 """
@@ -27,6 +27,7 @@ from kd_dist.run.results import read_val_logits
 from kd_dist.trained import CONFIG, WEIGHTS, Model, load
 
 PROG = "kd_dist.export"
+DESCRIPTION = "Export a trained model to safetensors, ONNX and torch.export, with a model card."
 CARD = "README.md"
 COMPARED = 64  # images
 
@@ -108,7 +109,7 @@ def _measured(folder: Path, model: Model, pixels_BCHW: Tensor, with_preprocessin
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"python -m {PROG}", description=__doc__.split(": ", 1)[1].split("\n")[0])
+    parser = argparse.ArgumentParser(f"python -m {PROG}", description=DESCRIPTION)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="a run's folder, a model.pt, or an exported folder")
     add("--to", type=Path, required=True, metavar="DIR", help="the folder to write; missing or empty")

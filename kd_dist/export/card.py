@@ -113,15 +113,15 @@ def _front_matter(model: Model, name: str, licence: str | None) -> str:
 
 def _introduction(model: Model, licence: str | None) -> str:
     facts, data, cache = model.facts, model.facts["data"], model.facts.get("cache")
-    taught = "Trained from labels alone."
+    taught = "Trained with hard labels only."
     if cache:
         teachers = ", ".join(cache["teachers"])
         taught = f"Teacher (SHA-256 of the weights): {teachers}. Cache of soft labels (SHA-256): {cache['sha256']}."
     said = f"Licence: {licence}." if licence else "No licence was named at the export."
     return (
-        f"An image classifier, {facts['arch']}, with {count_weights(model):,} weights, trained as a {facts['kind']} on "
-        f"{data['name']} at {model.image_size} pixels. Classes: {', '.join(model.classes)}.\n\nData: {data['name']}, "
-        f"fingerprint of train {data['train']}, of val {data['val']}.\n\n{taught}\n\n{said}"
+        f"An image classifier, {facts['arch']}, with {count_weights(model):,} parameters, trained as a {facts['kind']} "
+        f"on {data['name']} at {model.image_size} pixels. Classes: {', '.join(model.classes)}.\n\n"
+        f"Data: {data['name']}, fingerprint of train {data['train']}, of val {data['val']}.\n\n{taught}\n\n{said}"
     )
 
 

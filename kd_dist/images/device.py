@@ -261,11 +261,11 @@ def _mix(
 
 def place(pixels: Mapping[str, Pixels], device: torch.device) -> tuple[dict[str, ResidentPixels], str | None]:
     """The splits' images on a device; or none of them and why not, in one sentence: an image is too large, or the
-    device does not draw some crops as the host does.
+    device renders some crops differently from the host.
     """
     longest = max(int(split.sizes_N2.max(initial=0)) for split in pixels.values())
     if longest > LONGEST_SIDE:
-        return {}, f"an image has a side of {longest} pixels, the device's renderer takes {LONGEST_SIDE} at most"
+        return {}, f"an image has a side of {longest} pixels, but the GPU renderer takes {LONGEST_SIDE} at most"
     resident = {name: ResidentPixels(split, device) for name, split in pixels.items()}
     noise = _noise()
     pairs = [(ResidentPixels(noise, device), noise), *((resident[name], split) for name, split in pixels.items())]
@@ -306,7 +306,8 @@ def fault_of(resident: ResidentPixels, pixels: Pixels) -> str | None:
     most, share = int(off.max()), float((off > 0).float().mean())
     if most <= TOLERANCE and share <= TOLERATED_SHARE:
         return None
-    return f"{resident.device} draws {share:.2%} of the values of some crops up to {most} grey levels off the host's"
+    levels = f"up to {most} grey levels ({share:.2%} of the pixel values)"
+    return f"GPU-rendered crops differ from CPU-rendered ones by {levels}"
 
 
 def free_bytes(device: torch.device) -> float:

@@ -1,6 +1,6 @@
-"""Decode once: every image of a split as uint8 RGB in one file, mapped read-only and shared by all ranks of a node.
+"""Decode once: every image of a split as uint8 RGB in one file, memory-mapped read-only, shared by all ranks of a node.
 
-Two files a split, named after the split's fingerprint, so a store of other data is never picked up:
+Two files per split, named after the split's fingerprint, so a store of other data is never picked up:
 `<split>-<fingerprint>.u8` holds the images one after another as [H, W, 3] bytes, `<split>-<fingerprint>.npy` their
 heights and widths, int64 [N, 2]. The sizes are written last; where both are and agree, the images are whole. A set
 larger than memory has the sizes alone, and its images are decoded each time they are shown. In the set's own folder,
@@ -265,7 +265,7 @@ def measure_files(samples: SampleList, folder: Path, workers: int, progress: Cal
     except OSError as error:
         reason = "the disk is full" if disk_full(error) else error.strerror
         raise UserError(
-            f"cannot write the images' sizes to {folder} ({reason}); name another folder by --pixels-dir."
+            f"cannot write the images' sizes to {folder} ({reason}); choose another folder with --pixels-dir."
         ) from error
 
 

@@ -1,9 +1,9 @@
-"""What a view is, how views are drawn, and the one renderer that teacher and student share.
+"""What a view is, how views are sampled, and the one renderer that teacher and student share.
 
 A view of an image is (top, left, height, width, flip): a box in pixels of the stored image, and whether the crop is
 mirrored. Rendering it at a size S gives uint8 [3, S, S]: the box is cut out, resized with antialiased bilinear
-interpolation, then mirrored. Two such images may be mixed, by mixup or CutMix. The numbers of a view and of a mix
-say nothing of S, so a student may render the very image its teacher saw at another size.
+interpolation, then mirrored. Two such images may be mixed, by mixup or CutMix. View and mix parameters do not depend on
+S, so a student can render exactly the teacher's crop at another size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from kd_dist.errors import UserError
 
 RENDERER = "crop-bilinear-antialias-uint8-flip/1"
-DEVICE_RENDERER = f"{RENDERER} batched"  # the same images but for a grey level here and there, see resident.py
+DEVICE_RENDERER = f"{RENDERER} batched"  # same images up to one grey level in a few pixels; see device.py
 SAMPLER = "random-resized-crop/1"
 ATTEMPTS = 10
 LOG_RATIO = np.log([3 / 4, 4 / 3])
@@ -33,11 +33,11 @@ def draw_alike(one: str, other: str) -> bool:
 
 
 def require_renderer(name: str, path: Path) -> None:
-    """Raise UserError unless a cache's images were drawn as this version draws them, on a CPU or a device."""
+    """Raise UserError unless a cache's images were rendered as this version renders them, on a CPU or a device."""
     if not draw_alike(name, RENDERER):
         raise UserError(
-            f"{path} was rendered by {name}, this version renders by {RENDERER}: the same boxes would show other "
-            "images; write the cache anew, or use the version that wrote it."
+            f"{path} was rendered with {name}, but this version renders with {RENDERER}, so its crops would differ; "
+            "rewrite the cache, or use the kd_dist version that wrote it."
         )
 
 
@@ -58,9 +58,9 @@ def _stored(box_N4: np.ndarray) -> np.ndarray:
 def draw_boxes(rng: np.random.Generator, sizes_N2: np.ndarray, crop_scale: tuple[float, float]) -> np.ndarray:
     """One random resized crop for each image: int16 [N, 4] from heights and widths int [N, 2].
 
-    Area share uniform in `crop_scale`, aspect ratio log-uniform in [3/4, 4/3], ten attempts, else the largest centred
-    box whose ratio is allowed: the rule of Inception training (Szegedy et al. 2015) as torchvision's RandomResizedCrop
-    has it.
+    Area fraction uniform in `crop_scale`, aspect ratio log-uniform in [3/4, 4/3], ten attempts, else the largest
+    centred box whose ratio is allowed: the rule of Inception training (Szegedy et al. 2015) as torchvision's
+    RandomResizedCrop has it.
     """
     n = len(sizes_N2)
     height_N, width_N = sizes_N2[:, :1], sizes_N2[:, 1:]
@@ -134,7 +134,7 @@ class Mixes:
 def draw_mixes(
     rng: np.random.Generator, n: int, mixup: float, cutmix: float, partners_M: np.ndarray | None = None
 ) -> Mixes:
-    """Mix a share `mixup` of n images by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, area
+    """Mix a fraction `mixup` of n images by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, area
     uniform before it is cut off); partners are any of the n, or of partners_M alone.
     """
     lot_N = rng.random(n)
@@ -155,7 +155,7 @@ def paste_boxes(weight_N: np.ndarray, centre_N2: np.ndarray) -> np.ndarray:
 
 
 def is_mixed(view: int, share: float) -> bool:
-    """Whether the drawn view of this number is a mixed one: evenly spread, whatever the number of views."""
+    """Whether the random view of this number is a mixed one: evenly spread, whatever the number of views."""
     return view > 0 and floor(view * share) > floor((view - 1) * share)
 
 
@@ -165,8 +165,8 @@ def mixed_views(
     """How the views with these numbers of n images are mixed: partners int32 [N, V], the views they are seen in int16
     [N, V], own shares float32 [N, V], and CutMix's boxes float32 [N, V, 4].
 
-    A `share` of the drawn views is mixed, half of their images by mixup and half by CutMix. A partner is any image (of
-    the same group) in any of its drawn views of lower number that are not mixed, in view 0 where there are none.
+    A `share` of the random views is mixed, half of their images by mixup and half by CutMix. A partner is any image (of
+    the same group) in any of its random views of lower number that are not mixed, in view 0 where there are none.
     Functions of (seed, split, v) and the image's place, as `cached_views`, whose draws do not depend on these.
     """
     drawn = [_mixed_view(seed, split, n, view, share, group_N) for view in views]

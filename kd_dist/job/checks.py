@@ -34,16 +34,16 @@ def require_trainable(
     images, ranks = len(data.samples.train if members_M is None else members_M), runtime.world_size
     batch_size = config.optimisation.batch_size
     if batch_size > images:
+        left = f" that are left with --label-fraction {labels.fraction:g}" if labels.fraction < 1 else ""
         raise UserError(
-            f"--batch-size {batch_size} is larger than the {images} training images"
-            f"{f' that --label-fraction {labels.fraction:g} leaves' if labels.fraction < 1 else ''}; use --batch-size "
-            f"{images} or less."
+            f"--batch-size {batch_size} is larger than the {images} training images{left}; use --batch-size {images} "
+            "or less."
         )
     steps = steps_in_epoch(images, batch_size)
     if images // steps < 2 * ranks:
         raise UserError(
-            f"--batch-size {batch_size} over {ranks} ranks leaves some with fewer than two of the {images} "
-            "images a step; use a larger --batch-size or fewer ranks."
+            f"--batch-size {batch_size} with {ranks} ranks and {images} images leaves some ranks with fewer than two "
+            "images per step; use a larger --batch-size or fewer ranks."
         )
     require_usable(name, model, len(data.samples.classes), config.augmentation.image_size)
 
@@ -55,12 +55,12 @@ def batch_warnings(batch_size: int, ranks: int, device: str) -> list[str]:
     warnings = []
     if device == "cuda" and batch_size / ranks < FEWEST_IMAGES_A_GPU:
         warnings.append(
-            f"{batch_size / ranks:g} images a rank keep no GPU busy, {FEWEST_IMAGES_A_GPU} or more do; use fewer GPUs "
-            "or a larger --batch-size"
+            f"{batch_size / ranks:g} images per rank are too few to keep a GPU busy (estimated minimum: "
+            f"{FEWEST_IMAGES_A_GPU}); use fewer GPUs or a larger --batch-size"
         )
     if batch_size > RULE_HOLDS_TO:
         warnings.append(
-            f"linear scaling of the learning rate was shown up to {RULE_HOLDS_TO} images a step, this is "
+            f"linear scaling of the learning rate was shown up to batch size {RULE_HOLDS_TO}, but the batch size is "
             f"{batch_size}; try other values of --lr"
         )
     return warnings
@@ -77,6 +77,6 @@ def start_from(model: nn.Module, init: str | None) -> dict[str, str]:
     path = RunFolder(path).model if path.is_dir() else path
     given = checkpoint.load_model(path)["weights"]
     if wrong := misfits(model.state_dict(), given):
-        raise UserError(f"--init {path} does not fit this network: {wrong}; name the weights of the same network.")
+        raise UserError(f"--init {path} does not fit this network: {wrong}; pass the weights of the same network.")
     model.load_state_dict(given)
     return {"initial weights": checkpoint.weights_digest(given)}

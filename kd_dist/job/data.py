@@ -1,4 +1,4 @@
-"""The data set of a job, opened: found or fetched, listed, decoded once a node, and placed in memory or on a GPU."""
+"""The data set of a job, opened: found or fetched, listed, decoded once per node, and placed in memory or on a GPU."""
 
 import os
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ RESIDENT_SHARE = 0.4  # of a GPU's free memory that images may take unasked; the
 
 @dataclass(frozen=True)
 class Data:
-    """A data set with its images. `threads` of a rank may draw them ahead of a forward pass."""
+    """A data set with its images. `threads` of a rank may render them ahead of a forward pass."""
 
     samples: Dataset
     pixels: dict[str, ImageStore]
@@ -39,7 +39,7 @@ class Data:
 
 
 def open_data(source: DataConfig, runtime: Runtime) -> Data:
-    """Find the data (fetching it where that is allowed), list it, and decode it, each once a node; then place the
+    """Find the data (fetching it where that is allowed), list it, and decode it, each once per node; then place the
     images.
 
     Raises UserError on every rank for data that is not there, damaged, or cannot be fetched or decoded.
@@ -54,7 +54,9 @@ def open_data(source: DataConfig, runtime: Runtime) -> Data:
     opened = {split: find(samples.split(split), store) for split in SPLITS}
     pixels = {split: found for split, found in opened.items() if found is not None}
     if len(pixels) < len(SPLITS):
-        raise UserError(f"the decoded images in {store} vanished or belong to other data; run the same command again.")
+        raise UserError(
+            f"the decoded images in {store} were deleted or are of another data set; run the same command again."
+        )
     stored = {split: found for split, found in pixels.items() if isinstance(found, Pixels)}
     placed: dict[str, ImageStore] = _placed(stored, source.pixels, runtime) if stored else {**pixels}
     return Data(samples, placed, spare_cores(runtime.device.type, runtime.local_world_size))
@@ -96,11 +98,11 @@ def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str
         return {**pixels}
     if needed > free:
         raise UserError(
-            f"--pixels device needs {needed / 1e9:.1f} GB for the decoded images, {runtime.device} has "
+            f"--pixels device needs {needed / 1e9:.1f} GB for the decoded images, but {runtime.device} has only "
             f"{free / 1e9:.1f} GB free; use --pixels memory."
         )
     on_device, fault = resident.place(pixels, runtime.device)
     fault = next(filter(None, runtime.gather(fault)), None)
     if fault and runtime.is_main:
-        print(f"kd_dist: {fault}; the host draws all images instead, as with --pixels memory", flush=True)
+        print(f"kd_dist: {fault}; all images will be rendered on the CPU, as with --pixels memory", flush=True)
     return {**pixels} if fault else {**on_device}

@@ -39,7 +39,7 @@ def running(folder: RunFolder, runtime: Runtime, stop: StopRequest | None = None
         raise
     except BaseException as error:
         failure = endings.failure_of(error)
-        if runtime.world_size > 1:  # a rank that trains alone may go on with another run
+        if runtime.world_size > 1:  # a rank that trains alone may continue with another run
             endings.tell(failure)
         if runtime.is_main:
             _note_failure(folder, failure)

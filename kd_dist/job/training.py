@@ -153,11 +153,11 @@ def _introduction(config: NetworkConfig, trainer: Trainer) -> str:
     labels = f" ({len(data.labels_N) - unknown:,} labels used)" if unknown else ""
     own, origin = config.optimisation, origin_of_lr(config)
     return (
-        f"{config.kind}: {count_weights(trainer.model):,} weights, {len(data):,} images{labels} at "
-        f"{data.image_size} px, {counted(own.epochs, 'epoch')} of {counted(data.steps_per_epoch, 'step')}, batch "
-        f"{own.batch_size} ({own.batch_size / runtime.world_size:g} images a rank), learning rate {own.lr:g}"
-        f"{f', {origin}' if origin else ''}, "
-        f"{counted(runtime.world_size, 'rank')} on {runtime.device.type} in {trainer.compute_dtype} "
-        f"(preset {config.preset})"
-        f"{f', initial weights from {config.init}, a new schedule' if config.init else ''}"
+        f"{config.kind}: {count_weights(trainer.model):,} parameters; {len(data):,} images{labels} at "
+        f"{data.image_size} px; {counted(own.epochs, 'epoch')} of {counted(data.steps_per_epoch, 'step')}; batch size "
+        f"{own.batch_size} ({own.batch_size / runtime.world_size:g} per rank); learning rate {own.lr:g}"
+        f"{f' ({origin})' if origin else ''}; "
+        f"{counted(runtime.world_size, 'rank')} ({runtime.device.type}, {trainer.compute_dtype}); "
+        f"preset {config.preset}"
+        f"{f'; initial weights from {config.init}, a new schedule' if config.init else ''}"
     )

@@ -58,5 +58,5 @@ class Validation:
 
 
 def top1(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
-    """Share of samples whose highest logit is their label's, in [0, 1]."""
+    """Fraction of samples whose highest logit is their label's, in [0, 1]."""
     return float((logits_NK.argmax(axis=1) == labels_N).mean())

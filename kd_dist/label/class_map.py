@@ -36,7 +36,7 @@ def read_class_map(source: str) -> list[tuple[str, Any]]:
             return _columns(text, source)
         found = json.loads(text, object_pairs_hook=lambda pairs: pairs)
     except FileNotFoundError:
-        raise UserError(f"there is no class map {source}; name a file, or imagenet.") from None
+        raise UserError(f"there is no class map {source}; pass a file, or imagenet.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"the class map {source} cannot be read ({error}).") from error
     if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
@@ -81,4 +81,6 @@ def _index(value: Any, source: str, outputs: int) -> int:
     if outputs == IMAGENET and text in (known := synsets()):
         return known.index(text)
     names = ", or a synset" if outputs == IMAGENET else ""
-    raise UserError(f"the class map {source} names the class {text}; the teacher's are 0 to {outputs - 1}{names}.")
+    raise UserError(
+        f"the class map {source} has the class {text}, but the teacher's classes are 0 to {outputs - 1}{names}."
+    )

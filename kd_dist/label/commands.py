@@ -26,7 +26,7 @@ from kd_dist.label.teachers import Teacher
 from kd_dist.label.verify import largest_difference, why_not_computed
 
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
-"""How far a logit that is computed again may lie from the stored one, as a share of max(1, |logit|), by the type that
+"""How far a recomputed logit may lie from the stored one, as a fraction of max(1, |logit|), by the type that
 convolutions run in.
 
 float16 storage alone costs 0.0005. The rest covers other hardware adding in another order, and bfloat16's three digits.
@@ -40,16 +40,16 @@ def verify(options: argparse.Namespace) -> None:
         rows = sum(len(table) * table.views for table in cache.splits.values())
         if not cache.has_checksum:
             job.say(runtime, f"checksum: not checked; there is no {checksum_file_of(cache.path).name} beside it")
-        job.say(runtime, f"file: SHA-256 {cache.digest[:16]}..., complete, {rows:,} rows, all finite")
+        job.say(runtime, f"file: SHA-256 {cache.digest[:16]}..., complete, {rows:,} soft labels, all finite")
         if data is None and options.teacher is None:
-            job.say(runtime, "data: not checked; name the image folder with --data or KD_DIST_DATA")
-            job.say(runtime, "teacher: not checked; name its model.pt with --teacher (needs --data)")
+            job.say(runtime, "data: not checked; pass the image folder with --data or KD_DIST_DATA")
+            job.say(runtime, "teacher: not checked; pass its model.pt with --teacher (needs --data)")
             return
         if data is None:
             raise UserError("--teacher computes logits again from the images; name their folder with --data.")
         _verify_data(cache, Path(data), options, runtime)
         if options.teacher is None:
-            job.say(runtime, "teacher: not checked; name its model.pt with --teacher")
+            job.say(runtime, "teacher: not checked; pass its model.pt with --teacher")
         else:
             _verify_teacher(cache, options, runtime)
 
@@ -96,7 +96,7 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
         if teacher.row.sha256 not in known:
             raise UserError(
                 f"{teacher.path} has digest {teacher.row.sha256}, but {cache.path} was labelled by "
-                f"{', '.join(known)}; name that teacher's model.pt."
+                f"{', '.join(known)}; pass that teacher's model.pt."
             )
     views.require_renderer(cache.header.renderer, cache.path)
     labeller = label.Labeller(teachers, data, cache.header, runtime.device)
@@ -104,21 +104,25 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
     if why_not:
         job.say(runtime, f"teacher: not checked; {why_not}")
         return
-    worst, rows = largest_difference(cache, labeller, options.rows, runtime)
+    worst, rows = largest_difference(cache, labeller, options.samples, runtime)
     allowed = TOLERANCE[cache.header.compute_dtype]
     if not worst <= allowed:
         raise UserError(
-            f"{cache.path} does not hold what {', '.join(map(str, options.teacher))} gives: over {rows:,} rows that "
-            f"were computed again a logit differs by {worst:.3g} (share of max(1, |logit|)), {allowed} is allowed; "
-            "write the cache anew."
+            f"{cache.path} does not hold the logits of {', '.join(map(str, options.teacher))}: of {rows:,} recomputed "
+            f"soft labels the largest relative difference of a logit is {worst:.3g} (relative to max(1, |logit|); "
+            f"allowed: {allowed}); rewrite the cache."
         )
     job.say(
         runtime,
-        f"teacher: {rows:,} rows computed again, largest difference {worst:.2g} of max(1, |logit|), {allowed} is "
-        "allowed",
+        f"teacher: {rows:,} soft labels recomputed, largest relative difference {worst:.2g} (relative to "
+        f"max(1, |logit|); allowed: {allowed})",
     )
     if absent := [text for digest, text in known.items() if digest not in {teacher.row.sha256 for teacher in teachers}]:
-        job.say(runtime, f"teacher: not checked are rows of the teachers trained {', '.join(absent)}: name them too")
+        job.say(
+            runtime,
+            f"teacher: soft labels of the teachers trained {', '.join(absent)} were not checked: pass these teachers "
+            "too",
+        )
 
 
 def write(options: argparse.Namespace) -> None:
@@ -150,10 +154,13 @@ def _data_and_teachers(
         teachers = [label.load_teacher(Path(path), runtime.device) for path in options.teacher]
         return _open_data(options, runtime), teachers
     if len(options.teacher) > 1:
-        raise UserError(f"--teacher {foreign[0]} was not trained here, so it labels alone; name one teacher.")
+        raise UserError(f"--teacher {foreign[0]} was not trained here, so it cannot be combined; pass one teacher.")
     image_size, mean, std = seen
     if image_size is None:
-        raise UserError(f"which size does --teacher {foreign[0]} see images at? Add --image-size 224, say.")
+        raise UserError(
+            f"--teacher {foreign[0]} was not trained here, so --image-size is required; add --image-size 224, for "
+            "example."
+        )
     teacher = ForeignTeacher(foreign[0], options.weights, options.class_map)
     data = _open_data(options, runtime)
     job.say(runtime, teacher.what_it_saw(data.samples.classes))
@@ -164,22 +171,22 @@ def _require_no_flags_of_foreign_teachers(options: argparse.Namespace) -> None:
     for name in ("class_map", "image_size", "mean", "std"):
         if getattr(options, name, None) is not None:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is for a teacher that was not trained here; {options.teacher[0]} has its own.")
+            raise UserError(
+                f"{flag} is for a teacher that was not trained by kd_dist, but {options.teacher[0]} was; omit {flag}."
+            )
 
 
 def _require_one_source_of_views(options: argparse.Namespace) -> None:
     if options.like is None and options.views is None:
-        raise UserError(
-            "--views V or --like FILE is required: how many views to draw, or the cache whose views to label."
-        )
+        raise UserError("--views is required unless --like FILE is given; add --views 16, for example.")
     for name in ("views", "mixed_views", "seed", "crop_scale"):
         if options.like is not None and getattr(options, name) is not None:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"--like takes the views of {options.like} as they are: leave out {flag}.")
+            raise UserError(f"--like labels the views of {options.like} unchanged: omit {flag}.")
 
 
 def _rule(options: argparse.Namespace, teacher: Teacher) -> label.ViewRule:
-    """How views are drawn; crop scale and seed are the teacher's own where none were typed."""
+    """How views are sampled; crop scale and seed are the teacher's own where none were typed."""
     rule = label.ViewRule(
         views=options.views,
         crop_scale=tuple(options.crop_scale or teacher.crop_scale),
@@ -197,7 +204,7 @@ def extend(options: argparse.Namespace) -> None:
     with joined(options.device) as runtime:
         cache = open_cache(options.cache, runtime.once_a_node)
         if options.views <= cache.views:
-            raise UserError(f"--views {options.views}, but {cache.path} holds {cache.views} already; ask for more.")
+            raise UserError(f"--views {options.views}, but {cache.path} already holds {cache.views}; use a larger V.")
         if cache.is_combined:
             raise UserError(f"{cache.path} is the mean of other caches: extend those, then combine them again.")
         teachers = [label.load_teacher(Path(path), runtime.device) for path in options.teacher]

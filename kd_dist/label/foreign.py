@@ -68,8 +68,8 @@ class ForeignTeacher:
             network = Picked(network, picked(self.pairs, self.class_map or "", classes, outputs))
         elif outputs != len(classes):
             raise UserError(
-                f"--teacher {self.name} has {outputs} classes, the data has {len(classes)}; name which of them these "
-                "are with --class-map."
+                f"--teacher {self.name} has {outputs} classes, but the data set has {len(classes)}; pass the "
+                "correspondence with --class-map."
             )
         return Teacher(
             model=network.to(device).to(memory_format=torch.channels_last).eval(),
@@ -93,7 +93,7 @@ class ForeignTeacher:
         return network
 
     def _written(self) -> str:
-        """The time of the weights' file: a cache's plan must not change when its writing goes on."""
+        """The time of the weights' file: a cache's plan must not change when its writing is resumed."""
         seconds = self.path.stat().st_mtime if self.path else 0
         return datetime.fromtimestamp(int(seconds), UTC).isoformat(timespec="seconds")
 
@@ -102,9 +102,11 @@ class ForeignTeacher:
         if set(classes) <= set(synsets()) and self.class_map is not None:
             return (
                 f"the data's classes are ImageNet's: a teacher that was trained on ImageNet's {IMAGENET:,} classes has "
-                "seen images of val (Imagewoof's are drawn from there), so its val accuracy is not that on new images"
+                "seen images of val (Imagewoof's are ImageNet's), so its val accuracy is not its accuracy on new images"
             )
-        return "whether the teacher has seen images of val is not known: its val accuracy may not be that on new images"
+        return (
+            "it is not known whether the teacher has seen images of val: its val accuracy may not be that on new images"
+        )
 
 
 def _outputs_of(name: str, network: nn.Module, image_size: int) -> int:
@@ -115,5 +117,5 @@ def _outputs_of(name: str, network: nn.Module, image_size: int) -> int:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2 or not logits.is_floating_point():
         raise UserError(f"--teacher {name} does not give logits [B, K] of a floating type.")
     if not logits.isfinite().all():
-        raise UserError(f"--teacher {name} gives logits that are not finite; name other weights.")
+        raise UserError(f"--teacher {name} gives logits that are not finite; pass other weights.")
     return logits.shape[1]

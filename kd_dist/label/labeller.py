@@ -15,7 +15,7 @@ from kd_dist.label.teachers import Teacher
 
 
 class LabelData(Protocol):
-    """The images that are labelled, and their pixels by split; `threads` of a rank may draw them ahead."""
+    """The images that are labelled, and their pixels by split; `threads` of a rank may render them ahead."""
 
     @property
     def samples(self) -> Dataset: ...

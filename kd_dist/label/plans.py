@@ -17,8 +17,8 @@ from kd_dist.version import software
 
 @dataclass(frozen=True)
 class ViewRule:
-    """How views are drawn: V of each image, the evaluation view among them, with crops of these area shares;
-    `mixed_share` of train's drawn views are mixed.
+    """How views are sampled: V of each image, including the evaluation view, with crops of these area fractions;
+    `mixed_share` of train's random views are mixed.
     """
 
     views: int
@@ -30,7 +30,7 @@ class ViewRule:
 def plan(
     teachers: Sequence[Teacher], data: LabelData, rule: ViewRule, dtype: str, top_k: int | None = None
 ) -> CachePlan:
-    """A cache of views that are drawn now. One teacher labels all images; of several, each labels the images of train
+    """A cache of newly sampled views. One teacher labels all images; of several, each labels the images of train
     that it was not trained on, and val has the mean of all.
 
     Raises UserError unless they are one, or the teachers of all folds of this train split and see images alike.
@@ -43,7 +43,7 @@ def plan(
 def plan_like(
     teachers: Sequence[Teacher], data: LabelData, like: Cache, dtype: str, top_k: int | None = None
 ) -> CachePlan:
-    """As plan, with the same views as another cache, whatever this version would draw.
+    """As plan, with the same views as another cache, whatever this version would sample.
 
     Raises UserError where that cache is of other data, or of images that are not rendered here.
     """
@@ -57,18 +57,18 @@ def plan_like(
 def plan_extended(teachers: Sequence[Teacher], data: LabelData, cache: Cache, views_V: int) -> CachePlan:
     """A cache that begins with the views and logits of an existing one and has V views.
 
-    Raises UserError where that cache is of other data or teachers, or its views are not drawn and rendered here.
+    Raises UserError where that cache is of other data or teachers, or its views are not sampled and rendered here.
     """
     header = cache.header
     if header.view_rule != views.SAMPLER:
         raise UserError(
-            f"{cache.path} drew its views by {header.view_rule}, which this version does not know; write a new cache."
+            f"the views of {cache.path} were sampled by {header.view_rule}, which this version does not support; write "
+            "a new cache."
         )
     if {teacher.row.sha256 for teacher in teachers} != cache.teacher_digests:
         raise UserError(
-            f"{', '.join(str(teacher.path) for teacher in teachers)} {'are' if len(teachers) > 1 else 'is'} not what "
-            f"labelled {cache.path}; name the model.pt of {'each' if len(cache.teacher_digests) > 1 else 'that'} "
-            "teacher."
+            f"{cache.path} was labelled by other teachers than {', '.join(str(teacher.path) for teacher in teachers)}; "
+            "pass the model.pt of each teacher that labelled the cache."
         )
     _require_fit(data.samples, cache)
     views.require_renderer(header.renderer, cache.path)
@@ -84,8 +84,8 @@ def _header(teacher: Teacher, data: LabelData, rule: ViewRule, dtype: str) -> He
     samples = data.samples
     if teacher.classes != samples.classes:
         raise UserError(
-            f"the teacher knows {len(teacher.classes)} classes ({teacher.classes[0]}, ...), {samples.root} has "
-            f"{len(samples.classes)} ({samples.classes[0]}, ...); name the data it was trained on with --data."
+            f"the teacher has {len(teacher.classes)} classes ({teacher.classes[0]}, ...), but {samples.root} has "
+            f"{len(samples.classes)} ({samples.classes[0]}, ...); pass the data set it was trained on with --data."
         )
     return Header(
         classes=teacher.classes,
@@ -120,7 +120,7 @@ def _table(data: LabelData, split: str, rule: ViewRule) -> Table:
 
 
 def _mixing(plan: CachePlan, rule: ViewRule) -> CachePlan:
-    """The same with a share of train's drawn views mixed; val has no mixed views.
+    """The same with a fraction of train's random views mixed; val has no mixed views.
 
     Where train is cut into folds, both images of a mixed view are of one fold: a teacher that was not trained on the
     one was not trained on the other.
@@ -163,8 +163,8 @@ def _in_order_of_folds(teachers: Sequence[Teacher], data: LabelData) -> list[Tea
             raise UserError(f"{teacher.path} was trained {why}: train teachers with --folds K --fold 0 to K - 1 alone.")
         if teacher.data != fingerprint:
             raise UserError(
-                f"{teacher.path} was trained on train images {teacher.data[:12]}, {data.samples.root} has "
-                f"{fingerprint[:12]}: name the data it was trained on with --data."
+                f"{teacher.path} was trained on train images {teacher.data[:12]}, but {data.samples.root} has "
+                f"{fingerprint[:12]}: pass the data set it was trained on with --data."
             )
         for name, ours, theirs in (
             ("folds", first.row.folds, row.folds),
@@ -172,7 +172,10 @@ def _in_order_of_folds(teachers: Sequence[Teacher], data: LabelData) -> list[Tea
             ("mean and std", (first.mean, first.std), (teacher.mean, teacher.std)),
         ):
             if ours != theirs:
-                raise UserError(f"{first.path} has {name} {ours}, {teacher.path} {theirs}: name teachers of one set.")
+                raise UserError(
+                    f"{first.path} has {name} {ours}, but {teacher.path} has {theirs}: pass teachers that were trained "
+                    "alike."
+                )
     return _one_of_each(teachers, first.row.folds)
 
 
@@ -180,13 +183,13 @@ def _one_of_each(teachers: Sequence[Teacher], folds: int) -> list[Teacher]:
     by_fold: dict[int, Teacher] = {}
     for teacher in teachers:
         if (other := by_fold.get(teacher.row.fold)) is not None:
-            fold = f"fold {teacher.row.fold} of {folds}"
-            raise UserError(f"{other.path} and {teacher.path} both leave out {fold}: name one teacher of each.")
+            fold = f"fold {teacher.row.fold}"
+            raise UserError(f"{other.path} and {teacher.path} both leave out {fold}: pass one teacher per fold.")
         by_fold[teacher.row.fold] = teacher
     if missing := sorted(set(range(folds)) - by_fold.keys()):
         raise UserError(
-            f"no teacher leaves out fold {', '.join(map(str, missing))} of {folds}: train it with --folds {folds} "
-            f"--fold {missing[0]}, and name all {folds}."
+            f"no teacher leaves out fold {', '.join(map(str, missing))} (of 0 to {folds - 1}): train one with --folds "
+            f"{folds} --fold {missing[0]}, and pass all {folds} teachers."
         )
     return [by_fold[fold] for fold in range(folds)]
 
@@ -195,6 +198,6 @@ def require_partners_share(fold_N: np.ndarray, mixed: Mixed | None) -> None:
     """Raise UserError where a mixed view is made of images of two folds: each teacher was trained on one of them."""
     if mixed is not None and (fold_N[mixed.partner_NV] != fold_N[:, None]).any():
         raise UserError(
-            "the views given by --like are mixed of images of different folds of train, and a teacher was trained on "
-            "one of the two: draw other views by --views and --mixed-views."
+            "the cache of --like has mixed views with images of two folds of train, and each teacher was trained on at "
+            "least one of the two: sample other views with --views and --mixed-views."
         )

@@ -31,7 +31,7 @@ def load_teacher(path: Path, device: torch.device) -> Teacher:
     """Read a teacher's final weights. Raises UserError where the file is missing, damaged, or not a teacher's."""
     saved = checkpoint.load_model(path)
     if saved.get("kind") != "teacher":
-        raise UserError(f"{path} holds a {saved.get('kind')}, not a teacher; name a teacher's model.pt.")
+        raise UserError(f"{path} holds a {saved.get('kind')}, not a teacher; pass a teacher's model.pt.")
     fold = saved.get("fold") or {"number": -1, "folds": 0}
     model = restored(saved, path)
     row = TeacherRow(

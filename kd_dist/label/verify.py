@@ -13,15 +13,15 @@ def why_not_computed(cache: Cache, labeller: Labeller) -> str | None:
     header = cache.header
     if header.temperature is not None:
         return (
-            f"the logits are means of probabilities at temperature {header.temperature:g}, which the teachers' logits "
-            "do not give again one by one: verify the caches it was combined from"
+            f"the logits are means of probabilities at temperature {header.temperature:g}, which cannot be recomputed "
+            "from single teachers: verify the caches from which it was combined"
         )
     of_header = (header.image_size, header.mean, header.std)
     alike = all((teacher.row.image_size, teacher.mean, teacher.std) == of_header for teacher in labeller.teachers)
     if cache.is_combined and not (alike and " and " not in header.compute_dtype):
-        return "the teachers differ in image size, normalisation or precision: verify the caches it was combined from"
+        return "the teachers differ in image size, normalisation or precision: verify the caches that were combined"
     if not any(len(labeller.known_samples(table)) for table in cache.splits.values()):
-        return "each row is a mean of several teachers: name the model.pt of all of them"
+        return "each soft label is a mean of several teachers: pass the model.pt of all of them"
     return None
 
 

@@ -50,8 +50,8 @@ def write_cache(
 def _labelled(
     blocks: Sequence[Block], writer: BlockWriter, labeller: Labeller, stop: StopRequest
 ) -> Iterator[Callable[[], object]]:
-    """What writes each block, its logits computed. On a GPU two are worked on at once: one's images are drawn, or its
-    logits fetched, while the other is in the network. Raises Interrupted.
+    """What writes each block, its logits computed. On a GPU two are worked on at once: one's images are rendered, or
+    its logits fetched, while the other is in the network. Raises Interrupted.
     """
     on_gpu = labeller.device.type == "cuda"
 

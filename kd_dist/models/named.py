@@ -82,7 +82,7 @@ def _function_of(name: str, flag: str = "the network") -> Build:
 
         raise UserError(
             f"{flag} {name} is not known{near(name, [*ours, *_torchvision_names()], typed)}; choose from "
-            f"{', '.join(ours)}, or name torchvision:NAME, timm:NAME, or a function as my_module:function."
+            f"{', '.join(ours)}, or use torchvision:NAME, timm:NAME, or a function as my_module:function."
         )
     by_library: dict[str, Callable[[str], Build]] = {"torchvision": _of_torchvision, "timm": _of_timm}
     return by_library[library](inner) if library in by_library else function_of(name)

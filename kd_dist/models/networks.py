@@ -50,14 +50,14 @@ class Cnn5(nn.Module):
 
 
 def cnn5_wide(classes: int) -> nn.Module:
-    """Cnn5 with its weights moved to the early layers, which see finer maps, and a wider view there: 1,541,450 weights
-    at ten classes, several times the work of the default.
+    """Cnn5 with its parameters moved to the early layers, whose feature maps have a higher resolution, and larger
+    kernels there: 1,541,450 parameters at ten classes, several times the work of the default.
     """
     return Cnn5(classes, (64, 128, 192, 256, 288), (5, 5, 3, 3, 3))
 
 
-def origin_cnn(classes: int) -> nn.Module:
-    """The student of the project this one descends from, rebuilt from its description: 5.28 M weights at ten classes.
+def reference_cnn(classes: int) -> nn.Module:
+    """The student of the predecessor project, rebuilt from its description: 5.28 M parameters at ten classes.
 
     Its flattened map is 6x6 at 224 px. The pooling to 6x6 is the identity there, and lets the network run at other
     sizes.
@@ -91,9 +91,9 @@ def resnet18_s1(classes: int) -> nn.Module:
 
 
 TEACHERS = {"resnet18": resnet18, "resnet18_s1": resnet18_s1}
-STUDENTS = {"cnn5": Cnn5, "cnn5_wide": cnn5_wide, "origin": origin_cnn}
+STUDENTS = {"cnn5": Cnn5, "cnn5_wide": cnn5_wide, "reference_cnn": reference_cnn}
 
 
 def count_weights(model: nn.Module) -> int:
-    """Number of trained values in a model."""
+    """Number of trained parameters in a model."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -50,14 +50,14 @@ def _require_gradients(name: str, model: nn.Module, logits_BK: Tensor) -> None:
     """DistributedDataParallel waits for the gradient of every weight."""
     trained = {weight: value for weight, value in model.named_parameters() if value.requires_grad}
     if not trained or not logits_BK.requires_grad:
-        raise UserError(f"{name} has no weights to train, or its logits do not depend on them.")
+        raise UserError(f"{name} has no parameters to train, or its logits do not depend on them.")
     logits_BK.logsumexp(dim=1).sum().backward()
     unused = [weight for weight, value in trained.items() if value.grad is None]
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         raise UserError(
-            f"{name} has weights that its logits do not depend on ({', '.join(unused[:3])}{more}); remove them, or set "
-            "requires_grad to False."
+            f"{name} has parameters that its logits do not depend on ({', '.join(unused[:3])}{more}); remove them, or "
+            "set requires_grad to False."
         )
 
 

@@ -18,7 +18,7 @@ TORCH_FILES = (".pt", ".pth", ".bin")
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The weights in a file by name, on the CPU. Raises UserError where there are none, or only with code to run."""
     if not path.is_file():
-        raise UserError(f"there is no file {path}; name a .safetensors file or a .pt state dict with --weights.")
+        raise UserError(f"there is no file {path}; pass a .safetensors file or a .pt state dict with --weights.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix not in TORCH_FILES:
@@ -48,7 +48,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _weights_among(found: Any, path: Path) -> dict[str, Tensor]:
     """The state dict in what a file holds; "module.", which DistributedDataParallel adds to all names, is dropped."""
     if isinstance(found, Mapping) and "payload" in found:
-        raise UserError(f"{path} is a model.pt of this program: name it with --init, or with --teacher alone.")
+        raise UserError(f"{path} is a model.pt of this program: pass it with --init, or with --teacher alone.")
     for name in NESTED:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
@@ -73,7 +73,7 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path, cl
     own = model.state_dict()
     head, theirs = _other_head(own, weights, classes)
     if wrong := misfits(own, {**weights, **{name: own[name] for name in head}}):
-        raise UserError(f"--weights {path} does not fit this network: {wrong}; name the weights of the same network.")
+        raise UserError(f"--weights {path} does not fit this network: {wrong}; pass the weights of the same network.")
     model.load_state_dict({**weights, **{name: own[name] for name in head}})
     return theirs
 

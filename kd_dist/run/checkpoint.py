@@ -27,7 +27,7 @@ _CHECKPOINT, _MODEL = "kd_dist.checkpoint", "kd_dist.model"
 _OUR_MARK = b"kd_dist."  # the format's name begins so, and torch.save does not compress it
 
 
-_SEAL_LENGTH = 64  # hex digits of a SHA-256
+_CHECKSUM_LENGTH = 64  # hex digits of a SHA-256
 
 
 def save_checkpoint(folder: RunFolder, step: int, payload: Mapping[str, Any]) -> Path:
@@ -39,7 +39,7 @@ def save_checkpoint(folder: RunFolder, step: int, payload: Mapping[str, Any]) ->
     path = folder.checkpoint(step)
     older = [saved for saved in folder.saved_steps() if saved < step]
     last = f"from {folder.checkpoint(older[-1])}" if older else "from the start, for there is no checkpoint yet"
-    with writing(path, goes_on=last):
+    with writing(path, resumes=last):
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         _write_torch(path, {"format": _CHECKPOINT, "version": _VERSION, "step": step, "payload": dict(payload)})
     events.emit(folder.path, events.Code.CHECKPOINT_WRITTEN, step=step)
@@ -64,10 +64,10 @@ def newest_checkpoint(
         except UserError as error:
             damaged.append(str(path))
             if warn:
-                warn(f"passing over a checkpoint: {error}")
+                warn(f"skipping a checkpoint: {error}")
     if damaged:
         names = ", ".join(damaged)
-        raise UserError(f"no checkpoint can be read ({names}); restore one, or add --start-over to begin anew.")
+        raise UserError(f"no checkpoint can be read ({names}); restore one, or add --start-over to start from scratch.")
     return None
 
 
@@ -107,11 +107,11 @@ def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 
 def _write_torch(path: Path, document: dict[str, Any]) -> None:
-    data = _sealed(document)
+    data = _with_checksum(document)
     write_atomically(path, lambda file: file.write(data.getbuffer()))
 
 
-def _sealed(document: dict[str, Any]) -> io.BytesIO:
+def _with_checksum(document: dict[str, Any]) -> io.BytesIO:
     """What torch.save writes, a zip archive, with the SHA-256 of all its bytes as the archive's comment at the end.
 
     torch.load reads it as ever. The records' own CRC-32 are not enough: torch.load does not look at them, and a flipped
@@ -122,12 +122,12 @@ def _sealed(document: dict[str, Any]) -> io.BytesIO:
     buffer = io.BytesIO()
     torch.save(document, buffer)
     buffer.seek(-2, io.SEEK_END)
-    buffer.write(_SEAL_LENGTH.to_bytes(2, "little"))  # an archive ends with its comment's length, then the comment
-    buffer.write(_seal_of(buffer.getbuffer()))
+    buffer.write(_CHECKSUM_LENGTH.to_bytes(2, "little"))  # an archive ends with its comment's length, then the comment
+    buffer.write(_checksum_of(buffer.getbuffer()))
     return buffer
 
 
-def _seal_of(data: memoryview) -> bytes:
+def _checksum_of(data: memoryview) -> bytes:
     return hashlib.sha256(data).hexdigest().encode()
 
 
@@ -138,19 +138,19 @@ def _read_torch(path: Path, format_name: str) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"there is no {path}; train first, or name the right file.") from None
+        raise UserError(f"there is no {path}; train first, or pass the right file.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
-    if data[-_SEAL_LENGTH:] != _seal_of(memoryview(data)[:-_SEAL_LENGTH]):
+    if data[-_CHECKSUM_LENGTH:] != _checksum_of(memoryview(data)[:-_CHECKSUM_LENGTH]):
         if data.startswith(b"PK") and _OUR_MARK in data:
             raise UserError(
-                f"{path} is cut short or damaged: the SHA-256 at its end is not its content's; copy it again, or train "
-                "again."
+                f"{path} is truncated or damaged: the SHA-256 at its end does not match its content; copy it again, or "
+                "train again."
             )
         raise UserError(
-            f"{path} was not written by kd_dist: it is {foreign_kind(data)}, and only a run's model.pt is read here; "
-            f"name that of a run. Weights trained elsewhere make a teacher as --teacher NAME --weights {path}; NAME "
-            "is torchvision:resnet34, for example."
+            f"{path} was not written by kd_dist: it is {foreign_kind(data)}, but a run's model.pt is needed; pass the "
+            f"model.pt of a run. For a teacher trained elsewhere, use --teacher NAME --weights {path}, where NAME is "
+            "torchvision:resnet34, for example."
         )
     try:
         document = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

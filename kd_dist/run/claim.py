@@ -1,4 +1,4 @@
-"""Whose folder is it, and may this command go on in it: settings.json, checked and written before a run begins."""
+"""Whose run folder it is, and whether this command may resume its run: settings.json, checked before a run begins."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def claim(
     start_over: bool,
     completed: Completed = dict,
 ) -> bool:
-    """Take the folder for a run and write its settings.json; True where it goes on with an earlier one. Rank 0 only.
+    """Take the folder for a run and write its settings.json; True where it resumes an earlier one. Rank 0 only.
 
     `kind` is "teacher" or "student", `settings` anything json can hold; `may_change` names the settings that a resume
     may alter, and `completed` fills in what an older version's settings lack. `start_over` removes what the earlier run
@@ -88,14 +88,14 @@ def read_settings(folder: RunFolder) -> tuple[str, dict[str, Any]]:
         return document["kind"], document["settings"]
     except FileNotFoundError:
         raise UserError(
-            f"{folder.path} is not a run folder ({folder.settings.name} is missing); name a run's folder, such as "
+            f"{folder.path} is not a run folder ({folder.settings.name} is missing); pass a run's folder, such as "
             f"{folder.path}/teacher."
         ) from None
     except OSError as error:
         raise UserError(f"{folder.settings} cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder.settings} is no run's settings as this version writes them; name another folder."
+            f"{folder.settings} was not written by this version of kd_dist or is damaged; choose another folder."
         ) from error
 
 
@@ -122,7 +122,7 @@ def _check_free(
             other += f" (there, --init {shlex.quote(str(folder.path))} trains on from this run's weights)"
         raise UserError(
             f"--out {folder.path} holds a run with other settings ({'; '.join(differing)}) and a resume may change "
-            f"only {free}: type the old values, {other}, or add --start-over to delete that run."
+            f"only {free}: use the old values, {other}, or add --start-over to delete that run."
         )
     return True
 
@@ -135,12 +135,12 @@ def _refuse_strangers(folder: RunFolder) -> None:
         return
     except OSError as error:
         raise UserError(
-            f"--out {folder.path} is no folder to write in ({error.strerror or error}); choose another."
+            f"--out {folder.path} is not a folder that can be read ({error.strerror or error}); choose another --out."
         ) from error
     if names:
         raise UserError(
-            f"--out {folder.path} holds {len(names)} files or folders that are no run, such as {names[0]}; "
-            "choose another --out."
+            f"--out {folder.path} is not empty and not a run folder (it holds {names[0]}, for example); choose another "
+            "--out."
         )
 
 

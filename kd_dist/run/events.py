@@ -1,4 +1,4 @@
-"""What happened in a run, as codes for programs to compare: events.jsonl in the run's folder, one JSON object a line.
+"""What happened in a run, as codes for programs to compare: events.jsonl in the run's folder, one JSON object per line.
 
     {"time": "2026-01-31T12:00:00.250+00:00", "code": "checkpoint-written", "job": "0001-teacher", "step": 141}
 

@@ -4,7 +4,7 @@
         settings.json      what the run was asked to do; a resume is checked against it
         state.json         how it stands: running, finished, interrupted or failed
         metrics.jsonl      one line per epoch
-        events.jsonl       what happened when, as codes (kd_dist/events.py)
+        events.jsonl       timestamped events, as codes (kd_dist/run/events.py)
         checkpoints/       step-00000141.pt ..., the last two
         model.pt           the final weights
         model-epoch-20.pt  those after 20 epochs, where they were asked for (teachers)

@@ -1,4 +1,4 @@
-"""What a run measures: metrics.jsonl with one row an epoch, costs.json, and a trace of some steps."""
+"""What a run measures: metrics.jsonl with one row per epoch, costs.json, and a trace of some steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sync_metrics(folder: RunFolder) -> None:
 
 
 def truncate_metrics(folder: RunFolder, step: int) -> None:
-    """Keep the rows up to `step`, the step of the checkpoint that a run goes on from (0: none)."""
+    """Keep the rows up to `step`, the step of the checkpoint that a run resumes from (0: none)."""
     if folder.metrics.exists():
         kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
         with writing(folder.metrics):

@@ -24,7 +24,7 @@ _BAR_EVERY_S = 0.5
 class Monitor:
     """Curves in `folder` (None: no curves) and progress on `stream` (None: standard output); mute unless `enabled`.
 
-    `resume_step` is the step of the checkpoint that the run goes on from, 0 for none: TensorBoard then drops what an
+    `resume_step` is the step of the checkpoint that the run resumes from, 0 for none: TensorBoard then drops what an
     earlier attempt logged after it, so that curves stay single. Plain lines come at most every `lines_every_s` seconds.
     """
 
@@ -125,7 +125,7 @@ class Monitor:
             write()
         except Exception as error:
             self._curves = None
-            self.line(f"TensorBoard curves end here, the run goes on: {error}")
+            self.line(f"TensorBoard curves end here; the run continues: {error}")
 
 
 @dataclass(frozen=True)

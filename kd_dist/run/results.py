@@ -65,6 +65,6 @@ def read_val_logits(path: Path) -> ValLogits:
             paths = tuple(name.decode() for name in file["path"][()])
             return ValLogits(file["logits"][()], file["label"][()], paths, attrs["fingerprint"], attrs)
     except FileNotFoundError:
-        raise UserError(f"there is no {path}; run it to its end first.") from None
+        raise UserError(f"there is no {path}; finish the run first.") from None
     except (OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError) as error:
-        raise UserError(f"{path} is cut short, damaged or no file of ours.") from error
+        raise UserError(f"{path} is truncated, damaged or not written by kd_dist.") from error

@@ -1,4 +1,4 @@
-"""Entry 3: the same student taught in several ways, each with several seeds, to find what its gain comes from.
+"""The study: train the same student in several ways, each with several seeds, to find what its gain comes from.
 
 torchrun --nproc_per_node=4 -m kd_dist.study --cache runs/teacher/logits.h5 --seeds 0 1 2
 """
@@ -18,18 +18,18 @@ from kd_dist.errors import UserError, require_installed
 from kd_dist.job import Data
 from kd_dist.run.state import read_state
 from kd_dist.study import runs
-from kd_dist.study.arms import ARMS, Arm
+from kd_dist.study.arms import ARMS, Arm, require_shuffled
 from kd_dist.study.choice import MAY_VARY, chosen_arms, require_alike_crops, require_views
 from kd_dist.study.folder import StudyFolder, note, run_settings
 from kd_dist.study.online import open_teacher
 
 DESCRIPTION = """Train the same student in several ways (arms), each with several seeds, under one schedule, and compare
-them. The same command, typed again, completes a study: finished runs stay, interrupted ones go on. Typed several times
-at once, on machines that share a disk or as a job array, it shares the work: each process takes the next free run.
-Further arms and seeds may be added. --list shows the arms; NAME=ARM,setting=value makes a variant of one; --grid makes
-one for each combination. More commands, each with --help: `table` writes the table and plot of a study again,
-`compare` compares two finished runs,
-`summary` plots a published study in brief."""
+them. Run the same command again to complete a study: finished runs are kept, interrupted runs resume. Several processes
+started with the same command (on machines with a shared file system, or as a job array) divide the runs between them.
+Further arms and seeds may be added. NAME=ARM,setting=value defines a variant of an arm; --grid defines one variant for
+each combination of setting values. Commands that train nothing: `python -m kd_dist.study --list` prints the built-in
+arms; `table`, `compare` and `summary`, each with --help, rewrite the table and plot of a study, compare two finished
+runs, and plot a published study in brief."""
 EPILOG = f"""Examples: python -m kd_dist.study --cache runs/teacher/logits.h5 --arms baseline distilled --seeds 0 1 2
 --epochs 30; a grid of six arms: --grid alpha=0,0.5,0.9 temperature=2,4; the arm online needs the teacher:
 --teacher-model runs/teacher/model.pt; arms of other caches and settings: --arms distilled
@@ -71,7 +71,7 @@ def study(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime, stop: St
         failed = runs.train_all(planned, runtime, stop)
         runtime.on_main(lambda: finish(folder, planned, failed, runtime))
         return
-    job.say(runtime, f"side by side: each of {runtime.world_size} ranks trains students of its own")
+    job.say(runtime, f"side by side: each of {runtime.world_size} ranks trains separate students")
     failed, sound = runs.train_side_by_side(planned, runtime, stop)
     if runtime.is_main:
         finish(folder, planned, failed, runtime)
@@ -109,6 +109,8 @@ def check(settings: StudyConfig, arm: Arm, data: Data, cache: Cache, study_cache
     distill.require_cache_fits(own, data, cache)
     distill.require_student(own, data, runtime)
     require_views(arm, cache, own.distillation.views)
+    train, fold = data.samples.train, job.fold_for(own.split, data)
+    require_shuffled(arm, data.samples.classes, train.labels_N if fold is None else train.labels_N[fold.train_M])
     require_alike_crops(own, study_cache)
 
 
@@ -143,7 +145,7 @@ def _table(words: Sequence[str]) -> None:
     parser.add_argument(
         "--over",
         metavar="SETTING",
-        help=f"top-1 over a setting instead, table and plot: {', '.join(MAY_VARY).replace('_', '-')}",
+        help=f"table and plot of top-1 over this setting instead: {', '.join(MAY_VARY).replace('_', '-')}",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(words)
@@ -151,7 +153,7 @@ def _table(words: Sequence[str]) -> None:
         tables.show(over(options.over, options.studies, options.markdown, tables.terminal_width()))
         return
     if len(options.studies) > 1:
-        raise UserError("several studies have a common table only over a setting; add --over SETTING, such as views.")
+        raise UserError("a table of several studies needs --over SETTING; add --over views, for example.")
     write(options.studies[0])
     show(StudyFolder(options.studies[0]), options.markdown)
 
@@ -174,14 +176,14 @@ def _summary(words: Sequence[str]) -> None:
     parser.add_argument("figures", type=Path, metavar="JSON", help="such as docs/results/imagewoof-cpu.json")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PNG", help="the plot to write")
     options = parser.parse_args(words)
-    mend = "name a published study, such as docs/results/imagewoof-cpu.json."
+    mend = "pass a published study, such as docs/results/imagewoof-cpu.json."
     published = read_json(options.figures, mend) or {}
     try:
         study, teacher_top1 = published["study"], published["teacher"]["val_top1"]
         names = study["primary"]["baseline"], study["primary"]["arm"]
         arms = {name: {"top1": [run["top1"] for run in study["arms"][name]["runs"]]} for name in names}
     except (KeyError, TypeError) as error:
-        raise UserError(f"{options.figures} has no top-1 of a teacher and two arms; name a published study.") from error
+        raise UserError(f"{options.figures} has no top-1 of a teacher and two arms; pass a published study.") from error
     write_bytes(options.output, plot_summary(arms, teacher_top1))
 
 
@@ -195,7 +197,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(f"python -m kd_dist.study {command}", description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` shows how to use it.")
+        raise UserError(f"{message}; `{self.prog} --help` lists the options.")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -6,7 +6,7 @@ from the cached ones, or another loss. Students of one seed start from the same 
 order; those on cached crops, the same crops.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +64,8 @@ def smoothed_labels(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: Stud
     """Logits whose softmax at the study's temperature is a smoothed label with the mean entropy of the cache's.
 
     With smoothing e, the label has probability 1 - e + e/K and each other class e/K (Szegedy et al. 2016). e is chosen
-    so that the entropy is the mean entropy of softmax(cached logits / T) over the drawn views. The entropy grows with e
-    from 0 to log K, so one e exists. The logits are T times the log of these probabilities.
+    so that the entropy is the mean entropy of softmax(cached logits / T) over the random views. The entropy grows with
+    e from 0 to log K, so one e exists. The logits are T times the log of these probabilities.
     """
     classes = logits_NVK.shape[2]
     smoothing = smoothing_of_entropy(mean_entropy(drawn_views(logits_NVK), settings.distillation.temperature), classes)
@@ -99,7 +99,7 @@ def smoothing_of_entropy(entropy: float, classes: int) -> float:
 
 
 def class_means(logits_NVK: np.ndarray, labels_N: np.ndarray, _settings: StudentConfig) -> np.ndarray:
-    """For every image the mean of the cached logits of its class, over images and drawn views."""
+    """For every image the mean of the cached logits of its class, over images and random views."""
     drawn_NVK = drawn_views(logits_NVK)
     one_hot_NK = np.eye(logits_NVK.shape[2])[labels_N]
     sums_KK = sum(one_hot_NK.T @ drawn_NVK[:, view].astype(np.float64) for view in range(drawn_NVK.shape[1]))
@@ -118,25 +118,29 @@ def shuffled_all(logits_NVK: np.ndarray, labels_N: np.ndarray, settings: Student
     return logits_NVK[others(np.zeros_like(labels_N), np.random.default_rng([settings.seed, ALL]))]
 
 
-def others(groups_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For every sample another one of its group, each taken once: one random circle through each group.
+def require_shuffled(arm: Arm, classes: Sequence[str], labels_N: np.ndarray) -> None:
+    """Raise UserError where an arm shuffles soft labels within each class, and a class has only one training image."""
+    alone = np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 1)
+    if arm.soft_labels is shuffled_within and len(alone):
+        raise UserError(
+            f"class {classes[alone[0]]} has only one training image, so its soft labels cannot be shuffled within the "
+            f"class; omit the arm {arm.name} with --arms."
+        )
 
-    Raises UserError where a group has a single member.
+
+def others(groups_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For every sample another one of its group, each taken once: one random circle through each group. A group has
+    two samples or more, see `require_shuffled`.
     """
     other_N = np.empty(len(groups_N), np.int64)
     for group in np.unique(groups_N):
         circle = rng.permutation(np.flatnonzero(groups_N == group))
-        if len(circle) < 2:
-            raise UserError(
-                f"class {group} has one training image, so no other image can lend it soft labels; leave the "
-                "shuffled arms out by --arms."
-            )
         other_N[circle] = np.roll(circle, 1)
     return other_N
 
 
 def shuffled_views(logits_NVK: np.ndarray, _labels_N: np.ndarray, settings: StudentConfig) -> np.ndarray:
-    """The logits of another drawn view of the same image: each image's views are rotated by a number of its own."""
+    """The logits of another random view of the same image: each image's views are rotated by a number of its own."""
     n, views, _ = logits_NVK.shape
     drawn = views - 1
     shift_N1 = np.random.default_rng([settings.seed, VIEW]).integers(1, drawn, (n, 1))
@@ -145,7 +149,7 @@ def shuffled_views(logits_NVK: np.ndarray, _labels_N: np.ndarray, settings: Stud
 
 
 def first_view(logits_NVK: np.ndarray, _labels_N: np.ndarray, _settings: StudentConfig) -> np.ndarray:
-    """The logits of the first drawn view, whatever crop is shown."""
+    """The logits of the first random view, whatever crop is shown."""
     return np.broadcast_to(logits_NVK[:, 1:2], logits_NVK.shape)
 
 
@@ -176,10 +180,10 @@ def no_gradient_soft_term(student_BK: Tensor, teacher_BK: Tensor, temperature: f
 
 
 _BUILT_IN = (
-    Arm("baseline", "hard labels alone, a new crop every time", {"alpha": 0.0, "crops": "fresh"}),
+    Arm("baseline", "hard labels only, a new crop every time", {"alpha": 0.0, "crops": "fresh"}),
     Arm(
         "baseline-cached",
-        "hard labels alone, on the cache's crops: the cost of having only V crops",
+        "hard labels only, on the cache's crops: the cost of having only V crops",
         {"alpha": 0.0, "crops": "cached"},
     ),
     Arm(

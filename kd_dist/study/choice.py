@@ -26,7 +26,7 @@ MAY_VARY = (
 )
 """What a variant may set. The student and its budget are the same in all arms of a study."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(?<!\.md)(?<!\.json)(?<!\.png)")  # a folder beside the study's files
-_HOW = "make one by NAME=ARM,setting=value, as in ensemble=distilled,cache=runs/both.h5"
+_HOW = "define a variant as NAME=ARM,setting=value, as in ensemble=distilled,cache=runs/both.h5"
 
 
 def chosen_arms(settings: StudyConfig) -> list[Arm]:
@@ -47,7 +47,7 @@ def chosen_arms(settings: StudyConfig) -> list[Arm]:
         _check(settings, arm)
     for name in settings.primary:
         if name not in ARMS:
-            raise UserError(f"--primary {name} is not a built-in arm; name two of {', '.join(ARMS)}.")
+            raise UserError(f"--primary {name} is not a built-in arm; choose two of {', '.join(ARMS)}.")
     return sorted(arms.values(), key=lambda arm: list(ARMS).index(arm.name) if arm.name in ARMS else len(ARMS))
 
 
@@ -62,10 +62,11 @@ def _check(settings: StudyConfig, arm: Arm) -> None:
     the study's own.
     """
     if arm.needs_teacher and not settings.teacher_model:
-        raise UserError(f"arm {arm.name} needs the teacher: name its weights, --teacher-model runs/teacher/model.pt.")
+        raise UserError(f"arm {arm.name} needs the teacher: pass its weights, --teacher-model runs/teacher/model.pt.")
     if arm.needs_labels and arm.own.get("label_fraction", settings.distillation.label_fraction) < 1:
         raise UserError(
-            f"arm {arm.name} needs every image's label, --label-fraction uses fewer; leave it out by --arms."
+            f"arm {arm.name} needs the hard label of every image, but --label-fraction uses fewer; omit the arm with "
+            "--arms."
         )
     if arm.base is None:
         return
@@ -215,7 +216,7 @@ def require_views(arm: Arm, cache: Cache, used: int | None) -> None:
     if arm.soft_labels is not None and cache.split("train").mixed is not None:
         raise UserError(
             f"{cache.path} has mixed views, and arm {arm.name} makes soft labels for views of one image; leave it "
-            "out by --arms, or name a cache without mixed views."
+            "out by --arms, or pass a cache without mixed views."
         )
 
 
@@ -231,6 +232,6 @@ def require_alike_crops(settings: StudentConfig, cache: Cache) -> None:
     ):
         cached, own = (f"{low:g} {high:g}" for low, high in (scale, settings.augmentation.crop_scale))
         raise UserError(
-            f"the crops of {cache.path} have area shares of {cached}, fresh crops would have {own}: use --crop-scale "
-            f"{cached}, so that the arms do not differ in their crops."
+            f"the crops of {cache.path} have area fractions of {cached}, but fresh crops would have {own}: use "
+            f"--crop-scale {cached}, so that the arms do not differ in their crops."
         )

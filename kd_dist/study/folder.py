@@ -82,7 +82,7 @@ class StudyFolder:
 def run_settings(study: StudyConfig, arm: Arm, seed: int) -> StudentConfig:
     """The settings of one run: the study's, with the arm's own changes. Only arms on fresh crops mix images.
 
-    An arm on a share of the hard labels alone trains for 1 / share times the epochs, so that all arms are shown about
+    An arm on a fraction of the hard labels only trains for 1 / share times the epochs, so that all arms are shown about
     as many images.
     """
     shared = {name: value for name, value in study.flat().items() if name in flags_of(StudentConfig)}
@@ -160,7 +160,7 @@ def _earlier(folder: StudyFolder, shared: dict[str, Any], cache_digest: str, sta
         raise UserError(f"{folder.study} is not a study of this version ({error}); choose another --out.") from error
     if differing and not start_over:
         raise UserError(
-            f"--out {folder.path} holds a study with other settings ({'; '.join(differing)}): type the old values, "
+            f"--out {folder.path} holds a study with other settings ({'; '.join(differing)}): use the old values, "
             "choose another --out, or add --start-over to remove it and its runs."
         )
     if not differing:

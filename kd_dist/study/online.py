@@ -57,6 +57,6 @@ def open_teacher(path: Path, data: Data, cache: Cache, device: torch.device) -> 
     if teacher.row.sha256 not in labelled:
         raise UserError(
             f"--teacher-model {path} is the teacher {teacher.row.sha256[:12]}, but {cache.path} was labelled by "
-            f"{', '.join(sha256[:12] for sha256 in labelled)}; name the model.pt beside that cache."
+            f"{', '.join(sha256[:12] for sha256 in labelled)}; pass the model.pt beside that cache."
         )
     return OnlineTeacher(teacher, data.pixels["train"], device)

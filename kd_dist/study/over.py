@@ -1,7 +1,7 @@
-"""Top-1 over one setting: the views of a cache, the share of labels, alpha, the temperature.
+"""Top-1 over one setting: the views of a cache, the fraction of labels, alpha, the temperature.
 
 A line joins arms of one study whose runs differ in that setting alone, such as distilled, few=distilled,views=2 and
-some=distilled,views=4, or the cells of a grid. Several studies, of other epochs say, give a line each.
+some=distilled,views=4, or the cells of a grid. Several studies, of other epochs say, give one line each.
 """
 
 import json
@@ -23,7 +23,7 @@ from kd_dist.study.statistics import spread
 
 AXES = {
     "views": "views of an image in the cache, the evaluation view counted",
-    "label_fraction": "share of the labels that is used",
+    "label_fraction": "fraction of the labels that is used",
 }
 """The title of a setting's axis, where its name would not do."""
 _NO_AXIS = ("loss", "cache")
@@ -50,7 +50,7 @@ def over(setting: str, outs: Sequence[Path], as_markdown: bool = False, width: i
     setting = setting.replace("-", "_")
     if setting not in MAY_VARY or setting in _NO_AXIS:
         axes = ", ".join(name for name in MAY_VARY if name not in _NO_AXIS).replace("_", "-")
-        raise UserError(f"--over {setting} has no axis; name one of {axes}.")
+        raise UserError(f"--over {setting} has no axis; choose one of {axes}.")
     studies = [read_study(out) for out in outs]
     require_same_val([run for study in studies for arm in study.arms.values() for run in arm.finished.values()])
     lines = {name + _suffix(study, studies): line for study in studies for name, line in _lines(study, setting)}

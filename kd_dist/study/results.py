@@ -102,7 +102,7 @@ class ArmRuns:
 
     @cached_property
     def labelled(self) -> float:
-        """The share of the labels that its finished runs used."""
+        """The fraction of the labels that its finished runs used."""
         return min((run.settings["label_fraction"] for run in self.finished.values()), default=1.0)
 
     def values(self, metric: str) -> list[float]:
@@ -181,7 +181,7 @@ class Study:
 
     @property
     def baselines(self) -> list[str]:
-        """The arms on hard labels alone, with their variants."""
+        """The arms on hard labels only, with their variants."""
         return [*BASELINES, *(name for name, arm in self.arms.items() if name != arm.base and arm.base in BASELINES)]
 
     @cached_property
@@ -196,7 +196,7 @@ class Study:
         return self.best_baseline_at(1.0)
 
     def best_baseline_at(self, labelled: float) -> str | None:
-        """The complete baseline of the highest mean top-1, of those that use this share of the labels. One of fewer
+        """The complete baseline of the highest mean top-1, of those that use this fraction of the labels. One of fewer
         than three seeds is left out if another has more: one lucky seed is not a baseline for several.
         """
         found = {name: self.arms[name] for name in self.baselines if name in self.complete}
@@ -242,7 +242,7 @@ class Study:
         return contrast(self.arms[BUG_CHECK], self.arms[BASELINES[0]])
 
     def figures(self) -> dict[str, Any]:
-        """All numbers behind the table, as plain JSON values; shares in [0, 1]."""
+        """All numbers behind the table, as plain JSON values; fractions in [0, 1]."""
         return {
             "arms": {name: _arm_figures(arm) for name, arm in self.arms.items()},
             "best_baseline": self.best_baseline,

@@ -83,7 +83,7 @@ class PlannedRun:
         return state.get("status") == status and datetime.fromisoformat(state["time"]) >= self.since
 
     def train(self, runtime: Runtime, stop: StopRequest) -> None:
-        """Train the student, or go on with it."""
+        """Train the student, or resume it."""
         job.say(runtime, f"{self.name}: {self.arm.isolates}")
         distill.run(
             self.settings,

@@ -12,6 +12,7 @@ from kd_dist.study.over import over_grid
 from kd_dist.study.plots import plot
 from kd_dist.study.results import ENOUGH_SEEDS, METRICS, ArmRuns, Study, contrast, read_study
 from kd_dist.study.statistics import Difference
+from kd_dist.tables import counted
 
 BUG_CHECK_LIMIT = 0.01  # of top-1
 _ABSENT = "-"
@@ -132,21 +133,22 @@ def _about_caches(study: Study) -> list[str]:
 def _about_primary(study: Study) -> list[str]:
     one, (arm, baseline) = study.primary_contrast, study.primary
     if one is None:
-        missing = " and ".join(name for name in (arm, baseline) if name not in study.complete)
-        return [f"No primary contrast ({arm} minus {baseline}): {missing} is not complete."]
+        missing = ", ".join(name for name in (arm, baseline) if name not in study.complete)
+        return [f"Primary contrast ({arm} minus {baseline}) not computed; incomplete: {missing}."]
     named = "named beforehand" if study.document.get("primary") else "this program's default"
     intervals = ", ".join(
         f"{name} {_points(kind)} p {_p(kind)}" for name, kind in (("paired", one.paired), ("Welch", one.welch))
     )
     return [
-        f"**Primary contrast** ({named}; not corrected): {arm} minus {baseline}, {one.shared_seeds} shared seeds, "
-        f"{100 * one.mean:+.2f} points: {intervals}, images resampled too {_points(one.resampled)}. The p values of "
-        "the other arms are of the paired differences, with Holm's correction for their number."
+        f"**Primary contrast** ({named}, no multiplicity correction): {arm} minus {baseline} = {100 * one.mean:+.2f} "
+        f"points over {counted(one.shared_seeds, 'shared seed')}. 95 % intervals: {intervals}; bootstrap over seeds "
+        f"and images {_points(one.resampled)}. The p values of the other arms come from paired tests with Holm's "
+        "correction."
     ]
 
 
 def _about_fewer_labels(study: Study) -> list[str]:
-    """Each arm on a share of the labels minus the best baseline on the same share."""
+    """Each arm on a fraction of the labels minus the best baseline on the same fraction."""
     found = []
     for arm in study.complete.values():
         baseline = study.best_baseline_at(arm.labelled)

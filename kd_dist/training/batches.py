@@ -1,6 +1,6 @@
-"""Training batches: which images in which order, in which view, mixed with which other, and on which rank.
+"""Training batches: which images, in which order and view, mixed with which partner, on which rank.
 
-All of it is a function of (seed, epoch, image), so an interrupted run goes on from one integer, at any number of ranks,
+All of it is a function of (seed, epoch, image), so an interrupted run resumes from one integer, at any number of ranks,
 and the ranks' parts of a batch put together are the batch a single process would have had.
 """
 
@@ -20,7 +20,7 @@ from kd_dist.images import views
 from kd_dist.images.store import ImageStore
 from kd_dist.images.transfer import to_device
 
-ORDER, CROPS, FLIPS, VIEW_CHOICE, BLEND, PLAIN_VIEW_CHOICE = range(6)
+ORDER, CROPS, FLIPS, VIEW_CHOICE, MIXES, PLAIN_VIEW_CHOICE = range(6)
 CHOICE_CELLS = 1 << 20  # numbers of views permuted at once
 AHEAD_BYTES = 32 << 20  # of soft labels read at once
 
@@ -296,5 +296,5 @@ def mixes_of(data: TrainData, epoch: int) -> views.Mixes | None:
     is_plain = data.mixed_epochs is not None and epoch >= data.mixed_epochs
     if is_plain or not (data.mixup or data.cutmix):
         return None
-    rng = _rng(data.seed, epoch, BLEND)
+    rng = _rng(data.seed, epoch, MIXES)
     return views.draw_mixes(rng, len(data.labels_N), data.mixup, data.cutmix, data.members_M)

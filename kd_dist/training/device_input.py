@@ -1,4 +1,4 @@
-"""Batches made ready for the network. On a GPU the next one is copied and drawn while the step before it runs."""
+"""Batches made ready for the network. On a GPU the next one is copied and rendered while the step before it runs."""
 
 import functools
 from collections import deque

@@ -46,4 +46,4 @@ class Trace:
             write_trace(self.folder, profiler.export_chrome_trace)
             self.say(f"traced some steps: open {self.folder.trace} at https://ui.perfetto.dev")
         except (OSError, RuntimeError) as error:
-            self.say(f"no trace was written, the run goes on: {error}")
+            self.say(f"no trace was written; the run continues: {error}")

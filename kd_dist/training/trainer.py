@@ -31,6 +31,7 @@ from kd_dist.run import checkpoint, events
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.metrics import append_metrics, read_metrics, sync_metrics, truncate_metrics
 from kd_dist.run.monitor import Monitor
+from kd_dist.tables import counted
 from kd_dist.training.batches import Batch, EpochBatches, TrainData
 from kd_dist.training.device_input import prepared
 from kd_dist.training.optimiser import Ema, Optimisation, make_optimizer
@@ -292,7 +293,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _collaborators(self) -> Iterator[None]:
-        """What watches and saves the run while it goes on; at the end all is on disk, or an error says what is not."""
+        """What watches and saves the run while it trains; at the end all is on disk, or an error says what is not."""
         folder, main = self.folder, self.runtime.is_main
         traces = main and self.execution.profile
         with (
@@ -338,7 +339,7 @@ class Trainer:
         step = newest[1]["step"] if newest else 0
         if len(set(self.runtime.gather(step))) > 1:
             raise UserError(
-                f"the ranks see different checkpoints in {self.folder.path}; put --out on a disk that all nodes share."
+                f"the ranks see different checkpoints in {self.folder.path}; put --out on a shared file system."
             )
         if self.runtime.is_main:
             truncate_metrics(self.folder, step)
@@ -355,8 +356,13 @@ class Trainer:
         before, now = payload["world_size"], self.runtime.world_size
         if self.runtime.is_main:
             events.emit(self.folder.path, events.Code.RESUMED, step=step)
-        ranks = f"; saved by {before} ranks, now {now}: the same batches, but not to the bit" if before != now else ""
-        return f"going on from step {step} of {self.total_steps}{ranks}"
+        ranks = (
+            f"; the checkpoint was saved with {counted(before, 'rank')}, this run has {now}: same batches, not bitwise "
+            "identical"
+            if before != now
+            else ""
+        )
+        return f"resuming from step {step} of {self.total_steps}{ranks}"
 
 
 @functools.cache

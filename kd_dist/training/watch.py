@@ -30,7 +30,7 @@ class EpochSums:
         return {"names": self.names, "totals": self.totals, "seconds": self.seconds, "wait_seconds": self.wait_seconds}
 
     def start_clock(self) -> None:
-        """Training goes on from now; what came before, such as a save, does not count."""
+        """Training continues from now; what came before, such as a save, does not count."""
         self._since = time.monotonic()
 
     def stop_clock(self) -> None:

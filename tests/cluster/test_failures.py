@@ -42,6 +42,6 @@ def test_a_killed_rank_ends_its_job_alone_and_the_next_submission_goes_on(refere
 
     kept = max(int(name[5:13]) for name in os.listdir(reference.folder / "killed/student/checkpoints"))
     (next_one,) = reference.submit("distill", PAIR, *options, "--out=killed/student")
-    wait_for(lambda: f"going on from step {kept} " in log_of(next_one), 120, lambda: log_of(next_one))
+    wait_for(lambda: f"resuming from step {kept} " in log_of(next_one), 120, lambda: log_of(next_one))
     reference.status("killed", "--cancel")
     reference.end(next_one, "CANCELLED")

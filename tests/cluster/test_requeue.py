@@ -30,7 +30,7 @@ def test_preempted_and_requeued_on_two_nodes_ends_with_the_same_bits(reference, 
 
     assert reference.state("again/student")["status"] == "finished"
     assert job.last_attempt() == 2
-    assert "going on from step" in job.log(1, 0).read_text(encoding="utf-8")
+    assert "resuming from step" in job.log(1, 0).read_text(encoding="utf-8")
     assert reference.weights("again/student") == reference.weights("runs/student")
 
 
@@ -62,7 +62,7 @@ def test_a_dead_node_has_its_job_started_again_from_the_newest_checkpoint(refere
     box.start_node("n2")
     box.release(job_id)
     reference.wait_step("dead/student", kept + 2)
-    assert f"going on from step {kept} " in job.log(1, 0).read_text(encoding="utf-8")
+    assert f"resuming from step {kept} " in job.log(1, 0).read_text(encoding="utf-8")
     assert "stopped" not in job.attempts.read_text(encoding="utf-8")
     reference.status("dead", "--cancel")
     reference.end(job, "CANCELLED")

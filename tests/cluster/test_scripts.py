@@ -57,7 +57,7 @@ def test_teacher_then_distill_which_is_warned_and_requeued(reference, checkout):
     assert not box.processes(str(run.path)), "ranks were left behind"
     box.release(student)
     box.wait_state(student, "COMPLETED", "FAILED", seconds=200)
-    assert box.state(student) == "COMPLETED" and "going on from step" in log_in(checkout, student), log_in(
+    assert box.state(student) == "COMPLETED" and "resuming from step" in log_in(checkout, student), log_in(
         checkout, student
     )
 

@@ -1,4 +1,4 @@
-"""A study on two simulated GPUs: each GPU trains students of its own."""
+"""A study on two simulated GPUs: each GPU trains separate students."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_a_study_on_two_gpus_trains_a_student_on_each(simulated_job, tmp_path):
     done = simulated_job("kd_dist.study", *tiny, *files, *asked, devices=2)
 
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert "side by side: each of 2 ranks trains students of its own" in done.stdout
+    assert "side by side: each of 2 ranks trains separate students" in done.stdout
     states = [json.loads((tmp_path / "study" / arm / "seed-0/state.json").read_text()) for arm in arms]
     assert [state["status"] for state in states] == ["finished"] * 3
     begun = [line for line in done.stdout.splitlines() if "1 rank on cuda" in line]

@@ -10,7 +10,7 @@ import nullgpu
 from setting import HARD_LOSS, launches, noise, soft_loss, trainer_of
 
 BATCH, STEPS = 16, 8
-SIZE = 64  # launches do not depend on it; the student `origin` needs 64 pixels
+SIZE = 64  # launches do not depend on it; the student `reference_cnn` needs 64 pixels
 
 model, loss, images, pixels, *size = sys.argv[1:]
 data = noise(BATCH * STEPS, BATCH, int(size[0]) if size else SIZE, images, pixels)
