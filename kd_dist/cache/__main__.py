@@ -120,7 +120,11 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
         add("--weights", type=Path, metavar="FILE", help=of_weights)
         of_map = "which of its classes is which of the data's: a file of two columns, JSON, or imagenet (by synset)"
         add("--class-map", metavar="FILE", help=of_map)
-    add("--data", metavar="DIR", help="the image folder [$KD_DIST_DATA" + ("]" if name == "verify" else " or data]"))
+    add(
+        "--data",
+        metavar="DIR",
+        help="the images, as in training [$KD_DIST_DATA" + ("]" if name == "verify" else " or data]"),
+    )
     add("--val-share", type=float, metavar="SHARE", help="share of the images held out as val, as in training")
     add("--unlabelled", metavar="DIR", help="folder of more training images, without labels")
     add("--pixels", choices=PIXELS, default="auto", help="where decoded images are, as in training [auto]")
