@@ -30,8 +30,8 @@ class DataConfig:
     data: str | None = flag(
         None,
         "Folder with train/ and val/ (also valid/, validation/, test/), with class folders in each; a folder of class "
-        "folders, with --val-share; a CSV file of path,label,split; hf:NAME or a folder of Parquet files; or the folder "
-        "to download the release into [$KD_DIST_DATA or data].",
+        "folders, with --val-share; a CSV file of path,label,split; hf:NAME or a folder of Parquet files; or where to "
+        "download the release into [$KD_DIST_DATA or data].",
         "DIR",
         may_change=True,
     )
