@@ -19,6 +19,7 @@ from kd_dist.fingerprint import UNKNOWN, fingerprint_of
 
 FORMAT = "kd_dist.teacher_cache"
 VERSION = 2
+PUBLISHED = "labels.json"  # in a folder that a cache was exported to
 ONE_TEMPERATURE = "one_temperature"
 TOP_K = "top_k"  # of each row the k largest logits and the mass of the others, see kd_dist.cache.topk
 UNLABELLED_IMAGES = "unlabelled_images"  # some images of train have the label UNKNOWN
@@ -278,8 +279,13 @@ def checksum_file_of(target: Path) -> Path:
 
 def hits_of(top: np.ndarray, labels_B: np.ndarray, header: Header) -> int:
     """How many rows have their label as the first class, from the first logit column [B, K or k] of one view."""
+    return int(hit_rows(top, labels_B, header).sum())
+
+
+def hit_rows(top: np.ndarray, labels_B: np.ndarray, header: Header) -> np.ndarray:
+    """Which of those rows they are: bool [B]."""
     class_B = top[:, 0] if header.top_k else top.argmax(axis=1)
-    return int((class_B == labels_B).sum())
+    return class_B == labels_B
 
 
 def val_top1_of(header: Header, column: Any, labels_N: np.ndarray) -> float:
