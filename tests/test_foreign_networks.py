@@ -176,8 +176,9 @@ def test_torchvision_classifiers_are_built_and_pass_the_trial(name):
 
 def test_vision_transformer_takes_its_own_size_alone():
     assert "smallest that works is 224" in refusal("torchvision:vit_b_32", size=64)
-    assert "does not suit torchvision:vit_b_32 (AssertionError: Wrong image height! Expected 224 but got 256!)" in refusal(
-        "torchvision:vit_b_32", size=256
+    assert (
+        "does not suit torchvision:vit_b_32 (AssertionError: Wrong image height! Expected 224 but got 256!)"
+        in refusal("torchvision:vit_b_32", size=256)
     )
 
 
