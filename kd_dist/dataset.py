@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_dist.data.releases import DEFAULT_RELEASE, RELEASES, locate
+from kd_dist.data.releases import DEFAULT_FOLDER, DEFAULT_RELEASE, RELEASES, locate
 from kd_dist.data.samples import SPLITS, Dataset
 from kd_dist.data.scan import default_folder, scan
 from kd_dist.errors import exit_code_of
 from kd_dist.fingerprint import UNKNOWN
 from kd_dist.tables import show
 
-DEFAULT_DATA = "data"
 PROGRESS_SECONDS = 5.0
 
 
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _prepare(options: argparse.Namespace) -> Dataset:
     progress = PrintedProgress()
     typed = options.data or os.environ.get("KD_DIST_DATA")
-    data = Path(typed or DEFAULT_DATA)
+    data = Path(typed or DEFAULT_FOLDER)
     share, unlabelled, named = options.val_share, options.unlabelled, (options.release, options.archive, options.sha256)
     root = locate(data, *named, explicit=bool(typed), val_share=share, progress=progress)
     return scan(root, val_share=share, unlabelled=unlabelled, manifest_folder=default_folder(root), progress=progress)
@@ -85,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
     )
     add = parser.add_argument
-    own = "the data set's folder or CSV file, or the folder to download it into [$KD_DIST_DATA, else data]"
+    own = "the data set's folder, CSV file or hf:NAME, or the folder to download it into [$KD_DIST_DATA, else data]"
     add("--data", metavar="DIR", help=own)
     add("--val-share", type=float, metavar="FRACTION", help="hold out this fraction of the images as val")
     add("--unlabelled", type=Path, metavar="DIR", help="folder of more training images, without labels")
@@ -101,6 +100,7 @@ Download or check a data set and list its classes and counts. No GPU is needed, 
 
 A folder with train/<class>/* and val/<class>/* is used as it is (valid/, validation/ and test/ pass for val/),
 and so is a CSV file of path,label,split; of a folder of class folders, --val-share holds a part out as val.
+A Hugging Face image set (hf:NAME, or a folder of Parquet files) is converted into a folder of images in data/.
 Otherwise the release is looked for in the folder by name, and fetched when it is not there: downloaded (an
 interrupted download resumes where it stopped), checked, unpacked aside, and put in place with one rename. A
 folder that you name must hold a set, unless you name a release or an archive to put into it."""
@@ -112,7 +112,8 @@ examples:
   python -m kd_dist.dataset --archive /mirror/imagewoof2-160.tgz   from a copy
   python -m kd_dist.dataset --data /datasets/pets                  a folder of your own
   python -m kd_dist.dataset --data /datasets/birds --val-share 0.1 class folders, a tenth held out as val
-  python -m kd_dist.dataset --data /datasets/list.csv              lines of path,label,split"""
+  python -m kd_dist.dataset --data /datasets/list.csv              lines of path,label,split
+  python -m kd_dist.dataset --data hf:OWNER/NAME                   of the Hugging Face hub, into data/"""
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     target = target.resolve()
     temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
-        with writing(target, goes_on="from the start"):
+        with writing(target, resumes="from the start"):
             temporary.mkdir(parents=True)
             yield temporary
             _sync_tree(temporary)

@@ -67,8 +67,12 @@ def _stored(out: str) -> dict[str, Any] | None:
 
 
 def _absolute(path: str) -> str:
-    """A path that means the same from any folder; what begins with a variable is the node's own business."""
-    return path if path.startswith("$") else str(Path(path).expanduser().absolute())
+    """A path that means the same from any folder; what begins with a variable is the node's own business, and `hf:NAME`
+    is no path but a name, unless there is a folder of that name.
+    """
+    if path.startswith("hf:") and Path(path[3:]).is_dir():
+        return f"hf:{Path(path[3:]).absolute()}"
+    return path if path.startswith(("$", "hf:")) else str(Path(path).expanduser().absolute())
 
 
 def _typed(kind: str, own: Sequence[str]) -> dict[str, Any]:

@@ -29,9 +29,9 @@ class DataConfig:
 
     data: str | None = flag(
         None,
-        "Data set: a folder with train/ and val/ (or valid/, validation/, test/), each with class folders; a folder of "
-        "class folders, with --val-share; or a CSV file of path,label,split. If the folder holds no data set, the "
-        "release is downloaded into it [$KD_DIST_DATA or data].",
+        "Data set: a folder with train/ and val/ (also valid/, validation/ or test/), each with class folders; with "
+        "--val-share, a folder of class folders; a CSV file of path,label,split; or hf:NAME, a Hugging Face image set. "
+        "The release is downloaded into a folder that holds no data set [$KD_DIST_DATA or data].",
         "DIR",
         may_change=True,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kd_dist.data import fetch, generated
 from kd_dist.data.fetch import Progress
+from kd_dist.data.hub import converted, hub_set
 from kd_dist.data.layout import SHARE_HINT, is_set
 from kd_dist.errors import UserError
 
@@ -47,6 +48,7 @@ RELEASES = {
     )
 }
 DEFAULT_RELEASE = "imagewoof2-160"
+DEFAULT_FOLDER = "data"  # that sets are fetched into, in the current folder
 
 
 def locate(
@@ -68,6 +70,8 @@ def locate(
     known digest. Any number of processes may call this at once, see fetch.make_folder. Raises UserError.
     """
     unnamed = not (release or archive)
+    if unnamed and explicit and not is_set(data) and (named := hub_set(data)):
+        return converted(named, Path(DEFAULT_FOLDER), progress)
     if is_set(data) or (unnamed and explicit and _is_own(data, val_share)):
         return data
     name = _set_name(release, archive)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kd_dist.cache import Cache
 from kd_dist.config import DataConfig
-from kd_dist.data.releases import locate
+from kd_dist.data.releases import DEFAULT_FOLDER, locate
 from kd_dist.data.samples import SPLITS, Dataset, SampleList
 from kd_dist.data.scan import default_folder, scan
 from kd_dist.dist.cores import available_cores, spare_cores
@@ -84,7 +84,7 @@ def _scan(root: Path, store: Path, source: DataConfig, workers: int = 1) -> Data
 def _find(source: DataConfig, runtime: Runtime) -> Path:
     typed = source.data or os.environ.get("KD_DIST_DATA")
     progress = progress_by_name(runtime)
-    data, named = Path(typed or "data"), (source.release, source.archive, source.sha256)
+    data, named = Path(typed or DEFAULT_FOLDER), (source.release, source.archive, source.sha256)
     return locate(data, *named, explicit=bool(typed), val_share=source.val_share, progress=progress)
 
 
