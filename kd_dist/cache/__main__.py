@@ -154,11 +154,8 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
             "by synset)"
         )
         add("--class-map", metavar="FILE", help=of_map)
-    add(
-        "--data",
-        metavar="DIR",
-        help="the data set, as in training [$KD_DIST_DATA" + ("]" if name == "verify" else " or data]"),
-    )
+    default = "$KD_DIST_DATA" if name == "verify" else "$KD_DIST_DATA or data"
+    add("--data", metavar="DIR", help=f"the data set, as in training [{default}]")
     add("--val-share", type=float, metavar="SHARE", help="fraction of the images held out as val, as in training")
     add("--unlabelled", metavar="DIR", help="folder of more training images, without labels")
     add("--pixels", choices=PIXELS, default="auto", help="where to keep decoded images, as in training [auto]")
