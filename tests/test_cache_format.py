@@ -605,7 +605,7 @@ def test_files_that_are_not_hdf5(content, named, tmp_path):
 
 
 def test_a_folder_is_no_cache(tmp_path):
-    assert "Is a directory" in refusal(open_cache, tmp_path)
+    assert "is a folder: name a file such as" in refusal(open_cache, tmp_path)
 
 
 def test_a_lost_digest_file_is_no_reason_to_refuse_but_is_told(copy):

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 import kd_dist
-from kd_dist import models
+from kd_dist import models, predict
 from kd_dist.errors import UserError
+from kd_dist.run.checkpoint import save_model
+from tests.test_predict import facts_of
 
 OWN = """
 import torch
@@ -174,12 +176,14 @@ def test_torchvision_classifiers_are_built_and_pass_the_trial(name):
 
 def test_vision_transformer_takes_its_own_size_alone():
     assert "smallest that works is 224" in refusal("torchvision:vit_b_32", size=64)
-    assert "does not suit this network (AssertionError: Wrong image height! Expected 224 but got 256!)" in refusal(
-        "torchvision:vit_b_32", size=256
+    assert (
+        "does not suit torchvision:vit_b_32 (AssertionError: Wrong image height! Expected 224 but got 256!)"
+        in refusal("torchvision:vit_b_32", size=256)
     )
 
 
-def test_timm_is_asked_for_a_model_with_fresh_weights(monkeypatch):
+def with_timm(monkeypatch) -> list[tuple[str, bool]]:
+    """Puts a package timm in place that has one model; gives what is asked for: (name, pretrained)."""
     asked = []
 
     def create_model(name, pretrained, num_classes):
@@ -190,6 +194,11 @@ def test_timm_is_asked_for_a_model_with_fresh_weights(monkeypatch):
         is_model=lambda name: name == "convnext_pico", list_models=lambda: ["convnext_pico"], create_model=create_model
     )
     monkeypatch.setitem(sys.modules, "timm", fake)
+    return asked
+
+
+def test_timm_is_asked_for_a_model_with_fresh_weights(monkeypatch):
+    asked = with_timm(monkeypatch)
     assert models.build("timm:convnext_pico", 9)(torch.zeros(2, 3, 16, 16)).shape == (2, 9)
     assert asked == [("convnext_pico", False)]
     assert "timm has no model convnext_pic (did you mean convnext_pico?)" in refusal("timm:convnext_pic")
@@ -203,6 +212,21 @@ def test_a_saved_network_is_built_again_with_its_weights(own_nets):
     holds = saved("own_nets:build")
     model = models.restored(holds, Path("model.pt"))
     assert all(torch.equal(value, holds["weights"][name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["torchvision:shufflenet_v2_x0_5", "timm:convnext_pico", "own_nets:build"])
+def test_a_run_with_any_network_is_loaded_by_its_folder(name, own_nets, tiny, monkeypatch):
+    """As a user does; the logits are those of the network that was saved, in evaluation mode."""
+    with_timm(monkeypatch)
+    model = models.build(name, 3).train()
+    model(torch.randn(8, 3, 32, 32) + 1)  # batch statistics of its own
+    (own_nets / "run").mkdir()
+    save_model(own_nets / "run/model.pt", {**facts_of(tiny), "arch": name, "weights": model.state_dict()})
+    loaded = kd_dist.load("run")
+    images_BCHW = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(images_BCHW), model.eval()(images_BCHW))
+    assert loaded.classes == tiny.classes and not loaded.training and loaded.facts["arch"] == name
+    assert predict.main(["run", str(tiny.root / "val")]) == 0
 
 
 def test_a_saved_network_needs_its_code(own_nets):

@@ -198,6 +198,10 @@ def test_a_network_from_elsewhere_labels_and_is_verified(here, tiny: Dataset, ti
     verify = ["verify", "picked.h5", "--device", "cpu", "--data", str(tiny_root), "--samples", "999"]
     main([*verify, "--teacher", "own_teachers:small", *given])
     assert f"{2 * 30} soft labels recomputed" in capsys.readouterr().out
+    main(["export", "picked.h5", "--to", "labels"])
+    assert "whether it has seen images of val is not known" in (here / "labels/README.md").read_text()
+    main(["verify", "labels", *verify[2:], "--teacher", "own_teachers:small", *given])
+    assert f"{2 * 30} soft labels recomputed" in capsys.readouterr().out
     (here / "map.json").write_text(json.dumps(dict(zip(tiny.classes, (0, 5, 3), strict=True))))
     with pytest.raises(UserError, match="does not hold the logits"):
         main([*verify, "--teacher", "own_teachers:small", *given])

@@ -29,14 +29,21 @@ class DataConfig:
 
     data: str | None = flag(
         None,
-        "Data set: a folder with train/ and val/ (or valid/, validation/, test/), each with class folders; a folder of "
-        "class folders, with --val-share; or a CSV file of path,label,split. If the folder holds no data set, the "
-        "release is downloaded into it [$KD_DIST_DATA or data].",
+        "Data set: a folder with train/ and val/ (also valid/, validation/ or test/), each with class folders; with "
+        "--val-share, a folder of class folders; or a CSV file of path,label,split. The release is downloaded into a "
+        "folder that holds no data set [$KD_DIST_DATA or data].",
         "DIR",
         may_change=True,
     )
     val_share: float | None = flag(
         None, "Hold out this fraction of the images as val, chosen by their content; for data without val.", "FRACTION"
+    )
+    unlabelled: str | None = flag(
+        None,
+        "Folder of more training images, without labels: the teacher labels them, and the student learns from its soft "
+        "labels alone.",
+        "DIR",
+        may_change=True,
     )
     release: str | None = flag(
         None, "Data set to download if the folder does not hold one yet [imagewoof2-160].", "NAME"
