@@ -256,7 +256,7 @@ def list_unlabelled(folder: Path, layout: Layout, ignored: Ignored) -> list[File
     them is an image of the set.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: name with --unlabelled a folder of images without labels.")
+        raise UserError(f"there is no folder {folder}: pass with --unlabelled a folder of images without labels.")
     named = [
         File(UNLABELLED + path, os.path.join(folder, path), UNKNOWN, status)
         for path, status in sorted(_images(folder, "", (), ignored))
