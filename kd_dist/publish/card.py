@@ -128,7 +128,7 @@ def limits(cache: Cache) -> str:
         lines.append("The teacher was trained on images of train, so its labels of train are surer than those of val.")
     if cache.header.top_k:
         lines.append(
-            f"Of each soft label the {cache.header.top_k} largest logits are kept, and the total probability of the other "
-            "classes."
+            f"Of each soft label the {cache.header.top_k} largest logits are kept, and the total probability of the "
+            "other classes."
         )
     return " ".join(lines)
