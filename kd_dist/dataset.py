@@ -103,7 +103,7 @@ A folder with train/<class>/* and val/<class>/* is used as it is (valid/, valida
 and so is a CSV file of path,label,split; of a folder of class folders, --val-share holds a part out as val.
 Otherwise the release is looked for in the folder by name, and fetched when it is not there: downloaded (an
 interrupted download resumes where it stopped), checked, unpacked aside, and put in place with one rename. A
-folder that you name must hold a set, unless you name a release or an archive to put into it."""
+folder given by --data must already hold a data set, unless --release or --archive is given too."""
 
 _EXAMPLES = """\
 examples:

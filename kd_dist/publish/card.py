@@ -26,7 +26,7 @@ SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7:
 
 
 def stated(value: str | None) -> str:
-    """What the publisher said, or that nothing was."""
+    """What the publisher stated, or that nothing was stated."""
     return value or NOT_STATED
 
 

@@ -28,7 +28,7 @@ CARD, CROISSANT = "README.md", "croissant.json"
 
 @dataclass(frozen=True)
 class Statement:
-    """What the publisher says of a set of labels and no file knows; None where nothing was said."""
+    """What the publisher states about a set of labels and no file records; None where nothing was stated."""
 
     licence: str | None = None  # of the labels, as the Hub names licences
     teacher_licence: str | None = None
