@@ -125,7 +125,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux tells it, or what Python knows."""
+    """The processor's name as Linux reports it, or what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -91,7 +91,7 @@ def _table(split: str, images: int, views: int, classes: int) -> Table:
 
 
 def _rows(header: Header, tables: dict[str, Table], block: Block) -> tuple[np.ndarray, ...]:
-    """What a teacher might have said of a block: a function of its place alone."""
+    """What a teacher might have given for a block: a function of its place alone."""
     rng = np.random.default_rng([SPLITS.index(block.split), block.view, block.start // BLOCK_SAMPLES])
     logits_BK = 2 * rng.standard_normal((len(block), len(header.classes)), np.float32)
     logits_BK[np.arange(len(block)), tables[block.split].labels_N[block.start : block.stop]] += 4

@@ -1,6 +1,6 @@
 """What a row of the benchmark is: arms measured in turns, a median with its spread, and a goal that it meets or misses.
 
-A figure of one arm alone says little on a machine that does other things too. So the arms of a row take turns (A B A B
+A figure of one arm only means little on a machine that does other things too. So the arms of a row take turns (A B A B
 ...), the ratio is taken within each turn, and the row's value is the median of those ratios; its spread are their
 quartiles.
 """
@@ -33,7 +33,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `value` is None where it could not be measured; `note` says why, or what it is of."""
+    """One line of the table. `value` is None where it could not be measured; `note`: why, or what it is of."""
 
     name: str
     value: float | None

@@ -162,8 +162,8 @@ def _soft_labels(cache: Cache, split: str, temperature: float | None) -> SoftLab
         return logits_NVK
     if temperature is None:
         raise UserError(
-            f"{cache.path} holds the {cache.header.top_k} largest logits, and the mass of the others for each "
-            "temperature; pass that of your loss, such as temperature=4."
+            f"{cache.path} holds the {cache.header.top_k} largest logits, and the tail for each temperature; "
+            "pass that of your loss, such as temperature=4."
         )
     require_temperature(temperature, cache.path)
     return logits_NVK.at(temperature)

@@ -103,7 +103,7 @@ and so is a CSV file of path,label,split; of a folder of class folders, --val-sh
 A Hugging Face image set (hf:NAME, or a folder of Parquet files) is converted into a folder of images in data/.
 Otherwise the release is looked for in the folder by name, and fetched when it is not there: downloaded (an
 interrupted download resumes where it stopped), checked, unpacked aside, and put in place with one rename. A
-folder that you name must hold a set, unless you name a release or an archive to put into it."""
+folder given by --data must already hold a data set, unless --release or --archive is given too."""
 
 _EXAMPLES = """\
 examples:

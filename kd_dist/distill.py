@@ -239,7 +239,7 @@ def require_own_partners(config: CacheReader, data: Data, cache: Cache) -> None:
 def supervision_of(
     config: StudentConfig, data: Data, cache: Cache | None, rows: Rows | None = None, loss: Loss | None = None
 ) -> Supervision:
-    """What the student learns from, as the config says or, where they are given, from other soft labels and losses."""
+    """What the student learns from, as configured or, where they are given, from other soft labels and losses."""
     crops, logits_NVK = crops_of(config, data, cache)
     if rows is not None:
         assert logits_NVK is not None  # other soft labels are made of cached ones
@@ -309,7 +309,7 @@ def temperature_of(distillation: DistillationConfig) -> float:
 
 
 def described(cache: Cache) -> dict:
-    """What a student's file says of the cache it learned from."""
+    """What a student's file records about the cache it learned from."""
     return {
         "path": str(cache.path),
         "sha256": cache.digest,

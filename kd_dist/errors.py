@@ -1,4 +1,4 @@
-"""The errors that a user can fix, the exit codes of all commands, and what a rank that fails tells the others."""
+"""The errors that a user can fix, the exit codes of all commands, and how a failed rank informs the others."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ EXIT_PEER_LOST = 3  # of a rank that ends only because another one did
 
 
 class UserError(Exception):
-    """A wrong input, said in one sentence: what is wrong and what to type next.
+    """A wrong input, reported in one sentence: what is wrong and what to type next.
 
     Entries print it on one line from one rank and exit with code 2; anything else is a defect of ours and keeps its
     traceback.
@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """Something is wrong with one machine, before the ranks have met: one rank of each machine concerned says so."""
+    """Something is wrong with one machine, before the ranks have met: one rank of each machine concerned reports it."""
 
 
 class UnreachableError(MachineError):

@@ -68,7 +68,7 @@ def sync_folder(folder: Path) -> None:
 def require_free(target: Path) -> None:
     """Raise UserError unless the folder that --to names is missing or empty."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--to {target} exists already and is not an empty folder; name another one.")
+        raise UserError(f"--to {target} already exists and is not an empty folder; choose another one.")
 
 
 @contextlib.contextmanager

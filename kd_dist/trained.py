@@ -51,7 +51,7 @@ class Transform:
 class Model(nn.Module):
     """A trained network in evaluation mode: normalised images float32 [B, 3, S, S] -> logits [B, K].
 
-    `classes` are the K names, `transform` makes the input from a PIL image, `facts` is all that the model's file says
+    `classes` are the K names, `transform` makes the input from a PIL image, `facts` is all that the model's file holds
     besides the weights: arch, data, settings, scores, teacher.
     """
 

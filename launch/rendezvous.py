@@ -1,8 +1,8 @@
 """Before torch is started: can every rank reach rank 0 at MASTER_ADDR:MASTER_PORT, and will the nodes find each other?
 
 torch waits up to half an hour for ranks that cannot reach rank 0, and gloo takes each machine's own name for its
-address. Here rank 0 listens on that very port, publishes that in a file that all nodes see, and every other rank must
-connect within seconds of it. Nodes may start late, so no time-out runs before rank 0 listens.
+address. Here rank 0 listens on that port and publishes this in a file that all nodes see; every other rank must
+connect within seconds. Nodes may start late, so no time-out runs before rank 0 listens.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _MEND = (
 
 @dataclass(frozen=True)
 class DistributedEnvironment:
-    """One rank of a job: what torch's distributed environment variables say of it, and which attempt it is."""
+    """One rank of a job: torch's distributed environment variables, and which attempt it is."""
 
     job_id: str
     rank: int

@@ -1,4 +1,4 @@
-"""How submitted jobs stand: python -m launch.status runs/ [--follow] [--cancel]
+"""Show the state of submitted jobs: python -m launch.status runs/ [--follow] [--cancel]
 
 The table has one row for each job, newest last: its id, state, node, epoch, top-1 and last log line. Below it, for
 each job that failed, the error of the rank that failed first. With --follow the exit code is 0 if all jobs finished.

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     jobs = parser.add_subparsers(dest="job", required=True, metavar="|".join(PLANNERS), help=argparse.SUPPRESS)
     for name in PLANNERS:
         text = "The job's own options come after --, such as: -- --epochs 200"
-        job = jobs.add_parser(name, allow_abbrev=False, usage=usage.replace("JOB", name), description=text)
+        job = jobs.add_parser(name, allow_abbrev=False, usage=usage.replace("JOB", name, 1), description=text)
         _add_own_options(name, job.add_argument_group(name))
         _add_options(job)
     return parser

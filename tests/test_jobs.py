@@ -185,7 +185,7 @@ def test_hard_labels_on_the_caches_own_crops(data, teacher_run, tmp_path):
 def test_same_command_again_says_it_is_done(data, teacher_run):
     before = teacher_run.cache.read_bytes()
     result = run_command(*teacher(data, teacher_run.path), ranks=2)
-    assert "is there already" in result.stdout and teacher_run.cache.read_bytes() == before
+    assert "already exists" in result.stdout and teacher_run.cache.read_bytes() == before
 
 
 def stop_after_step(process: subprocess.Popen, folder: RunFolder, number: int) -> int:

@@ -147,9 +147,9 @@ def test_rows_are_written_a_block_at_a_time(plain):
 
 def test_nothing_is_written_over(plain):
     before = {path: path.read_bytes() for path in plain.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="exists already and is not an empty folder"):
+    with pytest.raises(UserError, match="already exists and is not an empty folder"):
         main(["export", str(plain.parent / "logits.h5"), "--to", str(plain)])
-    with pytest.raises(UserError, match="exists already: move it away"):
+    with pytest.raises(UserError, match="already exists: move it away"):
         main(["import", str(plain), "-o", str(plain.parent / "logits.h5")])
     assert {path: path.read_bytes() for path in plain.rglob("*") if path.is_file()} == before
     assert not list(plain.parent.glob(".*"))
@@ -160,7 +160,7 @@ def test_a_killed_export_leaves_nothing_under_the_name(plain, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("kd_dist.publish.folder.data_card", full)
-    with pytest.raises(UserError, match="no space left to write"):
+    with pytest.raises(UserError, match="no space left"):
         export(open_cache(plain.parent / "logits.h5"), plain.parent / "other", Statement())
     assert sorted(path.name for path in plain.parent.iterdir()) == ["labels", "logits.h5", "logits.h5.sha256"]
 

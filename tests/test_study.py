@@ -742,7 +742,7 @@ def test_a_variant_that_makes_no_sense_is_refused(made, tmp_path, word, sentence
         (["--arms", "same=distilled,temperature=4", "--temperature", "4"], "the study's distilled has these values"),
         (["--arms", "hot=distilled,lr=1", "hot=distilled,lr=2"], "arm hot is defined twice; give one"),
         (["--arms", "hot=distilled,lr=1", "--primary", "hot", "baseline"], "--primary hot is not a built-in arm"),
-        (["--primary", "distilled"], "--primary distilled must be two different arms"),
+        (["--primary", "distilled"], "--primary: expected 2 arguments"),
         (["--primary", "distilled", "distilled"], "--primary distilled distilled must be two different arms"),
         (["--primary", "distilled", "soft"], "--primary soft is not a built-in arm; choose two of baseline, "),
         (["--alpha", "0"], "--alpha 0.0 must be above 0: the study already has arms without soft labels"),

@@ -156,7 +156,7 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
         add("--class-map", metavar="FILE", help=of_map)
     default = "$KD_DIST_DATA" if name == "verify" else "$KD_DIST_DATA or data"
     add("--data", metavar="DIR", help=f"the data set, as in training [{default}]")
-    add("--val-share", type=float, metavar="SHARE", help="fraction of the images held out as val, as in training")
+    add("--val-share", type=float, metavar="FRACTION", help="fraction of the images held out as val, as in training")
     add("--unlabelled", metavar="DIR", help="folder of more training images, without labels")
     add("--pixels", choices=PIXELS, default="auto", help="where to keep decoded images, as in training [auto]")
     add("--pixels-dir", metavar="DIR", help="folder for the file of decoded images [inside the data folder]")

@@ -129,7 +129,7 @@ def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarr
 def render_info(cache: Cache) -> str:
     """One screen about a cache: what it is, what it fits, and what its labels are worth."""
     found = label_statistics(cache)
-    table = [f"{name:<34}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in rows_of(found)]
+    table = [f"{name:<36}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in rows_of(found)]
     lines = [*_identity(cache), "", *table]
     if warning := found["train"].warning:
         lines += ["", *wrap(warning, WIDTH)]

@@ -64,12 +64,12 @@ def _add_flag(section: Any, flag: dataclasses.Field, hint: Any, default: str) ->
     if hint is bool:
         section.add_argument(name, action="store_true", help=text)
         return
-    is_pair = hint == tuple[float, float]
     optional = isinstance(hint, types.UnionType)
     value = next((part for part in get_args(hint) if part is not type(None)), hint) if optional else hint
-    nargs = 2 if is_pair else "+" if get_origin(value) is tuple else None
-    value = get_args(value)[0] if nargs else value
-    metavar = ("LOW", "HIGH") if is_pair else flag.metadata["metavar"] or ("N" if value is int else "X")
+    inside = get_args(value) if get_origin(value) is tuple else ()
+    nargs: Any = None if not inside else "+" if Ellipsis in inside else len(inside)
+    value = inside[0] if inside else value
+    metavar = flag.metadata["metavar"] or ("N" if value is int else "X")
     section.add_argument(name, type=value, nargs=nargs, metavar=metavar, help=text)
 
 

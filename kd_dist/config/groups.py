@@ -16,7 +16,7 @@ STD = (0.229, 0.224, 0.225)
 PIXELS = ("auto", "memory", "device", "off")
 
 
-def flag(default: Any, help: str, metavar: str | None = None, may_change: bool = False) -> Any:
+def flag(default: Any, help: str, metavar: str | tuple[str, ...] | None = None, may_change: bool = False) -> Any:
     """A field with its default and its help text; `may_change`: a resumed run may have another value."""
     return field(default=default, metadata={"help": help, "metavar": metavar, "may_change": may_change})
 
@@ -151,7 +151,7 @@ class AugmentationConfig:
 
     image_size: int = flag(128, "Side of the square images that the network sees, in pixels.", "PX")
     crop_scale: tuple[float, float] = flag(
-        (0.35, 1.0), "Smallest and largest area of a random crop, as fractions of the image area."
+        (0.35, 1.0), "Smallest and largest area of a random crop, as fractions of the image area.", ("LOW", "HIGH")
     )
     mixup: float = flag(
         0.0,

@@ -222,8 +222,8 @@ class StudyConfig(JobConfig):
         may_change=True,
     )
     seeds: tuple[int, ...] = flag((0, 1, 2), "Train a student of every arm with each of these seeds.", "SEED", True)
-    primary: tuple[str, ...] = flag(
-        ("distilled", "baseline"), "The primary contrast: exactly two arms, A minus B, fixed before the runs.", "ARM"
+    primary: tuple[str, str] = flag(
+        ("distilled", "baseline"), "The primary contrast: two arms, A minus B, fixed before the runs.", ("A", "B")
     )
     teacher_model: str | None = flag(
         None, "The teacher's model.pt; only the arm online needs it.", "FILE", may_change=True
@@ -234,8 +234,7 @@ class StudyConfig(JobConfig):
         super().__post_init__()
         alpha = self.distillation.alpha
         require(alpha > 0, "alpha", alpha, "must be above 0: the study already has arms without soft labels")
-        two_arms = len(self.primary) == len({*self.primary}) == 2
-        require(two_arms, "primary", " ".join(self.primary), "must be two different arms")
+        require(len({*self.primary}) == 2, "primary", " ".join(self.primary), "must be two different arms")
         one_of("side_by_side", self.side_by_side, ("auto", "yes", "no"))
         for seed in self.seeds:
             check_seed(seed)

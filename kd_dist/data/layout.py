@@ -256,7 +256,7 @@ def list_unlabelled(folder: Path, layout: Layout, ignored: Ignored) -> list[File
     them is an image of the set.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: name with --unlabelled a folder of images without labels.")
+        raise UserError(f"there is no folder {folder}: pass with --unlabelled a folder of images without labels.")
     named = [
         File(UNLABELLED + path, os.path.join(folder, path), UNKNOWN, status)
         for path, status in sorted(_images(folder, "", (), ignored))
@@ -269,7 +269,7 @@ def list_unlabelled(folder: Path, layout: Layout, ignored: Ignored) -> list[File
     at = {file.identity: file.at for file in labelled}
     if both := next((file for file in named if file.identity in at), None):
         raise UserError(
-            f"--unlabelled {folder} holds images that have labels, such as {at[both.identity]}: name a folder of other "
+            f"--unlabelled {folder} holds images that have labels, such as {at[both.identity]}: pass a folder of other "
             "images."
         )
     if next((file for file in labelled if file.path.startswith(UNLABELLED)), None):

@@ -1,4 +1,4 @@
-"""How a rank ends: on a stop signal, a wrong input, a defect, or the end of another rank. One rank of a job says why.
+"""How a rank ends: on a stop signal, a wrong input, a defect, or the end of another rank. One rank of a job reports why.
 
 torchrun reports a failed job by the error file of the rank that failed first; the sentence is written there too, so
 that torchrun's "Root Cause" shows it.
@@ -252,7 +252,7 @@ def _write_error_file(failure: Failure) -> None:
 
 
 def _may_speak(failure: Failure) -> bool:
-    """Whether this rank is the one that says why the job ends: the first one to ask."""
+    """Whether this rank is the one that reports why the job ends: the first one to ask."""
     if failure.lost_rank == 0:  # the store may have been its
         return _is_first_here()
     if _Process.store is None:

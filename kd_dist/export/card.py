@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: config.json and README.md, a model card for the Hugging Face Hub."""
+"""How an exported folder describes itself: config.json and README.md, a model card for the Hugging Face Hub."""
 
 import json
 import platform
@@ -86,7 +86,7 @@ def steps(model: Model) -> list[str]:
 def card(
     model: Model, name: str, licence: str | None, images: str, with_preprocessing: bool, files: Mapping[str, Measured]
 ) -> str:
-    """The content of README.md. `images` says on which images the files were compared."""
+    """The content of README.md. `images`: on which images the files were compared."""
     parts = (
         *(_front_matter(model, name, licence), f"# {name}", _introduction(model, licence)),
         *("## Scores", _scores(model.facts), "## Use", _use(model, with_preprocessing)),

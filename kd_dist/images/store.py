@@ -190,7 +190,7 @@ def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Call
     except OSError as error:
         reason = "the disk is full" if disk_full(error) else error.strerror
         raise UserError(
-            f"cannot write the decoded images to {folder} ({reason}); name a folder with {_needed(samples)} free "
+            f"cannot write the decoded images to {folder} ({reason}); choose a folder with {_needed(samples)} free "
             "by --pixels-dir."
         ) from error
 

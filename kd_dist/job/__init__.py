@@ -1,5 +1,5 @@
 """What the jobs do around training, each subject in a module of its own: begin (`entry`), open the data (`data`),
-choose its images (`selection`), refuse what cannot work (`checks`), say how far they are (`progress`) and how they
+choose its images (`selection`), refuse what cannot work (`checks`), report progress (`progress`) and how they
 ended (`lifecycle`), train (`training`), score (`validation`) and keep the result (`result`).
 
 It knows configs, which the packages below it do not, and neither of the two jobs.

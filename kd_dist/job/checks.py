@@ -13,6 +13,7 @@ from kd_dist.models import require_usable
 from kd_dist.models.weights import misfits
 from kd_dist.run import checkpoint
 from kd_dist.run.folder import RunFolder
+from kd_dist.tables import counted
 from kd_dist.training.batches import steps_in_epoch
 
 FEWEST_IMAGES_A_GPU = 128  # in a step; with fewer a GPU waits for its kernels to be launched
@@ -42,8 +43,8 @@ def require_trainable(
     steps = steps_in_epoch(images, batch_size)
     if images // steps < 2 * ranks:
         raise UserError(
-            f"--batch-size {batch_size} with {ranks} ranks and {images} images leaves some ranks with fewer than two "
-            "images per step; use a larger --batch-size or fewer ranks."
+            f"--batch-size {batch_size} with {counted(ranks, 'rank')} and {images} images leaves some ranks with fewer "
+            "than two images per step; use a larger --batch-size or fewer ranks."
         )
     require_usable(name, model, len(data.samples.classes), config.augmentation.image_size)
 

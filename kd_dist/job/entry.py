@@ -34,7 +34,7 @@ def read_config(kind: type[Kind], prog: str, description: str, epilog: str) -> K
 def claim_folder(config: NetworkConfig, data: Data, runtime: Runtime, **identity: str) -> RunFolder:
     """Take the run folder for this run; raises UserError on every rank where it holds something else.
 
-    The data's fingerprints and `identity` are kept with the config, so that a run is not gone on with on other data.
+    The data's fingerprints and `identity` are kept with the config, so that a run is not resumed on other data.
     Claim when all else has been checked: a typo must not bind the folder, nor a refusal mark a finished run as failed.
     """
     folder = RunFolder(Path(config.out))

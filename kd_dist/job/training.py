@@ -1,4 +1,4 @@
-"""A trainer, composed as a config says."""
+"""A trainer, composed from a config."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Supervision:
 
 @dataclass(frozen=True)
 class Training:
-    """A trainer as its config says, and the validation it calls."""
+    """A trainer as configured, and the validation it calls."""
 
     config: NetworkConfig
     trainer: Trainer
@@ -51,7 +51,7 @@ class Training:
 
     def run(self, stop: StopRequest) -> tuple[nn.Module, np.ndarray]:
         """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
-        [M, K] of the images it is scored on, val unless the config says otherwise.
+        [M, K] of the images it is scored on, val unless configured otherwise.
         """
         runtime, folder = self.trainer.runtime, self.trainer.folder
         epochs = self.config.optimisation.epochs
@@ -74,7 +74,7 @@ def compose_training(
     cache: Cache | None = None,
     after_epoch: AfterEpoch | None = None,
 ) -> Training:
-    """What trains this model on this data as `config` says, ready to run.
+    """What trains this model on this data as configured by `config`, ready to run.
 
     `cache` adds agreement with the teacher to the metrics.
     """
@@ -135,7 +135,7 @@ def optimisation_of(config: NetworkConfig) -> Optimisation:
 
 
 def execution_of(config: NetworkConfig, runtime: Runtime) -> Execution:
-    """How the work is done, as the config says and this machine allows."""
+    """How the work is done, as configured and as this machine allows."""
     own = config.run
     return Execution(
         MEAN,

@@ -46,7 +46,7 @@ def verify(options: argparse.Namespace) -> None:
             job.say(runtime, "teacher: not checked; pass its model.pt with --teacher (needs --data)")
             return
         if data is None:
-            raise UserError("--teacher computes logits again from the images; name their folder with --data.")
+            raise UserError("--teacher computes logits again from the images; pass their folder with --data.")
         _verify_data(cache, Path(data), options, runtime)
         if options.teacher is None:
             job.say(runtime, "teacher: not checked; pass its model.pt with --teacher")

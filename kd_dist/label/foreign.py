@@ -37,7 +37,7 @@ def is_foreign(teacher: str, weights: Path | None) -> bool:
 
 
 class ForeignTeacher:
-    """What the command line says of such a teacher, read and checked as far as that goes without the data.
+    """What the command line specifies about such a teacher, read and checked as far as that goes without the data.
 
     Raises UserError for a name that is not known, weights that cannot be read, or a class map that cannot be.
     """

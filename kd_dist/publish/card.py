@@ -19,14 +19,14 @@ from kd_dist.cache.statistics import (
 from kd_dist.hub import front_matter
 
 NOT_STATED = "not stated"
-ABOUT = "Soft labels for knowledge distillation: a teacher's logits for several crops of every image of an image set."
+ABOUT = "Soft labels for knowledge distillation: a teacher's logits for several crops of every image of a data set."
 NO_IMAGES = "The images are not part of this set; paths and SHA-256 digests name them."
 USE = "Made for training smaller image classifiers, on the same images, by offline distillation."
 SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M", 1e8: "10M<n<100M"}
 
 
 def stated(value: str | None) -> str:
-    """What the publisher said, or that nothing was."""
+    """What the publisher stated, or that nothing was stated."""
     return value or NOT_STATED
 
 
@@ -35,7 +35,7 @@ def data_card(cache: Cache, name: str, document: Mapping[str, Any]) -> str:
     parts = (
         *(_front_matter(cache, name, document), f"# {name}", f"{ABOUT} {NO_IMAGES}", _facts(cache, document)),
         *("## Files", _files(document), "## Read", READ, "## Views", _views(cache)),
-        *("## The teacher's accuracy by class", _by_class(cache), "## What the labels are worth", _worth(cache)),
+        *("## The teacher's accuracy by class", _by_class(cache), "## Label statistics", _worth(cache)),
         *("## Limits", limits(cache)),
     )
     return "\n\n".join(parts) + "\n"
@@ -127,5 +127,8 @@ def limits(cache: Cache) -> str:
     elif not cache.is_out_of_fold:
         lines.append("The teacher was trained on images of train, so its labels of train are surer than those of val.")
     if cache.header.top_k:
-        lines.append(f"Of each view the {cache.header.top_k} largest logits are kept, of the others their mass.")
+        lines.append(
+            f"Of each soft label the {cache.header.top_k} largest logits are kept, and the total probability of the "
+            "other classes."
+        )
     return " ".join(lines)

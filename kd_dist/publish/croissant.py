@@ -47,7 +47,7 @@ DESCRIPTIONS = {
     "flips": "1 where a view is mirrored",
     "partner": "row of the image that a view is mixed with",
     "partner_view": "the view in which the partner is seen",
-    "weight": "share of the image itself in a mixed view",
+    "weight": "weight of the image itself in a mixed view",
     "paste": "CutMix box of a mixed view as fractions of the side: top, left, bottom, right",
     "logits": "the teacher's raw logits of each view",
     "top_index": "classes of each view's largest logits",
@@ -127,6 +127,6 @@ def _responsible(cache: Cache, own: Mapping[str, Any]) -> dict[str, Any]:
         "rai:dataLimitations": limits(cache),
         "rai:dataBiases": "The labels carry the biases of the teachers and of the data that the teachers learned from.",
         "rai:dataUseCases": f"{USE} Intended use: {stated(own['intended_use'])}.",
-        "rai:personalSensitiveInformation": f"{NO_IMAGES} File names are those of the image set.",
+        "rai:personalSensitiveInformation": f"{NO_IMAGES} File names are those of the data set.",
         "rai:dataReleaseMaintenancePlan": "Not stated.",
     }

@@ -28,7 +28,7 @@ CARD, CROISSANT = "README.md", "croissant.json"
 
 @dataclass(frozen=True)
 class Statement:
-    """What the publisher says of a set of labels and no file knows; None where nothing was said."""
+    """What the publisher states about a set of labels and no file records; None where nothing was stated."""
 
     licence: str | None = None  # of the labels, as the Hub names licences
     teacher_licence: str | None = None
@@ -74,7 +74,7 @@ def restore(folder: Path, target: Path) -> bool:
     Raises UserError: the folder is none, a file is missing or another, `target` is there or cannot be written.
     """
     if target.exists():
-        raise UserError(f"{target} exists already: move it away, or choose another place for the new one.")
+        raise UserError(f"{target} already exists: move it away, or choose another path for the cache.")
     document = _read(folder)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
@@ -123,7 +123,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """labels.json. Raises UserError where it is missing, damaged or of another version."""
     document = read_json(folder / PUBLISHED, "get the folder again from where it was published.")
     if document is None:
-        raise UserError(f"{folder} holds no {PUBLISHED}: name a folder that `python -m kd_dist.cache export` wrote.")
+        raise UserError(f"{folder} holds no {PUBLISHED}: pass a folder that `python -m kd_dist.cache export` wrote.")
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         raise UserError(f"{folder / PUBLISHED} is not of version {VERSION} of published labels: update kd_dist.")
     if bad := [name for name, split in document["splits"].items() if split["file"] != f"data/{name}.parquet"]:

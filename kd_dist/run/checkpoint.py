@@ -132,7 +132,7 @@ def _checksum_of(data: memoryview) -> bytes:
 
 
 def _read_torch(path: Path, format_name: str) -> dict[str, Any]:
-    """A document of ours; UserError says in what way the file is none."""
+    """A document of ours. Raises UserError that names what the file is instead."""
     import torch
 
     try:

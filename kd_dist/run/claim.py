@@ -71,7 +71,7 @@ def is_finished(
     may_change: Collection[str],
     completed: Completed = dict,
 ) -> bool:
-    """Whether this very run was brought to its end here; the folder is not claimed.
+    """Whether exactly this run was brought to its end here; the folder is not claimed.
 
     Raises UserError where it holds something else, as `claim` does.
     """

@@ -1,4 +1,4 @@
-"""A run as its folder tells it, for tables: what was asked for, its metrics, how it stands."""
+"""A run as recorded in its folder, for tables: what was asked for, its metrics, how it stands."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +32,7 @@ class Run:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What state.json says; empty where the run has not started."""
+        """The content of state.json; empty where the run has not started."""
         return read_state(self.folder) or {}
 
     @property

@@ -1,4 +1,4 @@
-"""A study's folder: the names in it, and study.json, which says what was asked for. Trains nothing.
+"""A study's folder: the names in it, and study.json, which records what was requested. Trains nothing.
 
 runs/study/
     study.json               arms, definitions of variants, settings of the grid, seeds, the primary contrast, the
@@ -75,7 +75,7 @@ class StudyFolder:
         return found
 
     def document(self) -> dict[str, Any]:
-        """What study.json says; empty where there is none. Raises UserError where it cannot be read."""
+        """The content of study.json; empty where there is none. Raises UserError where it cannot be read."""
         return read_json(self.study, mend="restore it, or run the study again.") or {}
 
 
@@ -144,7 +144,7 @@ def with_variants(folder: StudyFolder, document: Mapping[str, Any], arms: Sequen
 
 
 def _earlier(folder: StudyFolder, shared: dict[str, Any], cache_digest: str, start_over: bool) -> dict[str, Any]:
-    """What study.json says; nothing where there is none, or where it is another study and is removed now. Raises
+    """The content of study.json; nothing where there is none, or where it is another study and is removed now. Raises
     UserError for another study that --start-over does not remove.
     """
     nothing: dict[str, Any] = {"arms": [], "grid": [], "seeds": []}

@@ -32,7 +32,7 @@ class OnlineTeacher:
         return self.teacher.row.sha256
 
     def __call__(self, settings: StudentConfig, classes: int) -> LossTerms:
-        """The loss that the settings name, against the teacher's logits on the very images of the batch."""
+        """The loss that the settings name, against the teacher's logits on exactly the images of the batch."""
         cached = distill.loss_of(settings, classes)
         mean, std, size = self.teacher.mean, self.teacher.std, self.teacher.row.image_size
         normalise = views.Normalise(mean, std, torch.float32, self.device)

@@ -1,4 +1,4 @@
-"""What a study's run folders say: its arms, their scores, and the differences between them. Nothing is trained.
+"""What a study's run folders hold: its arms, their scores, and the differences between them. Nothing is trained.
 
 Everything is read from OUT/<arm>/seed-<s> and OUT/study.json: the same folders give the same figures. An arm is
 complete when all its seeds are finished; other arms are shown, not tested.
