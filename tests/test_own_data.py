@@ -245,6 +245,14 @@ def test_caches_of_them_are_extended_combined_and_labelled_alike(made, tmp_path)
         assert cache.fingerprint("train") == open_cache(first).fingerprint("train")
 
 
+def test_published_cache_has_them_too(made, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    call(cache_command.main, "export", made[1] / "logits.h5", "--to", tmp_path / "published")
+    rows = list(datasets.load_dataset(str(tmp_path / "published"), split="train", streaming=True))
+    assert [row["label"] for row in rows[-9:]] == [UNKNOWN] * 9 and min(row["label"] for row in rows[:-9]) == 0
+    call(cache_command.main, "verify", tmp_path / "published", *made[0], "--device", "cpu")
+
+
 # ---- jobs
 
 
@@ -253,8 +261,11 @@ def test_jobs_agree_on_a_share_held_out_as_val(made, tmp_path, capsys):
     assert "45 train images" in refused(distill.main, *student(made), *other, "--out", tmp_path / "other")
     without = [*made[0][:4], "--cache", made[1] / "logits.h5", *STUDENT, "--out", tmp_path / "other"]
     assert "has 45 train images" in refused(distill.main, *without)
-    call(teacher.main, *made[0], *TEACHER, "--out", made[1])  # finished: prints the command for the student
     assert not (tmp_path / "other").exists()
+    baseline = [*made[0][:2], *STUDENT, "--alpha", 0, "--epochs", 1, "--out", tmp_path / "baseline", "--val-share"]
+    call(distill.main, *baseline, 0.3)
+    assert "--val-share was 0.3, now 0.4" in refused(distill.main, *baseline, 0.4)
+    assert "train data was" in refused(distill.main, *baseline, 0.3, *made[0][4:])
 
 
 def test_command_for_the_student_names_the_data_whole(flat, unlabelled, tmp_path, capsys):
