@@ -20,15 +20,7 @@ from kd_dist.models.weights import read_weights, take_weights
 from kd_dist.run.checkpoint import load_model, weights_digest
 from tests.entries import call, refused
 
-OWN = """
-from kd_dist.models import Cnn5
-
-def small(classes):
-    return Cnn5(classes, (4, 8))
-
-def of_five(classes):
-    return Cnn5(5, (4, 8))
-"""
+OWN = (Path(__file__).parent / "programs/own_teachers.py").read_text()
 
 
 @pytest.fixture(autouse=True)
