@@ -24,6 +24,7 @@ from kd_dist.data.generated import generate
 from kd_dist.data.scan import scan
 from kd_dist.dist.endings import Interrupted
 from kd_dist.errors import UserError
+from kd_dist.export import __main__ as export_command
 from kd_dist.fingerprint import UNKNOWN
 from kd_dist.run.checkpoint import load_model
 from kd_dist.run.results import read_val_logits
@@ -316,6 +317,12 @@ def test_resumed_student_is_the_uninterrupted_one_to_the_bit(made, trained, tmp_
     assert all(torch.equal(one[name], again[name]) for name in one)
 
 
+def test_student_from_the_files_is_the_one_from_the_store(made, trained, tmp_path):
+    call(distill.main, *student(made), "--pixels", "off", "--out", tmp_path / "run")
+    one, other = (load_model(folder / "model.pt")["weights"] for folder in (trained, tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_loss_that_needs_labels_is_refused(made, tmp_path):
     command = [*student(made), "--loss", "dkd", "--out", tmp_path / "run"]
     assert "--loss dkd needs every image's label, --unlabelled has none" in refused(distill.main, *command)
@@ -327,3 +334,10 @@ def test_study_refuses_arms_that_need_labels(made, tmp_path):
 
     command = [*student(made), "--seeds", 0, "--out", tmp_path / "study", "--arms"]
     assert "arm class-mean needs every image's label, --unlabelled" in refused(study.main, *command, "class-mean")
+
+
+def test_export_compares_on_noise_where_the_environment_names_a_csv_file(tmp_path, monkeypatch):
+    for named, compared_on in ((tmp_path, str(tmp_path)), (tmp_path / "list.csv", None), ("hf:someone/fruit", None)):
+        monkeypatch.setenv("KD_DIST_DATA", str(named))
+        assert export_command._folder_of_images(None) == compared_on
+        assert export_command._folder_of_images("typed") == "typed"
