@@ -73,7 +73,7 @@ def test_test_beside_val_is_left_alone_with_a_note(root: Path):
     (root / "test/00-disc-coarse/00000.jpg").write_text("no image")
     found = scan(root)
     assert found.val.fingerprint == before.val.fingerprint
-    assert found.ignored == ("test is left alone: val is val",)
+    assert found.ignored == ("test is left alone: scores are on val",)
 
 
 def test_two_vals_are_refused(root: Path):
@@ -151,7 +151,7 @@ def test_share_is_taken_of_train_where_there_is_no_val(flat: Path, root: Path):
     (root / "val").rename(root / "test")
     found = scan(root, val_share=0.3)
     assert found.val.paths[0].startswith("train/00-disc-coarse/")
-    assert found.ignored == ("test is left alone: val is a share of train",)
+    assert found.ignored == ("test is left alone: scores are on a share of train",)
     assert found.layout == "class folders in train/, --val-share 0.3"
 
 
@@ -262,7 +262,7 @@ def test_csv_without_splits_is_split_by_share(flat: Path):
 def test_test_lines_beside_val_lines_are_left_alone(root: Path, listed: Path):
     rows = [*rows_of(listed), ["nowhere.jpg", "unheard", "test"]]
     found = scan(write_csv(listed, rows))
-    assert len(found.val) == 3 and found.ignored == ("test is left alone: val is val",)
+    assert len(found.val) == 3 and found.ignored == ("test is left alone: scores are on val",)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from kd_dist.data.generated import generate
 from kd_dist.data.scan import scan
 from kd_dist.dist.endings import Interrupted
 from kd_dist.errors import UserError
+from kd_dist.export import __main__ as export_command
 from kd_dist.fingerprint import UNKNOWN
 from kd_dist.run.checkpoint import load_model
 from kd_dist.run.results import read_val_logits
@@ -245,6 +246,14 @@ def test_caches_of_them_are_extended_combined_and_labelled_alike(made, tmp_path)
         assert cache.fingerprint("train") == open_cache(first).fingerprint("train")
 
 
+def test_published_cache_has_them_too(made, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    call(cache_command.main, "export", made[1] / "logits.h5", "--to", tmp_path / "published")
+    rows = list(datasets.load_dataset(str(tmp_path / "published"), split="train", streaming=True))
+    assert [row["label"] for row in rows[-9:]] == [UNKNOWN] * 9 and min(row["label"] for row in rows[:-9]) == 0
+    call(cache_command.main, "verify", tmp_path / "published", *made[0], "--device", "cpu")
+
+
 # ---- jobs
 
 
@@ -253,8 +262,11 @@ def test_jobs_agree_on_a_share_held_out_as_val(made, tmp_path, capsys):
     assert "45 train images" in refused(distill.main, *student(made), *other, "--out", tmp_path / "other")
     without = [*made[0][:4], "--cache", made[1] / "logits.h5", *STUDENT, "--out", tmp_path / "other"]
     assert "has 45 train images" in refused(distill.main, *without)
-    call(teacher.main, *made[0], *TEACHER, "--out", made[1])  # finished: prints the command for the student
     assert not (tmp_path / "other").exists()
+    baseline = [*made[0][:2], *STUDENT, "--alpha", 0, "--epochs", 1, "--out", tmp_path / "baseline", "--val-share"]
+    call(distill.main, *baseline, 0.3)
+    assert "--val-share was 0.3, now 0.4" in refused(distill.main, *baseline, 0.4)
+    assert "train data was" in refused(distill.main, *baseline, 0.3, *made[0][4:])
 
 
 def test_command_for_the_student_names_the_data_whole(flat, unlabelled, tmp_path, capsys):
@@ -305,6 +317,12 @@ def test_resumed_student_is_the_uninterrupted_one_to_the_bit(made, trained, tmp_
     assert all(torch.equal(one[name], again[name]) for name in one)
 
 
+def test_student_from_the_files_is_the_one_from_the_store(made, trained, tmp_path):
+    call(distill.main, *student(made), "--pixels", "off", "--out", tmp_path / "run")
+    one, other = (load_model(folder / "model.pt")["weights"] for folder in (trained, tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_loss_that_needs_labels_is_refused(made, tmp_path):
     command = [*student(made), "--loss", "dkd", "--out", tmp_path / "run"]
     assert "--loss dkd needs every image's label, --unlabelled has none" in refused(distill.main, *command)
@@ -316,3 +334,10 @@ def test_study_refuses_arms_that_need_labels(made, tmp_path):
 
     command = [*student(made), "--seeds", 0, "--out", tmp_path / "study", "--arms"]
     assert "arm class-mean needs every image's label, --unlabelled" in refused(study.main, *command, "class-mean")
+
+
+def test_export_compares_on_noise_where_the_environment_names_a_csv_file(tmp_path, monkeypatch):
+    for named, compared_on in ((tmp_path, str(tmp_path)), (tmp_path / "list.csv", None), ("hf:someone/fruit", None)):
+        monkeypatch.setenv("KD_DIST_DATA", str(named))
+        assert export_command._folder_of_images(None) == compared_on
+        assert export_command._folder_of_images("typed") == "typed"

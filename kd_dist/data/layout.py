@@ -109,7 +109,7 @@ def _val_among(names: Iterable[str], val_share: float | None, where: Path, ignor
     else:
         val = found[0]
     if "test" in found and val != "test":
-        ignored.left_alone.append(f"test is left alone: val is {val}")
+        ignored.left_alone.append(f"test is left alone: scores are on {val}")
     return val if val_share is None else None
 
 

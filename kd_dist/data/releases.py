@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kd_dist.data import fetch, generated
 from kd_dist.data.fetch import Progress
-from kd_dist.data.hub import converted, hub_set
+from kd_dist.data.huggingface import converted, hub_set
 from kd_dist.data.layout import SHARE_HINT, is_set
 from kd_dist.errors import UserError
 

@@ -39,9 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    data = options.data or os.environ.get("KD_DIST_DATA")
-    export(options.model, options.to, data, options.licence, options.with_preprocessing)
+    export(options.model, options.to, _folder_of_images(options.data), options.licence, options.with_preprocessing)
     tables.show(f"wrote {options.to}; {options.to / CARD} holds sizes, differences and latency")
+
+
+def _folder_of_images(typed: str | None) -> str | None:
+    """What --data names, else KD_DIST_DATA where that is a folder; it may be a CSV file, or hf:NAME."""
+    named = os.environ.get("KD_DIST_DATA")
+    return typed or (named if named and os.path.isdir(named) else None)
 
 
 def export(source: Path, target: Path, data: str | None, licence: str | None, with_preprocessing: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from kd_dist import dataset, teacher
-from kd_dist.data import hub
+from kd_dist.data import huggingface
 from kd_dist.data.generated import draw
 from kd_dist.data.releases import locate
 from kd_dist.data.scan import scan
@@ -76,7 +76,7 @@ def test_parquet_files_become_a_folder_of_the_same_images(parquet: Path, place: 
 @pytest.mark.parametrize("typed", ["fruit", "hf:fruit", "hf:./fruit"])
 def test_folder_goes_with_or_without_the_prefix_and_is_converted_once(parquet: Path, monkeypatch, typed: str):
     first = locate(Path(typed), explicit=True)
-    monkeypatch.setattr(hub, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(huggingface, "_convert", lambda *_: pytest.fail("converted again"))
     assert locate(Path(f"hf:{parquet}"), explicit=True) == first == Path("data") / first.name
 
 
