@@ -42,7 +42,7 @@ imagewoof-cpu: setup
 gpu: setup
 	$(BIN)/python -m benchmarks.gpu $(GPU)
 
-# Ratios measured in turns, a quarter of an hour on two idle cores or minutes on a GPU. On real pictures where KD_DIST_DATA names a
+# Ratios measured in turns, a quarter of an hour on two idle cores or minutes on a GPU. On real images where KD_DIST_DATA names a
 # folder of them or KD_DIST_IMAGEWOOF an archive. BENCH="--rows 1 3" for some rows; benchmarks/setup_peers.sh adds FFCV and torchdistill.
 bench: setup
 	$(BIN)/python -m benchmarks.bench $(BENCH)

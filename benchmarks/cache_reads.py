@@ -1,4 +1,4 @@
-"""What reading soft labels costs per sample, and how much memory it takes: one epoch of one process, without pictures.
+"""What reading soft labels costs per sample, and how much memory it takes: one epoch of one process, without images.
 
     python -m benchmarks.cache_reads /tmp/logits.h5
 

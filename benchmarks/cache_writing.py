@@ -1,4 +1,4 @@
-"""Row 5: a cache written by the job's own code, over the teacher's bare forward pass on as many pictures."""
+"""Row 5: a cache written by the job's own code, over the teacher's bare forward pass on as many images."""
 
 import time
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ NEARLY_ALL = Goal(0.95)
 VIEWS = 2
 QUICK = {"train": 48, "val": 16}
 FEW = {"train": 1024, "val": 256}  # enough for blocks that can overlap
-KEPT_BATCHES = 8  # of pictures for the bare pass: it goes round them
+KEPT_BATCHES = 8  # of images for the bare pass: it goes round them
 
 
 def writing(bench: Bench) -> Iterator[Row]:
@@ -45,7 +45,7 @@ def first_images(data: Data, counts: dict[str, int]) -> Data:
 
 
 def chosen(data: Data, rows: dict[str, np.ndarray]) -> Data:
-    """The same data with these rows of its splits alone; their pictures stay where they are."""
+    """The same data with these rows of its splits alone; their images stay where they are."""
     samples = {split: data.samples.split(split).at(rows_M, split) for split, rows_M in rows.items()}
     pixels = {split: data.pixels[split].at(rows_M) for split, rows_M in rows.items()}
     return replace(data, samples=replace(data.samples, **samples), pixels=pixels)
@@ -74,7 +74,7 @@ class Writing:
 
 
 class BareForward:
-    """An arm: the network alone on as many pictures in the same batches, rendered and normalised beforehand."""
+    """An arm: the network alone on as many images in the same batches, rendered and normalised beforehand."""
 
     def __init__(self, bench: Bench, data: Data, writer: Writing):
         header, tables = writer.plan.header, writer.plan.tables

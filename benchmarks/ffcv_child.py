@@ -23,7 +23,7 @@ CROP_SCALE = (0.35, 1.0)
 
 
 def store(train: Path, target: Path) -> None:
-    """Write the pictures raw, once."""
+    """Write the images raw, once."""
     if not target.exists():
         temporary = target.with_suffix(".part")
         writer = DatasetWriter(

@@ -85,7 +85,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flops_an_image(trainer: Trainer) -> float:
-    """FLOP that forward and backward of one picture take, counted by torch (two for a multiplication and addition)."""
+    """FLOP that forward and backward of one image take, counted by torch (two for a multiplication and addition)."""
     model = trainer.model.train()
     side = trainer.data.image_size
     images_BCHW = torch.zeros(2, 3, side, side, device=trainer.runtime.device)

@@ -1,4 +1,4 @@
-"""Row 3: pictures a second out of our input path, torchvision's and FFCV's, the same work on all sides: every training
+"""Row 3: images a second out of our input path, torchvision's and FFCV's, the same work on all sides: every training
 image once, RandomResizedCrop(0.35-1), flip, float32 normalised, batches of 64 on the device.
 """
 
@@ -34,7 +34,7 @@ def loaders(bench: Bench) -> Iterator[Row]:
 
 def _at_size(bench: Bench, size: int, ffcv: Child | None) -> Iterator[Row]:
     if ffcv is not None:
-        ffcv.ask(size=size)  # it stores the pictures and compiles now, not beside the others' trials
+        ffcv.ask(size=size)  # it stores the images and compiles now, not beside the others' trials
     our_workers = best_workers(lambda workers: OurPath(bench, size, workers), bench)
     their_workers = best_workers(lambda workers: TorchvisionPath(bench, size, workers, TRIAL_IMAGES), bench)
     arms = {"ours": OurPath(bench, size, our_workers), "torchvision": TorchvisionPath(bench, size, their_workers)}
@@ -102,10 +102,10 @@ class TorchvisionPath:
             ]
         )
         self.device = bench.runtime.device
-        pictures = ImageFolder(Path(bench.data.samples.root) / "train", transforms)
-        some = None if images is None else torch.randperm(len(pictures))[:images].tolist()
+        images = ImageFolder(Path(bench.data.samples.root) / "train", transforms)
+        some = None if images is None else torch.randperm(len(images))[:images].tolist()
         self.loader = torch.utils.data.DataLoader(
-            pictures if some is None else torch.utils.data.Subset(pictures, some),
+            images if some is None else torch.utils.data.Subset(images, some),
             batch_size=BATCH,
             shuffle=True,
             num_workers=workers,

@@ -32,7 +32,7 @@ CALM = {"lr": 1e-4, "mixup": 0.0, "cutmix": 0.0, "seed": 0}  # an untrained teac
 
 
 def source_of(data: str | None, archive: str | None, folder: Path) -> DataConfig:
-    """Where the pictures come from, first found: --data, $KD_DIST_DATA, --archive, $KD_DIST_IMAGEWOOF; else the drawn
+    """Where the images come from, first found: --data, $KD_DIST_DATA, --archive, $KD_DIST_IMAGEWOOF; else the drawn
     set.
     """
     named = data or os.environ.get("KD_DIST_DATA")

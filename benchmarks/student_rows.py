@@ -89,7 +89,7 @@ def rates(bench: Bench, taken) -> dict[str, float]:
 
 
 def online(bench: Bench) -> OnlineTeacher:
-    """The study's teacher in the loop, which sees the very pictures that the student does."""
+    """The study's teacher in the loop, which sees the very images that the student does."""
     teacher = bench.untrained
     row = replace(teacher.row, image_size=bench.student.augmentation.image_size)
     return OnlineTeacher(replace(teacher, row=row), bench.data.pixels["train"], bench.runtime.device)

@@ -20,7 +20,7 @@ from kd_dist.config import MEAN, STD
 from kd_dist.models import build
 
 
-class Pictures(Dataset):
+class ImageStore(Dataset):
     """The listed JPEGs, centre crop, float32 normalised, with their labels."""
 
     def __init__(self, told: dict):
@@ -80,7 +80,7 @@ def box(told: dict) -> DistillationBox:
     torch.manual_seed(0)
     teacher, student = (build(told[kind], told["classes"]) for kind in ("teacher", "student"))
     device = torch.device(told["device"])
-    data = {"train": Pictures(told)}
+    data = {"train": ImageStore(told)}
     return DistillationBox(teacher.to(device).eval(), student.to(device), data, config, device, None, False, 1)
 
 

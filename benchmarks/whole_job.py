@@ -38,7 +38,7 @@ FEW_IMAGES = {"train": 48, "val": 16}
 
 
 def against_torchdistill(bench: Bench) -> Iterator[Row]:
-    """Decode, label one view of each picture, train some epochs from these labels: both systems in turns."""
+    """Decode, label one view of each image, train some epochs from these labels: both systems in turns."""
     release = peers.version_of("torchdistill")
     name = f"8 torchdistill {release or '1.1.4'} / ours, seconds of the whole job, {EPOCHS} epochs"
     if release is None:

@@ -48,12 +48,13 @@ def _prepare(options: argparse.Namespace) -> Dataset:
     progress = PrintedProgress()
     typed = options.data or os.environ.get("KD_DIST_DATA")
     data = Path(typed or DEFAULT_DATA)
-    root = locate(data, options.release, options.archive, options.sha256, explicit=bool(typed), progress=progress)
-    return scan(root, manifest_folder=default_folder(root), progress=progress)
+    share, named = options.val_share, (options.release, options.archive, options.sha256)
+    root = locate(data, *named, explicit=bool(typed), val_share=share, progress=progress)
+    return scan(root, val_share=share, manifest_folder=default_folder(root), progress=progress)
 
 
 def _print_set(dataset: Dataset) -> None:
-    print(f"{dataset.name} in {dataset.root.resolve()}")
+    print(f"{dataset.name} in {dataset.root.resolve()}: {dataset.layout}")
     print(f"{'class':<32} {'train':>8} {'val':>8}")
     counts = [np.bincount(dataset.split(split).labels_N, minlength=len(dataset.classes)) for split in SPLITS]
     for name, train, val in zip(dataset.classes, *counts, strict=True):
@@ -80,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
     )
     add = parser.add_argument
-    add("--data", metavar="DIR", help="the set's folder, or the one to put it in [$KD_DIST_DATA, else data]")
+    add("--data", metavar="DIR", help="the set's folder or CSV file, or where to put it [$KD_DIST_DATA, else data]")
+    add("--val-share", type=float, metavar="SHARE", help="hold this share of the images out as val")
     add("--release", metavar="NAME", help=f"which set to fetch, see --list [{DEFAULT_RELEASE}]")
     add("--archive", metavar="FILE_OR_URL", help="take the set from this tar file or http(s) address instead")
     add("--sha256", metavar="HEX", help="the digest that the archive must have")
@@ -91,17 +93,20 @@ def _parser() -> argparse.ArgumentParser:
 _HELP = """\
 Get an image set ready and say what is in it. No GPU is needed, so a login node will do.
 
-A folder with train/<class>/* and val/<class>/* is used as it is. Otherwise the release is looked for in it by
-name, and fetched when it is not there: downloaded (an interrupted download goes on where it stopped), checked,
-unpacked aside, and put in place with one rename. A folder that you name must hold a set, unless you name a
-release or an archive to put into it."""
+A folder with train/<class>/* and val/<class>/* is used as it is (valid/, validation/ and test/ pass for val/),
+and so is a CSV file of path,label,split; of a folder of class folders, --val-share holds a part out as val.
+Otherwise the release is looked for in the folder by name, and fetched when it is not there: downloaded (an
+interrupted download goes on where it stopped), checked, unpacked aside, and put in place with one rename. A
+folder that you name must hold a set, unless you name a release or an archive to put into it."""
 
 _EXAMPLES = """\
 examples:
   python -m kd_dist.dataset                                        Imagewoof, 160 pixels, into data/
   python -m kd_dist.dataset --release demo                         a set that is drawn, without a network
   python -m kd_dist.dataset --archive /mirror/imagewoof2-160.tgz   from a copy
-  python -m kd_dist.dataset --data /datasets/pets                  a folder of your own"""
+  python -m kd_dist.dataset --data /datasets/pets                  a folder of your own
+  python -m kd_dist.dataset --data /datasets/birds --val-share 0.1 class folders, a tenth held out as val
+  python -m kd_dist.dataset --data /datasets/list.csv              lines of path,label,split"""
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def run(
 
 
 def require_student(config: StudentConfig, data: Data, runtime: Runtime) -> nn.Module:
-    """The student with its first weights. Raises UserError where batch, pictures, ranks and network do not fit."""
+    """The student with its first weights. Raises UserError where batch, images, ranks and network do not fit."""
     torch.manual_seed(config.seed)
     name = config.distillation.student
     model = models.build(name, len(data.samples.classes))

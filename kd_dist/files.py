@@ -40,7 +40,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of this name against other processes, waiting for it; for work that takes no time.
+    """Hold the lock of this name against other processes of this machine, waiting for it however long that takes.
 
     A file system without locks is taken at its word: there nothing is held.
     """

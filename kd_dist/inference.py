@@ -1,6 +1,6 @@
 """Logits of a model on given views: one forward path for validation, the cache's rows and their re-check.
 
-Pictures go through the network in fixed batches of FORWARD_BATCH, counted from the first of those asked for. Whoever
+Images go through the network in fixed batches of FORWARD_BATCH, counted from the first of those asked for. Whoever
 asks for fixed pieces of a split gets rows that do not depend on how many ranks there are or where a run was cut.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from kd_dist.dist.runtime import Runtime
 from kd_dist.images import views
-from kd_dist.images.store import Pictures
+from kd_dist.images.store import ImageStore
 
 FORWARD_BATCH = 256
 
@@ -72,14 +72,14 @@ def input_dtype(model: nn.Module, device: torch.device, dtype: str) -> torch.dty
 
 
 class Forward:
-    """A model in evaluation mode with the pictures of a split, rendered at `image_size` and normalised by `mean` and
+    """A model in evaluation mode with the images of a split, rendered at `image_size` and normalised by `mean` and
     `std`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        pixels: Pictures,
+        pixels: ImageStore,
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -93,11 +93,11 @@ class Forward:
         self.normalise = views.Normalise(mean, std, input_dtype(model, device, self.compute_dtype), device)
 
     def logits(self, shown: views.Shown) -> np.ndarray:
-        """Logits float32 [B, K] of these pictures, FORWARD_BATCH of them at a time, in their order."""
+        """Logits float32 [B, K] of these images, FORWARD_BATCH of them at a time, in their order."""
         return self._logits_of(shown.at(places) for places in forward_batches(len(shown)))
 
     def _logits_of(self, batches: Iterable[views.Shown]) -> np.ndarray:
-        """Logits float32 [B, K] of all pictures of these batches. The host waits for the device once, at the end."""
+        """Logits float32 [B, K] of all images of these batches. The host waits for the device once, at the end."""
         pieces = [self._batch(images_BCHW) for images_BCHW in ahead(self._draw, batches, self.threads)]
         return torch.cat(pieces).float().cpu().numpy()
 
@@ -117,7 +117,7 @@ class Forward:
         return logits_BK
 
     def all_logits(self, shown: views.Shown, classes: int, runtime: Runtime) -> np.ndarray:
-        """Logits float32 [B, K] of these pictures, each computed on one rank, the result on every rank."""
+        """Logits float32 [B, K] of these images, each computed on one rank, the result on every rank."""
         mine = forward_batches(len(shown))[runtime.rank :: runtime.world_size]
         logits_BK = torch.zeros(len(shown), classes)
         if mine:
@@ -127,5 +127,5 @@ class Forward:
 
 
 def forward_batches(count: int) -> list[slice]:
-    """The places of each forward batch among `count` pictures."""
+    """The places of each forward batch among `count` images."""
     return [slice(low, low + FORWARD_BATCH) for low in range(0, count, FORWARD_BATCH)]

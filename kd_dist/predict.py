@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_dist import tables
-from kd_dist.data.scan import IMAGE_SUFFIXES
+from kd_dist.data.layout import IMAGE_SUFFIXES
 from kd_dist.dist.cores import available_cores
 from kd_dist.dist.rendezvous import choose_device
 from kd_dist.errors import UserError, exit_code_of

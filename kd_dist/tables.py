@@ -51,6 +51,11 @@ def markdown(rows: Rows) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, in the plural where that is due: "1 epoch", "1,200 images"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def terminal_width() -> int | None:
     """Characters in a line of the terminal (COLUMNS, else its own size); None where the output is a pipe or a file."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -9,6 +9,7 @@ import contextlib
 import getpass
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -281,8 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("runs", nargs="?", type=Path, default=Path("runs"), help="the folder that holds jobs/ [runs]")
     add("--follow", action="store_true", help="keep the table up to date until all jobs have ended")
-    add("--every", type=float, default=5.0, metavar="S", help="seconds between two looks with --follow [5]")
-    add("--cancel", action="store_true", help="cancel what waits or runs; each saves before it ends")
+    add("--every", type=float, default=5.0, metavar="S", help="seconds between two updates with --follow [5]")
+    add("--cancel", action="store_true", help="cancel all waiting and running jobs; each saves before it ends")
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a log line may hold what the terminal cannot show

@@ -43,6 +43,7 @@ from kd_dist.errors import UserError, exit_code_of
 from kd_dist.files import writing
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.lock import in_use
+from kd_dist.tables import counted
 
 from . import status
 from .plans import PLANNERS, STUDY_WORDS, Plan, is_finished
@@ -247,7 +248,8 @@ def _submit_all(options: argparse.Namespace, plans: list[Plan], resources: Resou
         for job in _start(batch):
             waits = f", after job {before.id} has succeeded" if before else ""
             log = _shown(JobFolder(Path(job.folder)).main_log)
-            print(f"{job.kind}: job {job.id}, {job.nodes} x {job.ranks} ranks{waits}; log {log}")
+            size = f"{counted(job.nodes, 'node')} x {counted(job.ranks, 'rank')}"
+            print(f"{job.kind}: job {job.id}, {size}{waits}; log {log}")
         before = job
     print(f"watch them: python -m {__package__}.status {shlex.quote(_shown(runs))} --follow")
 
@@ -465,7 +467,7 @@ def _show(options: argparse.Namespace, plans: list[Plan], resources: Resources, 
         if options.cluster == "slurm":
             print(sbatch_text(batch))
         else:
-            print(f"# {options.cluster}: {len(together)} x {resources.world_size} ranks on this machine\n")
+            print(f"# {options.cluster}: {len(together)} x {counted(resources.world_size, 'rank')} on this machine\n")
         before = replace(batch.jobs[0], id=f"<job of {plan.kind}>")
 
 

@@ -1,4 +1,4 @@
-"""What several test modules share: a tiny drawn set made once, pictures in memory, ranks without a process group."""
+"""What several test modules share: a tiny drawn set made once, images in memory, ranks without a process group."""
 
 import os
 
@@ -63,7 +63,7 @@ def tiny(generated_root) -> Dataset:
 
 @pytest.fixture(scope="session")
 def tiny_pixels(tiny, tmp_path_factory) -> dict[str, Pixels]:
-    """The decoded pictures of the tiny set by split."""
+    """The decoded images of the tiny set by split."""
     folder = tmp_path_factory.mktemp("pixels")
     for split in ("train", "val"):
         build_pixels(tiny.split(split), folder, 1, lambda done, total: None)
@@ -72,7 +72,7 @@ def tiny_pixels(tiny, tmp_path_factory) -> dict[str, Pixels]:
 
 @pytest.fixture(scope="session")
 def pixels_of() -> Callable[[Sequence[np.ndarray]], Pixels]:
-    """Makes a store in memory from pictures uint8 [H, W, 3]."""
+    """Makes a store in memory from images uint8 [H, W, 3]."""
 
     def build(images: Sequence[np.ndarray]) -> Pixels:
         lengths_N = np.array([image.size for image in images])

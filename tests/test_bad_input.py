@@ -106,9 +106,9 @@ def test_image_too_small_for_the_network(made, tmp_path, student, size, smallest
     named = int(re.fullmatch(rf"--image-size {size} is too small .*; the smallest that works is (\d+)\.", sentence)[1])
     assert smallest in (named, None)
     model = STUDENTS[student](10)
-    models.require_image_size(named, model)
+    models.require_image_size(named, model, "cnn5")
     with pytest.raises(UserError):
-        models.require_image_size(named - 1, model)
+        models.require_image_size(named - 1, model, "cnn5")
 
 
 # ---- the cache

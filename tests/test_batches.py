@@ -13,29 +13,29 @@ from kd_dist.training.batches import (
     EpochBatches,
     FreshCrops,
     TrainData,
-    blends_of,
+    mixes_of,
     order_of,
 )
 
 SIZES_HW = ((40, 55), (55, 40), (48, 48), (41, 60))
 
 
-def noise_pictures(n: int) -> list[np.ndarray]:
+def noise_images(n: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (*SIZES_HW[i % len(SIZES_HW)], 3), dtype=np.uint8) for i in range(n)]
 
 
-def plain_pictures(n: int) -> list[np.ndarray]:
-    """Pictures of one colour each, of which the first channel tells the index."""
+def plain_images(n: int) -> list[np.ndarray]:
+    """Images of one colour each, of which the first channel tells the index."""
     return [np.full((*SIZES_HW[i % len(SIZES_HW)], 3), (i, 255 - i, 3 * i % 256), np.uint8) for i in range(n)]
 
 
 @pytest.fixture
 def fresh(pixels_of):
-    """Makes training data of n noisy pictures in fresh crops."""
+    """Makes training data of n noisy images in fresh crops."""
 
-    def make(n: int = 21, batch_size: int = 4, pictures=noise_pictures, **changes) -> TrainData:
-        pixels = pixels_of(pictures(n))
+    def make(n: int = 21, batch_size: int = 4, images=noise_images, **changes) -> TrainData:
+        pixels = pixels_of(images(n))
         crops = FreshCrops(pixels.sizes_N2, (0.35, 1.0), seed=5)
         data = TrainData(pixels, np.arange(n) % 7, crops, image_size=16, batch_size=batch_size, seed=5)
         return replace(data, **changes)
@@ -104,9 +104,9 @@ def test_batch_holds_its_images(fresh):
         assert batch.images_BCHW.dtype == torch.uint8
         assert batch.labels_B.tolist() == (batch.index_B % 7).tolist()
         assert batch.teacher_logits_BK is None
-        for index, picture_CHW in zip(batch.index_B, batch.images_BCHW, strict=True):
+        for index, image_CHW in zip(batch.index_B, batch.images_BCHW, strict=True):
             expected_CHW = views.render(data.pixels[index], crops.box_N4[index], crops.flip_N[index], 16)
-            assert torch.equal(picture_CHW, expected_CHW)
+            assert torch.equal(image_CHW, expected_CHW)
 
 
 def test_fresh_crops_change_every_epoch(fresh):
@@ -129,10 +129,10 @@ def test_crops_tell_nothing_of_the_flips(fresh):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-@pytest.mark.parametrize("kind", ["fresh", "blended", "cached"])
+@pytest.mark.parametrize("kind", ["fresh", "mixed", "cached"])
 def test_ranks_parts_are_the_batch_of_one_process(fresh, cached, kind, world_size):
     data = cached(23, batch_size=8) if kind == "cached" else fresh(23, batch_size=8)
-    data = replace(data, mixup=0.4, cutmix=0.4) if kind == "blended" else data
+    data = replace(data, mixup=0.4, cutmix=0.4) if kind == "mixed" else data
     alone = epoch_of(data, epoch=1)
     parts = [epoch_of(data, 1, rank, world_size) for rank in range(world_size)]
     for step, whole in enumerate(alone):
@@ -216,38 +216,38 @@ def test_soft_labels_are_those_of_the_view_shown(cached):
         choice_N = crops(epoch).choice_N
         for batch in epoch_of(data, epoch):
             assert batch.teacher_logits_BK.dtype == torch.float16
-            for index, picture_CHW, row in zip(batch.index_B, batch.images_BCHW, batch.teacher_logits_BK, strict=True):
+            for index, image_CHW, row in zip(batch.index_B, batch.images_BCHW, batch.teacher_logits_BK, strict=True):
                 view = choice_N[index]
                 assert row.tolist() == data.logits_NVK[index, view].tolist()
                 box, flip = crops.box_NV4[index, view], crops.flip_NV[index, view]
-                assert torch.equal(picture_CHW, views.render(data.pixels[index], box, flip, 16))
+                assert torch.equal(image_CHW, views.render(data.pixels[index], box, flip, 16))
 
 
-# ------------------------------------------------------------------------------------------------------------- blending
+# ------------------------------------------------------------------------------------------------------------- mixing
 
 
-def test_nothing_is_blended_unless_asked_for(fresh):
+def test_nothing_is_mixed_unless_asked_for(fresh):
     for batch in epoch_of(fresh()):
         assert torch.equal(batch.weights_B, torch.ones(len(batch.index_B)))
         assert torch.equal(batch.partner_labels_B, batch.labels_B)
 
 
-def blended_images(data, epoch):
-    """(index, picture, weight of the own label, partner's label) of every image of an epoch."""
+def mixed_images(data, epoch):
+    """(index, image, weight of the own label, partner's label) of every image of an epoch."""
     for batch in epoch_of(data, epoch=epoch):
         weights, labels = batch.weights_B.tolist(), batch.partner_labels_B.tolist()
         yield from zip(batch.index_B.tolist(), batch.images_BCHW, weights, labels, strict=True)
 
 
 def test_pasted_area_is_the_partners_share_of_the_label(fresh):
-    data = fresh(60, 8, pictures=plain_pictures, cutmix=0.7)
-    partner_N = blends_of(data, 4).partner_N
+    data = fresh(60, 8, images=plain_images, cutmix=0.7)
+    partner_N = mixes_of(data, 4).partner_N
     seen = []
-    for index, picture_CHW, weight, label in blended_images(data, epoch=4):
-        own_HW = picture_CHW[0] == index
+    for index, image_CHW, weight, label in mixed_images(data, epoch=4):
+        own_HW = image_CHW[0] == index
         # the label's share is that of the box in fractions, whatever the size it is shown at: half a pixel an edge
         assert abs(own_HW.double().mean().item() - weight) <= 2.1 / 16 or partner_N[index] == index
-        assert set(picture_CHW[0].unique().tolist()) <= {index, int(partner_N[index])}
+        assert set(image_CHW[0].unique().tolist()) <= {index, int(partner_N[index])}
         assert label == partner_N[index] % 7 or weight == 1
         seen.append(weight)
         rows, columns = torch.nonzero(~own_HW, as_tuple=True)
@@ -258,14 +258,14 @@ def test_pasted_area_is_the_partners_share_of_the_label(fresh):
     assert min(seen) < 0.3
 
 
-def test_mixed_pictures_and_labels_have_the_same_shares(fresh):
-    data = fresh(60, 8, pictures=plain_pictures, mixup=0.7)
-    blends = blends_of(data, 4)
+def test_mixed_images_and_labels_have_the_same_shares(fresh):
+    data = fresh(60, 8, images=plain_images, mixup=0.7)
+    mixes = mixes_of(data, 4)
     mixed = 0
-    for index, picture_CHW, weight, label in blended_images(data, epoch=4):
-        partner = int(blends.partner_N[index])
-        assert weight == pytest.approx(blends.weight_N[index], rel=1e-6)
-        assert abs(picture_CHW[0].double() - (weight * index + (1 - weight) * partner)).max() <= 0.5 + 1e-4
+    for index, image_CHW, weight, label in mixed_images(data, epoch=4):
+        partner = int(mixes.partner_N[index])
+        assert weight == pytest.approx(mixes.weight_N[index], rel=1e-6)
+        assert abs(image_CHW[0].double() - (weight * index + (1 - weight) * partner)).max() <= 0.5 + 1e-4
         assert label == partner % 7 or weight == 1
         mixed += weight < 1
     assert 30 < mixed < 55
@@ -273,23 +273,23 @@ def test_mixed_pictures_and_labels_have_the_same_shares(fresh):
 
 def test_the_last_epochs_are_plain(fresh):
     data = fresh(60, 8, mixup=0.5, cutmix=0.5)
-    ending = replace(data, blended_epochs=3)
+    ending = replace(data, mixed_epochs=3)
     for epoch, is_plain in enumerate((False, False, False, True, True)):
         weights_B = torch.cat([batch.weights_B for batch in epoch_of(ending, epoch=epoch)])
         assert (weights_B == 1).all().item() == is_plain
-    assert blends_of(data, 4) is not None and blends_of(replace(data, blended_epochs=0), 0) is None
-    for blended, plain in zip(epoch_of(data, epoch=2), epoch_of(ending, epoch=2), strict=True):
-        assert torch.equal(blended.images_BCHW, plain.images_BCHW)
+    assert mixes_of(data, 4) is not None and mixes_of(replace(data, mixed_epochs=0), 0) is None
+    for mixed, plain in zip(epoch_of(data, epoch=2), epoch_of(ending, epoch=2), strict=True):
+        assert torch.equal(mixed.images_BCHW, plain.images_BCHW)
 
 
 def test_partner_is_shown_in_its_own_view_of_the_epoch(fresh):
     data = fresh(mixup=1.0)
-    blends, crops = blends_of(data, 2), data.views_of_epoch(2)
+    mixes, crops = mixes_of(data, 2), data.views_of_epoch(2)
     for batch in epoch_of(data, epoch=2):
-        for index, picture_CHW in zip(batch.index_B.tolist(), batch.images_BCHW, strict=True):
+        for index, image_CHW in zip(batch.index_B.tolist(), batch.images_BCHW, strict=True):
             own, other = (
                 views.render(data.pixels[i], crops.box_N4[i], crops.flip_N[i], 16).double()
-                for i in (index, blends.partner_N[index])
+                for i in (index, mixes.partner_N[index])
             )
-            weight = blends.weight_N[index]
-            assert abs(picture_CHW.double() - (weight * own + (1 - weight) * other)).max() <= 0.5 + 1e-3
+            weight = mixes.weight_N[index]
+            assert abs(image_CHW.double() - (weight * own + (1 - weight) * other)).max() <= 0.5 + 1e-3

@@ -109,7 +109,7 @@ def test_source_prefers_a_folder_to_an_archive_to_the_drawn_set(tmp_path, monkey
     monkeypatch.delenv("KD_DIST_IMAGEWOOF", raising=False)
     assert setting.source_of(None, None, tmp_path).release == "demo"
     assert setting.source_of(None, "x.tgz", tmp_path).archive == "x.tgz"
-    assert setting.source_of("pictures", "x.tgz", tmp_path).data == "pictures"
+    assert setting.source_of("images", "x.tgz", tmp_path).data == "images"
     monkeypatch.setenv("KD_DIST_DATA", "others")
     assert setting.source_of(None, "x.tgz", tmp_path).data == "others"
 
@@ -134,7 +134,7 @@ def test_a_row_from_end_to_end_and_a_failing_one_beside_it(bench, tmp_path, monk
     assert "as a defect would" in capsys.readouterr().err
 
 
-def test_spread_takes_samples_of_all_classes_with_their_pictures(bench):
+def test_spread_takes_samples_of_all_classes_with_their_images(bench):
     few = spread(bench.data, {"train": 6, "val": 3})
     assert set(few.samples.train.labels_N) == {0, 1, 2}
     whole = {path: place for place, path in enumerate(bench.data.samples.train.paths)}

@@ -220,10 +220,13 @@ def test_presets_for_cpus_are_the_same_at_any_number_of_ranks(kind, name, words)
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--preset gpu-128px --batch-size 1024", "0.2 for 512 images, scaled linearly with the batch"),
+        (
+            "--preset gpu-128px --batch-size 1024",
+            "the preset's 0.2 for 512 images, scaled linearly with the batch size",
+        ),
         ("--preset gpu-128px --batch-size 1024 --lr 0.2", ""),
         ("--preset cpu-64px", ""),
-        ("--preset cpu-64px --batch-size 128", "the preset's for 64 images, not scaled with the batch"),
+        ("--preset cpu-64px --batch-size 128", "the preset's for batch size 64; --batch-size 128 does not change it"),
         ("--preset cpu-64px --batch-size 128 --lr 0.1", ""),
     ],
 )
@@ -419,7 +422,7 @@ BAD_ON_STUDENT = [
     "--temperature inf",
     "--crops live",
     "--alpha 0.5 --crops fresh",
-    "--cutmix 0.5",  # cached crops cannot be blended
+    "--cutmix 0.5",  # cached crops cannot be mixed
     "--mixup 0.5",
     "--mixup 0.6 --cutmix 0.6 --alpha 0",
     "--teacher resnet18",

@@ -29,7 +29,7 @@ def help_of(module: str, command: str) -> str:
     return run_command(module, *([command] if command else []), "--help").stdout
 
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "guide", "study", "cluster")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "guide", "data", "study", "cluster")))
 
 
 WRITTEN_LATER = ("docs/results/imagewoof-gpu.md",)  # by `make gpu`
@@ -57,7 +57,7 @@ def test_files_of_the_repository_that_are_named_exist(document):
     assert [name for name in named if not (REPO / name).exists() and name not in WRITTEN_LATER] == []
 
 
-def test_the_readme_s_picture_is_drawn_by_its_command(tmp_path):
+def test_the_readme_s_image_is_drawn_by_its_command(tmp_path):
     """From the committed figures; the PNG itself depends on the fonts of the machine."""
     page = (REPO / "docs/study.md").read_text()
     (figures,) = re.findall(r"study summary (\S+) -o docs/results/imagewoof-cpu-summary.png", page)
@@ -78,7 +78,7 @@ def test_each_command_knows_its_flags(line):
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"study": {"primary": null}, "teacher": {}}', "no JSON"])
-def test_a_picture_of_no_study_is_one_sentence(content, tmp_path):
+def test_a_image_of_no_study_is_one_sentence(content, tmp_path):
     if content is not None:
         (tmp_path / "figures.json").write_text(content)
     with pytest.raises(UserError, match="published study"):

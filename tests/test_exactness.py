@@ -37,7 +37,7 @@ K = 10
 
 
 def random_data(n: int, batch_size: int, image_size: int) -> TrainData:
-    """N noise pictures of two shapes, with random labels and cached rows: what they show does not matter here."""
+    """N noise images of two shapes, with random labels and cached rows: what they show does not matter here."""
     rng = np.random.default_rng(0)
     sizes_N2 = np.array([(10, 12), (12, 10)], np.int64)[np.arange(n) % 2]
     starts_N = np.arange(n) * 10 * 12 * 3
@@ -48,7 +48,7 @@ def random_data(n: int, batch_size: int, image_size: int) -> TrainData:
     return TrainData(pixels, rng.integers(0, K, n), crops, image_size, batch_size, seed=0, logits_NVK=logits_NVK)
 
 
-def fresh_blended_data(n: int, batch_size: int, image_size: int) -> TrainData:
+def fresh_mixed_data(n: int, batch_size: int, image_size: int) -> TrainData:
     """As random_data, on fresh crops with mixup and CutMix, for a hard loss."""
     data = random_data(n, batch_size, image_size)
     crops = FreshCrops(data.pixels.sizes_N2, (0.5, 1.0), seed=0)
@@ -64,14 +64,14 @@ def make_trainer(runtime, folder, model, data, loss, epochs=1, **execution) -> T
 # ---- N ranks = 1 rank
 
 
-def gradients_and_weights(runtime, folder, blended):
+def gradients_and_weights(runtime, folder, mixed):
     """All gradients of one epoch and the weights after it, of a network without batch statistics in float64."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, K)
     ).double()
-    data = (fresh_blended_data if blended else random_data)(1001, 64, 8)
-    loss = objectives.hard(K, 0.1) if blended else objectives.distilled(K, 0.0, kl, alpha=0.7, temperature=3.0)
+    data = (fresh_mixed_data if mixed else random_data)(1001, 64, 8)
+    loss = objectives.hard(K, 0.1) if mixed else objectives.distilled(K, 0.0, kl, alpha=0.7, temperature=3.0)
     trainer = make_trainer(runtime, folder, model, data, loss)
     gradients = []
     collect = lambda *_: gradients.append([p.grad.clone() for p in model.parameters()])  # noqa: E731
@@ -82,12 +82,12 @@ def gradients_and_weights(runtime, folder, blended):
     return gradients, [p.detach() for p in model.parameters()], metrics
 
 
-@pytest.mark.parametrize("blended", [False, True], ids=["cached", "fresh-blended"])
-def test_n_ranks_have_one_ranks_gradients(tmp_path, blended):
-    (one,) = run_ranks(1, gradients_and_weights, tmp_path / "1", blended)
+@pytest.mark.parametrize("mixed", [False, True], ids=["cached", "fresh-mixed"])
+def test_n_ranks_have_one_ranks_gradients(tmp_path, mixed):
+    (one,) = run_ranks(1, gradients_and_weights, tmp_path / "1", mixed)
     assert len(one[0]) == 16  # ceil(1001 / 64)
     for world_size in (2, 3):
-        many = run_ranks(world_size, gradients_and_weights, tmp_path / str(world_size), blended)
+        many = run_ranks(world_size, gradients_and_weights, tmp_path / str(world_size), mixed)
         for gradients, weights, _ in many:
             for step_one, step_many in zip(one[0], gradients, strict=True):
                 for a, b in zip(step_one, step_many, strict=True):
@@ -157,9 +157,9 @@ def test_a_cached_row_is_the_teacher_run_on_that_view(tiny_set, tmp_path):
             top, left, height, width = table.box_NV4[i, v]
             crop_HWC = data.pixels[split][i][top : top + height, left : left + width]
             whole_view = (0, 0, height, width)
-            picture_CHW = views.render(crop_HWC, whole_view, table.flip_NV[i, v], 32)
+            image_CHW = views.render(crop_HWC, whole_view, table.flip_NV[i, v], 32)
             with torch.inference_mode():
-                logits_1K = teacher.model(normalise(picture_CHW[None]))
+                logits_1K = teacher.model(normalise(image_CHW[None]))
             stored_K = table.logits_NVK[i, v].astype(np.float32)
             assert np.allclose(logits_1K[0], stored_K, rtol=2e-3, atol=0.01)
             others = np.delete(table.logits_NVK[:, v], i, axis=0).astype(np.float32)
@@ -208,7 +208,7 @@ def count_labelled(runtime, root, target):
 
 
 def train_model(runtime, folder, stop_after_step=None, warm_up=True, keep_optimizer=True):
-    """Train a network with BatchNorm, DDP and EMA on blended crops; stop at a step if told to. Gives its state, None
+    """Train a network with BatchNorm, DDP and EMA on mixed crops; stop at a step if told to. Gives its state, None
     when stopped.
     """
     if not warm_up:

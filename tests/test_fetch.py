@@ -23,8 +23,9 @@ import pytest
 
 from kd_dist import dataset
 from kd_dist.data import fetch, generated
+from kd_dist.data.layout import is_set
 from kd_dist.data.releases import DEFAULT_RELEASE, RELEASES, Release, locate
-from kd_dist.data.scan import is_set, scan
+from kd_dist.data.scan import scan
 from kd_dist.errors import UserError
 from kd_dist.files import sha256_of
 

@@ -9,7 +9,7 @@ from kd_dist.errors import UserError
 
 @pytest.fixture(scope="module")
 def images():
-    """211 images of three uneven classes; rows 10 to 12 show one picture, as do rows 0 and 210, of two classes."""
+    """211 images of three uneven classes; rows 10 to 12 show one image, as do rows 0 and 210, of two classes."""
     rng = np.random.default_rng(0)
     sha256_N32 = rng.integers(0, 256, (211, 32), dtype=np.uint8)
     sha256_N32[11] = sha256_N32[12] = sha256_N32[10]
@@ -45,7 +45,7 @@ def test_a_part_follows_the_images_not_their_order(images):
     assert not np.array_equal(part_N, np.sort(part_N))
 
 
-def test_more_parts_than_a_class_has_pictures_are_refused(images):
+def test_more_parts_than_a_class_has_images_are_refused(images):
     with pytest.raises(
         UserError, match="--folds 22, but a class of train has only 21 different images; use --folds 21"
     ):

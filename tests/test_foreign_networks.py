@@ -121,7 +121,7 @@ def test_a_function_of_the_current_folder_builds_a_network(own_nets):
         "own_nets:not_for_training": "in training mode it raises ZeroDivisionError: division by zero",
         "own_nets:frozen": "has no weights to train",
         "own_nets:unused": "has weights that its logits do not depend on (extra.weight, extra.bias); remove them",
-        "own_nets:large_images_alone": "--image-size 16 is too small for this network; the smallest that works is 20",
+        "own_nets:large_images_alone": "too small for own_nets:large_images_alone; the smallest that works is 20",
         "torchvision:resnet35": "torchvision has no classifier resnet35 (did you mean resnet",
         "torchvision:fcn_resnet50": "torchvision has no classifier fcn_resnet50",
         "resnet34": "resnet34 is not known (did you mean torchvision:resnet34, torchvision:resnet50, resnet18?)",

@@ -230,7 +230,7 @@ def test_the_logits_picked_are_the_networks(here, tiny, tiny_root):
         (["--teacher", "torchvision:resnet19", "--weights", "a.pt"], r"no classifier resnet19 \(did you mean"),
         (["--teacher", "own_teachers:small", "own_teachers:of_five"], "name one teacher"),
         (["--weights", "absent.pt"], "there is no file absent.pt"),
-        (["--image-size", "2"], "--image-size 2 is too small for this network; the smallest that works is 4"),
+        (["--image-size", "2"], "--image-size 2 is too small for own_teachers:small; the smallest that works is 4"),
         (["--class-map", "absent.txt"], "there is no class map absent.txt"),
         (["--teacher", "model.pt"], "--image-size is for a teacher that was not trained here; model.pt has its own"),
     ],

@@ -30,7 +30,7 @@ def rank(number: int, world_size: int) -> LoneRank:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    """Batches of four, so that 21 pictures make five whole ones and a rest."""
+    """Batches of four, so that 21 images make five whole ones and a rest."""
     monkeypatch.setattr(inference, "FORWARD_BATCH", 4)
 
 
@@ -46,7 +46,7 @@ def model() -> Cnn5:
 
 @pytest.fixture
 def drawn(tiny_pixels) -> views.Shown:
-    """A drawn view of each of the 21 train pictures."""
+    """A drawn view of each of the 21 train images."""
     box_NV4, flip_NV = views.cached_views(0, "train", tiny_pixels["train"].sizes_N2, [1], (0.35, 1.0))
     return views.Shown.plain(np.arange(21), box_NV4[:, 0], flip_NV[:, 0])
 
@@ -61,14 +61,14 @@ def one_by_one(model: Cnn5, pixels, shown: views.Shown) -> np.ndarray:
     normalise = views.Normalise(MEAN, STD, torch.float32, torch.device("cpu"))
     rows = []
     for index, box, flip in zip(shown.index_B, shown.box_B4, shown.flip_B, strict=True):
-        picture_CHW = views.render(pixels[index], box, bool(flip), 16)
+        image_CHW = views.render(pixels[index], box, bool(flip), 16)
         with torch.inference_mode():
-            rows.append(model(normalise(picture_CHW[None]))[0].numpy())
+            rows.append(model(normalise(image_CHW[None]))[0].numpy())
     model.train()
     return np.stack(rows)
 
 
-def test_logits_are_the_networks_on_each_picture_in_its_view(forward, model, tiny_pixels, drawn):
+def test_logits_are_the_networks_on_each_image_in_its_view(forward, model, tiny_pixels, drawn):
     logits_NK = forward.logits(drawn)
     assert (logits_NK.shape, logits_NK.dtype) == ((21, 3), np.float32)
     np.testing.assert_allclose(logits_NK, one_by_one(model, tiny_pixels["train"], drawn), atol=1e-5)
@@ -76,7 +76,7 @@ def test_logits_are_the_networks_on_each_picture_in_its_view(forward, model, tin
     assert (forward.logits(mirrored) != logits_NK).any(axis=1).all()
 
 
-def test_pictures_may_come_in_any_order(forward, drawn):
+def test_images_may_come_in_any_order(forward, drawn):
     places = np.array([20, 3, 3, 11, 0])
     np.testing.assert_allclose(forward.logits(drawn.at(places)), forward.logits(drawn)[places], atol=1e-5)
 
@@ -91,7 +91,7 @@ def test_rows_do_not_depend_on_where_the_work_begins(forward, drawn):
             np.testing.assert_allclose(part_NK, whole_NK[start:stop], atol=1e-5)
 
 
-def test_pictures_go_through_in_fixed_batches(forward, model, drawn):
+def test_images_go_through_in_fixed_batches(forward, model, drawn):
     sizes = []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     forward.logits(drawn.at(slice(4, 21)))
@@ -116,7 +116,7 @@ def test_network_is_left_as_it_was(forward, model, drawn):
     assert not model.training
 
 
-def test_network_in_float64_gets_pictures_in_float64(model, tiny_pixels, drawn):
+def test_network_in_float64_gets_images_in_float64(model, tiny_pixels, drawn):
     seen = []
     model.double().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     forward = Forward(model, tiny_pixels["train"], 16, MEAN, STD, torch.device("cpu"))

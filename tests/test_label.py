@@ -218,7 +218,7 @@ def test_views_of_another_cache_can_be_labelled_and_combined(written, command, r
     assert "means of probabilities at temperature 2" in command("verify", soft, "--teacher", *run_folders)
     with pytest.raises(UserError, match="leave out --views"):
         command("write", "--teacher", run_folders[3], "--like", written, "--views", 4, "-o", tmp_path / "none.h5")
-    with pytest.raises(UserError, match="Add --views 16, or --like"):
+    with pytest.raises(UserError, match="--views V or --like FILE is required"):
         command("write", "--teacher", run_folders[3], "-o", tmp_path / "none.h5")
 
 

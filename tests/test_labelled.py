@@ -30,7 +30,7 @@ SHARES = [0.05, 0.1, 0.3, 0.5, 1.0]
 
 @pytest.fixture(scope="module")
 def images():
-    """211 images of three uneven classes; rows 10 to 12 show one picture, as do rows 0 and 210, of two classes."""
+    """211 images of three uneven classes; rows 10 to 12 show one image, as do rows 0 and 210, of two classes."""
     sha256_N32 = np.random.default_rng(0).integers(0, 256, (211, 32), dtype=np.uint8)
     sha256_N32[11] = sha256_N32[12] = sha256_N32[10]
     sha256_N32[210] = sha256_N32[0]
@@ -76,10 +76,10 @@ def test_a_label_that_is_not_known_has_no_target(smoothing):
     targets_BK = hard_targets(unknown, 4, smoothing)
     assert (targets_BK[1] == 0).all() and torch.equal(targets_BK[::2], hard_targets(known, 4, smoothing)[::2])
     partners, weights = torch.tensor([3, 3, UNKNOWN]), torch.tensor([0.25, 0.25, 0.25])
-    blended_BK = hard_targets(unknown, 4, smoothing, partners, weights)
-    assert torch.equal(blended_BK[0], hard_targets(known, 4, smoothing, partners, weights)[0])
-    torch.testing.assert_close(blended_BK[1], 0.75 * hard_targets(partners, 4, smoothing)[1])
-    torch.testing.assert_close(blended_BK[2], 0.25 * hard_targets(known, 4, smoothing)[2])
+    mixed_BK = hard_targets(unknown, 4, smoothing, partners, weights)
+    assert torch.equal(mixed_BK[0], hard_targets(known, 4, smoothing, partners, weights)[0])
+    torch.testing.assert_close(mixed_BK[1], 0.75 * hard_targets(partners, 4, smoothing)[1])
+    torch.testing.assert_close(mixed_BK[2], 0.25 * hard_targets(known, 4, smoothing)[2])
 
 
 def test_an_image_without_a_label_gives_the_soft_loss_alone():
@@ -225,7 +225,7 @@ def test_a_loss_of_labels_is_refused(made, tmp_path):
 # ---- the study
 
 
-def test_a_studys_twins_on_fewer_labels_are_shown_as_many_pictures(made, tmp_path):
+def test_a_studys_twins_on_fewer_labels_are_shown_as_many_images(made, tmp_path):
     out = tmp_path / "study"
     chosen = ["hard-half=baseline,label_fraction=0.5", "half=distilled,label_fraction=0.5"]
     command = [*student(made), "--seeds", 0, "--out", out]

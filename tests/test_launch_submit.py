@@ -106,11 +106,11 @@ def test_the_sbatch_text_of_a_pipeline_with_every_site_setting(here, capsys):
 
 
 def test_the_jobs_own_options_pass_through_and_paths_become_absolute(here, capsys):
-    own = "--data pictures --epochs 7 --crop-scale 0.5 1 --start-over --archive '$TMPDIR/a.tgz'"
+    own = "--data images --epochs 7 --crop-scale 0.5 1 --start-over --archive '$TMPDIR/a.tgz'"
     text = said(capsys, f"teacher --gpus-per-node 0 --dry-run -- {own}")
     command = text.splitlines()[0].split("kd_dist.teacher ")[1]
     assert command == (
-        f"--archive '$TMPDIR/a.tgz' --crop-scale 0.5 1.0 --data {here}/pictures --device cpu --epochs 7 "
+        f"--archive '$TMPDIR/a.tgz' --crop-scale 0.5 1.0 --data {here}/images --device cpu --epochs 7 "
         f"--out {here}/runs/teacher --preset cpu-64px --start-over"
     )
     assert "#SBATCH --gpus-per-node" not in text and "#   epochs = 7" in text

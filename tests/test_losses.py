@@ -261,12 +261,12 @@ def targets_by_hand(labels, classes, smoothing, partners=None, weights=None) -> 
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
-@pytest.mark.parametrize("blended", [False, True])
-def test_hard_targets_are_their_formula(smoothing, blended):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_hard_targets_are_their_formula(smoothing, mixed):
     labels, partners, weights = [0, 3, 2, 1], [1, 3, 0, 2], [0.25, 0.5, 1.0, 0.0]
-    blend = (torch.tensor(partners), torch.tensor(weights)) if blended else ()
-    by_hand_BK = targets_by_hand(labels, 4, smoothing, *((partners, weights) if blended else ()))
-    targets_BK = hard_targets(torch.tensor(labels), 4, smoothing, *blend)
+    mix = (torch.tensor(partners), torch.tensor(weights)) if mixed else ()
+    by_hand_BK = targets_by_hand(labels, 4, smoothing, *((partners, weights) if mixed else ()))
+    targets_BK = hard_targets(torch.tensor(labels), 4, smoothing, *mix)
     np.testing.assert_allclose(targets_BK, by_hand_BK, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(targets_BK.sum(dim=1), 1.0, rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Mixed views: a cached row is the teacher's answer to the very blend that the student is shown and graded for."""
+"""Mixed views: a cached row is the teacher's answer to the very mix that the student is shown and graded for."""
 
 import hashlib
 import re
@@ -82,8 +82,8 @@ def composed(cache: Cache, data: Data, index: int, view: int, size: int) -> np.n
     train, mixed = cache.split("train"), cache.split("train").mixed
 
     def crop(i, v):
-        picture = views.render(data.pixels["train"][i], train.box_NV4[i, v], bool(train.flip_NV[i, v]), size)
-        return picture.numpy().copy()
+        image = views.render(data.pixels["train"][i], train.box_NV4[i, v], bool(train.flip_NV[i, v]), size)
+        return image.numpy().copy()
 
     own, partner = crop(index, view), crop(mixed.partner_NV[index, view], mixed.partner_view_NV[index, view])
     weight = float(mixed.weight_NV[index, view])
@@ -132,9 +132,9 @@ def test_half_of_a_mixed_view_is_mixup_and_half_cutmix_with_the_boxs_weight():
 
 def test_partners_are_any_image_in_any_plain_drawn_view_before():
     mixed = drawn()
-    blended_NV = mixed.weight_NV < 1
+    mixed_NV = mixed.weight_NV < 1
     for view, lower in ((2, {1}), (4, {1, 3}), (6, {1, 3, 5})):
-        rows = blended_NV[:, view]
+        rows = mixed_NV[:, view]
         assert set(mixed.partner_view_NV[rows, view]) == lower
         assert len(set(mixed.partner_NV[rows, view])) > 0.6 * rows.sum()  # 1 - 1/e of them at random
         assert mixed.partner_NV[rows, view].max() > 2900
@@ -145,9 +145,9 @@ def test_partners_are_any_image_in_any_plain_drawn_view_before():
 def test_partners_stay_in_their_group():
     group_N = np.random.default_rng(0).choice([-1, 4, 9], 3000, p=[0.1, 0.3, 0.6])
     mixed = drawn(group_N=group_N)
-    blended_NV = mixed.weight_NV < 1
+    mixed_NV = mixed.weight_NV < 1
     for view in MIXED:
-        rows = np.flatnonzero(blended_NV[:, view])
+        rows = np.flatnonzero(mixed_NV[:, view])
         partner_R = mixed.partner_NV[rows, view]
         np.testing.assert_array_equal(group_N[partner_R], group_N[rows])
         for group in (-1, 4, 9):
@@ -185,16 +185,16 @@ def test_views_are_appended_and_crops_do_not_depend_on_the_mixing(data):
 # ------------------------------------------------------------------------------------------------ labelled and shown
 
 
-def test_a_mixed_row_is_the_teacher_on_the_composed_picture(cache, data):
+def test_a_mixed_row_is_the_teacher_on_the_composed_image(cache, data):
     train = cache.split("train")
     mixup_NV, cutmix_NV = kinds(train.mixed)
     assert min(mixup_NV.sum(), cutmix_NV.sum()) > 20
     model = small_teacher(data.samples.classes).model
     normalise = views.Normalise(MEAN, STD, torch.float32, torch.device("cpu"))
     rows = [(i, v) for v in range(V) for i in range(21)]
-    pictures = np.stack([composed(cache, data, i, v, SIZE) for i, v in rows])
+    images = np.stack([composed(cache, data, i, v, SIZE) for i, v in rows])
     with torch.inference_mode():
-        direct = model(normalise(torch.from_numpy(pictures))).numpy()
+        direct = model(normalise(torch.from_numpy(images))).numpy()
     stored = np.stack([train.logits_NVK[i, v] for i, v in rows]).astype(np.float32)
     np.testing.assert_allclose(stored, direct, rtol=2e-3, atol=0.02)
     unmixed = replace(train, mixed=None)
@@ -205,7 +205,7 @@ def test_a_mixed_row_is_the_teacher_on_the_composed_picture(cache, data):
     assert (differs & (train.mixed.weight_NV < 0.9)).sum() > 20  # the crop alone would not pass
 
 
-def test_the_student_is_shown_the_blend_at_its_own_size_with_its_labels(cache, data):
+def test_the_student_is_shown_the_mix_at_its_own_size_with_its_labels(cache, data):
     settings = DistillConfig.of(alpha=0.9)
     crops, logits_NVK = distill.crops_of(settings, data, cache)
     labels_N = data.samples.train.labels_N
@@ -236,7 +236,7 @@ def test_the_first_views_stand_alone(cache, data):
     assert any((epoch.weight_B < 1).any() for epoch in shown)
 
 
-def test_an_image_that_is_left_out_is_in_no_picture(cache, data):
+def test_an_image_that_is_left_out_is_in_no_image(cache, data):
     settings = DistillConfig.of(alpha=0.0, crops="cached", folds=4, fold=1)
     with pytest.raises(UserError, match="mixed views that show images of fold 1 of 4 of train, which is left out"):
         distill.require_own_partners(settings, data, cache)
@@ -245,7 +245,7 @@ def test_an_image_that_is_left_out_is_in_no_picture(cache, data):
     distill.require_own_partners(settings, data, apart)
 
 
-def test_out_of_fold_teachers_label_no_picture_of_two_parts(cache, data):
+def test_out_of_fold_teachers_label_no_image_of_two_parts(cache, data):
     train = data.samples.train
     part_N = fold_numbers(train.labels_N, train.sha256_N32, 4)
     with pytest.raises(UserError, match="mixed of images of different folds of train"):
@@ -254,7 +254,7 @@ def test_out_of_fold_teachers_label_no_picture_of_two_parts(cache, data):
     require_partners_share(part_N, None)
 
 
-def test_means_are_taken_of_the_same_blends(cache, data):
+def test_means_are_taken_of_the_same_mixes(cache, data):
     check_same_views(cache, cache)
     plain = {split: replace(table, mixed=None) for split, table in cache.splits.items()}
     with pytest.raises(UserError, match=r"has mixed views of train, .* has no mixed views"):
@@ -292,7 +292,7 @@ def test_plain_epochs_of_a_cache_without_plain_views_are_refused(cache):
 
 
 def test_plain_epochs_reach_the_batches(root, monkeypatch, tmp_path):
-    """Of a teacher on fresh crops: blends in the first epoch, none in the last."""
+    """Of a teacher on fresh crops: mixes in the first epoch, none in the last."""
     weights: list[torch.Tensor] = []
     original = Trainer.train_step
     monkeypatch.setattr(
@@ -373,7 +373,7 @@ MALFORMED = {
     "weight below 0": (edit("weight_NV", MIXUP, -0.1), "weight"),
     "weight not a number": (edit("weight_NV", MIXUP, np.nan), "weight"),
     "weight that is not what the box leaves": (edit("weight_NV", CUTMIX, 0.999), "weight"),
-    "a box beyond the picture": (edit("paste_NV4", CUTMIX, (-0.5, 0, 0.5, 1)), "paste"),
+    "a box beyond the image": (edit("paste_NV4", CUTMIX, (-0.5, 0, 0.5, 1)), "paste"),
     "a box upside down": (edit("paste_NV4", CUTMIX, (0.5, 0.5, 0.25, 0.25)), "paste"),
     "a box not a number": (edit("paste_NV4", CUTMIX, (0, 0, np.nan, 1)), "paste"),
     "a box in a plain view": (edit("paste_NV4", PLAIN, (0, 0, 0.5, 0.5)), "weight"),
@@ -394,11 +394,11 @@ def test_malformed_columns_are_refused(change, named, cache):
         check_mixed("train", change(table.mixed), table.teacher_N)
 
 
-def test_a_blend_of_a_blend_and_two_teachers_of_one_picture_are_refused(cache):
+def test_a_mix_of_a_mix_and_two_teachers_of_one_image_are_refused(cache):
     mixed, teacher_N = cache.split("train").mixed, np.zeros(21, np.int16)
     row, view = np.argwhere(mixed.weight_NV[:, 6:] < 1)[0] + (0, 6)
-    other, blended = np.argwhere(mixed.weight_NV[:, :5] < 1)[0]
-    changed = edit("partner_view_NV", lambda _: (row, view), blended)(
+    other, mixed_view = np.argwhere(mixed.weight_NV[:, :5] < 1)[0]
+    changed = edit("partner_view_NV", lambda _: (row, view), mixed_view)(
         edit("partner_NV", lambda _: (row, view), other)(mixed)
     )
     with pytest.raises(ValueError, match="view/partner_view of row"):

@@ -16,7 +16,7 @@ CLASSES = 5
 
 @pytest.fixture
 def batch() -> Batch:
-    """Four images: the second and fourth blended with a partner of another class."""
+    """Four images: the second and fourth mixed with a partner of another class."""
     rng = np.random.default_rng(0)
     return Batch(
         index_B=torch.arange(4),
@@ -40,7 +40,7 @@ def log_softmax(logits_BK: np.ndarray) -> np.ndarray:
 
 
 def hard_by_hand(logits_BK: np.ndarray, smoothing: float = 0.0) -> list[float]:
-    """Cross-entropy with the labels of `batch`, its two blended images spelled out."""
+    """Cross-entropy with the labels of `batch`, its two mixed images spelled out."""
     logs_BK = log_softmax(logits_BK)
     plain = [
         -logs_BK[0, 0],
@@ -65,7 +65,7 @@ def weight_gradient(model: nn.Module, total_B: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_hard_is_cross_entropy_with_blended_labels(model, batch, smoothing):
+def test_hard_is_cross_entropy_with_mixed_labels(model, batch, smoothing):
     terms = objectives.hard(CLASSES, smoothing)(model, batch)
     assert terms.keys() == {"total", "hard"}
     np.testing.assert_allclose(terms["total"].detach(), hard_by_hand(logits_of(model, batch), smoothing), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The store of decoded pictures: what it holds, when it is built, and what is not taken for it."""
+"""The store of decoded images: what it holds, when it is built, and what is not taken for it."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def assert_holds(store: Pixels | None, samples) -> None:
 
 @pytest.fixture
 def counted(monkeypatch) -> list[str]:
-    """The pictures decoded so far; a few are decoded together, so that a store is made of several pieces."""
+    """The images decoded so far; a few are decoded together, so that a store is made of several pieces."""
     decoded = []
 
     def decode_and_count(path):
@@ -48,7 +48,7 @@ def counted(monkeypatch) -> list[str]:
     return decoded
 
 
-def test_store_equals_the_decoded_pictures(tiny, tmp_path, counted):
+def test_store_equals_the_decoded_images(tiny, tmp_path, counted):
     told = []
     for samples in (tiny.train, tiny.val):
         assert open_pixels(samples, tmp_path / "new") is None
@@ -69,19 +69,19 @@ def test_second_build_does_nothing(tiny, tmp_path, counted):
 
 
 def _damage(folder, how: str) -> None:
-    pictures, sizes = next(folder.glob("*.u8")), next(folder.glob("*.npy"))
+    images, sizes = next(folder.glob("*.u8")), next(folder.glob("*.npy"))
     fewer_N2 = np.load(sizes)[:-1]
     {
-        "pictures cut short": lambda: os.truncate(pictures, pictures.stat().st_size - 1),
-        "pictures too long": lambda: os.truncate(pictures, pictures.stat().st_size + 1),
-        "pictures gone": pictures.unlink,
+        "images cut short": lambda: os.truncate(images, images.stat().st_size - 1),
+        "images too long": lambda: os.truncate(images, images.stat().st_size + 1),
+        "images gone": images.unlink,
         "sizes cut short": lambda: os.truncate(sizes, sizes.stat().st_size - 1),
         "sizes empty": lambda: os.truncate(sizes, 0),
         "sizes gone, as when the build was killed": sizes.unlink,
-        "sizes of fewer pictures": lambda: np.save(sizes, fewer_N2),
-        "all of fewer pictures": lambda: [
+        "sizes of fewer images": lambda: np.save(sizes, fewer_N2),
+        "all of fewer images": lambda: [
             np.save(sizes, fewer_N2),
-            os.truncate(pictures, fewer_N2.prod(axis=1).sum() * 3),
+            os.truncate(images, fewer_N2.prod(axis=1).sum() * 3),
         ],
     }[how]()
 
@@ -89,14 +89,14 @@ def _damage(folder, how: str) -> None:
 @pytest.mark.parametrize(
     "how",
     [
-        "pictures cut short",
-        "pictures too long",
-        "pictures gone",
+        "images cut short",
+        "images too long",
+        "images gone",
         "sizes cut short",
         "sizes empty",
         "sizes gone, as when the build was killed",
-        "sizes of fewer pictures",
-        "all of fewer pictures",
+        "sizes of fewer images",
+        "all of fewer images",
     ],
 )
 def test_store_that_is_not_whole_is_built_again(tiny, tmp_path, how):
@@ -188,7 +188,7 @@ def test_stale_store_that_cannot_be_deleted_is_no_error(tiny_root, tmp_path, mon
     assert open_pixels(first, folder) and open_pixels(second, folder)
 
 
-def test_broken_picture_is_named_and_leaves_nothing(tiny, tiny_root, tmp_path):
+def test_broken_image_is_named_and_leaves_nothing(tiny, tiny_root, tmp_path):
     root, folder = tmp_path / "set", tmp_path / "store"
     shutil.copytree(tiny_root, root)
     victim = root / tiny.val.paths[5]
@@ -215,7 +215,7 @@ def test_full_disk_is_said(tiny, tmp_path, monkeypatch):
         build(tiny.val, tmp_path)
 
 
-def test_writing_to_a_picture_does_not_reach_the_store(tiny, tmp_path):
+def test_writing_to_a_image_does_not_reach_the_store(tiny, tmp_path):
     """All ranks of a node map the same file."""
     build(tiny.val, tmp_path)
     open_pixels(tiny.val, tmp_path)[0].zero_()

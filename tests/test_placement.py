@@ -1,4 +1,4 @@
-"""Where pictures are while a job runs, `--pixels`: the same batches and rows from memory, files and device."""
+"""Where images are while a job runs, `--pixels`: the same batches and rows from memory, files and device."""
 
 import re
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_sizes_alone_are_not_taken_for_a_store(tiny, tmp_path):
     assert open_files(tiny.val, tmp_path) is None
 
 
-def test_resident_pictures_give_the_same_batches_but_for_a_grey_level(opened, one_process):
+def test_resident_images_give_the_same_batches_but_for_a_grey_level(opened, one_process):
     in_memory, on_device = opened("memory"), opened("device")
     assert isinstance(on_device.pixels["train"], ResidentPixels)
     pairs = list(zip(batches_of(in_memory, one_process), batches_of(on_device, one_process, workers=2), strict=True))
@@ -96,13 +96,13 @@ def test_on_a_cpu_auto_is_the_hosts_memory(opened):
     assert isinstance(opened("auto").pixels["val"], Pixels)
 
 
-def test_pictures_that_do_not_fit_the_device_are_refused_in_a_sentence(opened, monkeypatch):
+def test_images_that_do_not_fit_the_device_are_refused_in_a_sentence(opened, monkeypatch):
     monkeypatch.setattr(job.data, "free_bytes", lambda device: 1000.0)
     with pytest.raises(UserError, match=r"--pixels device needs .* GB .* use --pixels memory"):
         opened("device")
 
 
-def test_a_gpu_takes_the_pictures_where_there_is_room(tiny_pixels, monkeypatch):
+def test_a_gpu_takes_the_images_where_there_is_room(tiny_pixels, monkeypatch):
     """As far as can be told without one: how `auto` decides, with the copy left out."""
     monkeypatch.setattr(resident, "ResidentPixels", lambda pixels, device: device.type)
     monkeypatch.setattr(resident, "fault_of", lambda on_device, pixels: None)

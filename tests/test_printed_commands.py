@@ -136,7 +136,7 @@ def test_a_missing_cache_is_written_by_the_command_that_is_named(capsys, place):
 def test_what_can_be_known_is_refused_before_training(place, tmp_path):
     (tmp_path / "file").touch()
     asked = [*typed(str(tmp_path / "run"))]
-    assert "--top-k 4 of 4 classes leaves none out" in refused(teacher.main, *asked, "--top-k", 4)
+    assert "--top-k 4 must be less than the number of classes, 4" in refused(teacher.main, *asked, "--top-k", 4)
     sentence = refused(teacher.main, *asked, "--cache", tmp_path / "file" / "logits.h5")
     assert f"--cache {tmp_path}/file/logits.h5 cannot be written" in sentence
     assert not (tmp_path / "run").exists()

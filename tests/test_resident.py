@@ -1,4 +1,4 @@
-"""Pictures on the device: the batched renderer against the one of `views`, run by the same code on the CPU."""
+"""Images on the device: the batched renderer against the one of `views`, run by the same code on the CPU."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from kd_dist.images.views import Shown
 CPU = torch.device("cpu")
 
 
-def smooth_picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def smooth_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Noise over a gradient, so that neighbouring pixels differ as much as they ever will, uint8 [H, W, 3]."""
     gradient = np.linspace(0, 200, height)[:, None, None] + np.linspace(0, 55, width)[None, :, None]
     return np.where(rng.random((height, width, 3)) < 0.5, gradient, rng.integers(0, 256, (height, width, 3))).astype(
@@ -23,11 +23,11 @@ def smooth_picture(rng: np.random.Generator, height: int, width: int) -> np.ndar
 @pytest.fixture(scope="module")
 def stored(pixels_of):
     rng = np.random.default_rng(0)
-    return pixels_of([smooth_picture(rng, *side) for side in ((160, 213), (213, 160), (160, 160), (9, 300), (1, 1))])
+    return pixels_of([smooth_image(rng, *side) for side in ((160, 213), (213, 160), (160, 160), (9, 300), (1, 1))])
 
 
 def differences(pixels, shown: Shown, size: int) -> np.ndarray:
-    """Grey levels between the two renderers' pictures, whose shape and layout are the same."""
+    """Grey levels between the two renderers' images, whose shape and layout are the same."""
     host_BCHW, device_BCHW = views.show(pixels, shown, size), ResidentPixels(pixels, CPU).show(shown, size)
     assert device_BCHW.dtype == torch.uint8 and device_BCHW.shape == host_BCHW.shape
     assert device_BCHW.is_contiguous(memory_format=torch.channels_last)
@@ -51,30 +51,30 @@ def test_random_crops_are_those_of_the_host(stored, size):
 
 @pytest.mark.parametrize("box", [(0, 0, 9, 300), (3, 250, 6, 50), (8, 0, 1, 300), (0, 299, 9, 1), (4, 4, 1, 1)])
 def test_extreme_boxes(stored, box):
-    """Very long ones, slivers and single pixels, at the border of the picture that the smallest one follows."""
+    """Very long ones, slivers and single pixels, at the border of the image that the smallest one follows."""
     index_B, box_B4 = np.array([3, 4, 3]), np.array([box, (0, 0, 1, 1), box], np.int16)
     off = differences(stored, Shown.plain(index_B, box_B4, np.array([0, 1, 1], np.uint8)), 32)
     assert off.max() <= TOLERANCE and off.mean() < 1e-3
 
 
-def test_blends_are_those_of_the_host(stored):
+def test_mixes_are_those_of_the_host(stored):
     rng = np.random.default_rng(2)
     own, other = random_crops(stored, 15), random_crops(stored, 15)
-    blends = views.draw_blends(rng, 15, 0.4, 0.4)
+    mixes = views.draw_mixes(rng, 15, 0.4, 0.4)
     partner_B = rng.permutation(15)
     shown = Shown(
         *(own.index_B, own.box_B4, own.flip_B),
         *(other.index_B[partner_B], other.box_B4[partner_B], other.flip_B[partner_B]),
-        *(blends.weight_N.astype(np.float32), blends.paste_N4.astype(np.float32)),
+        *(mixes.weight_N.astype(np.float32), mixes.paste_N4.astype(np.float32)),
     )
     kinds = {(weight < 1, bool(paste.any())) for weight, paste in zip(shown.weight_B, shown.paste_B4, strict=True)}
     assert kinds >= {(True, True), (True, False), (False, False)}
     assert differences(stored, shown, 64).max() <= TOLERANCE
-    unblended = differences(stored, Shown.plain(own.index_B, own.box_B4, own.flip_B), 64)
-    assert views.show(stored, shown, 64).ne(views.show(stored, own, 64)).any() and unblended.max() == 0
+    unmixed = differences(stored, Shown.plain(own.index_B, own.box_B4, own.flip_B), 64)
+    assert views.show(stored, shown, 64).ne(views.show(stored, own, 64)).any() and unmixed.max() == 0
 
 
-def test_pictures_do_not_depend_on_the_batch_they_are_in(stored, monkeypatch):
+def test_images_do_not_depend_on_the_batch_they_are_in(stored, monkeypatch):
     """Nor on how many are rendered at once."""
     shown = random_crops(stored, 12)
     whole_BCHW = ResidentPixels(stored, CPU).show(shown, 32)
@@ -94,13 +94,13 @@ def test_a_table_of_filters_grows_with_the_crops(stored):
         assert torch.equal(on_device.show(shown, 32), views.show(stored, shown, 32))
 
 
-def test_some_of_the_pictures_are_a_split_of_their_own(stored):
+def test_some_of_the_images_are_a_split_of_their_own(stored):
     shown = random_crops(stored.at(np.array([2, 0, 1])), 6)
     some = ResidentPixels(stored, CPU).at(np.array([2, 0, 1]))
     assert torch.equal(some.show(shown, 32), ResidentPixels(stored.at(np.array([2, 0, 1])), CPU).show(shown, 32))
 
 
-def test_no_pictures(stored):
+def test_no_images(stored):
     nothing = Shown.plain(np.zeros(0, np.int64), np.zeros((0, 4), np.int16), np.zeros(0, np.uint8))
     assert ResidentPixels(stored, CPU).show(nothing, 16).shape == (0, 3, 16, 16)
 
@@ -191,12 +191,12 @@ def test_a_few_large_crops_do_not_pad_the_others(seed):
 
 def test_large_and_small_crops_come_back_in_their_order(pixels_of):
     rng = np.random.default_rng(3)
-    pixels = pixels_of([smooth_picture(rng, *side) for side in ((40, 50), (400, 500), (41, 44), (30, 20))])
+    pixels = pixels_of([smooth_image(rng, *side) for side in ((40, 50), (400, 500), (41, 44), (30, 20))])
     index_B = np.array([1, 0, 2, 3, 0, 2, 1, 3, 0, 0, 2, 2])
     crops = (index_B, views.draw_boxes(rng, pixels.sizes_N2[index_B], (0.5, 1.0)), views.draw_flips(rng, 12))
     assert len(resident.size_classes(crops[1][:, 2:])) > 1
-    blends, partner_B = views.draw_blends(rng, 12, 0.4, 0.4), rng.permutation(12)
-    mix = (blends.weight_N.astype(np.float32), blends.paste_N4.astype(np.float32))
+    mixes, partner_B = views.draw_mixes(rng, 12, 0.4, 0.4), rng.permutation(12)
+    mix = (mixes.weight_N.astype(np.float32), mixes.paste_N4.astype(np.float32))
     off = differences(pixels, Shown(*crops, *(column[partner_B] for column in crops), *mix), 48)
     assert off.max() <= TOLERANCE and (off > 0).mean() < 1e-3
 

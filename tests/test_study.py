@@ -203,8 +203,8 @@ def test_no_gradient_learns_from_the_labels_alone(batch):
 
 
 @pytest.mark.parametrize("size", [32, 40])
-def test_online_is_the_teachers_loss_on_the_very_pictures(made, tiny_pixels, size, batch):
-    """The teacher sees 40 px: at 32 it has the blended crops rendered again, at 40 it is handed the student's."""
+def test_online_is_the_teachers_loss_on_the_very_images(made, tiny_pixels, size, batch):
+    """The teacher sees 40 px: at 32 it has the mixed crops rendered again, at 40 it is handed the student's."""
     model_file = load_teacher(made / "teacher" / "model.pt", torch.device("cpu"))
     seen = online.OnlineTeacher(model_file, tiny_pixels["train"], torch.device("cpu"))
     settings = run_settings(SETTINGS, ARMS["online"], 0).changed(image_size=size)
@@ -219,14 +219,14 @@ def test_online_is_the_teachers_loss_on_the_very_pictures(made, tiny_pixels, siz
         np.array([[0.25, 0, 0.75, 0.5], [0] * 4, [0] * 4, [0] * 4], np.float32),
     )
     normalise = views.Normalise(config.MEAN, config.STD, torch.float32, torch.device("cpu"))
-    pictures = {side: normalise(views.show(tiny_pixels["train"], shown, side)) for side in (size, 40)}
-    batch = replace(batch, images_BCHW=pictures[size], shown=shown, teacher_logits_BK=None)
+    images = {side: normalise(views.show(tiny_pixels["train"], shown, side)) for side in (size, 40)}
+    batch = replace(batch, images_BCHW=images[size], shown=shown, teacher_logits_BK=None)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, K))
     gradient, found = gradients(seen(settings, K), model, batch)
     with torch.no_grad():
-        teacher_BK = model_file.model(pictures[40])
-    assert torch.equal(found["soft"], kl(model(pictures[size]), teacher_BK, 3.0))
+        teacher_BK = model_file.model(images[40])
+    assert torch.equal(found["soft"], kl(model(images[size]), teacher_BK, 3.0))
     expected = objectives.distilled(K, 0.0, kl, settings.distillation.alpha, 3.0)
     assert torch.equal(gradient, gradients(expected, model, replace(batch, teacher_logits_BK=teacher_BK))[0])
     assert all(weight.grad is None for weight in model_file.model.parameters())
@@ -236,7 +236,7 @@ def test_online_is_the_teachers_loss_on_the_very_pictures(made, tiny_pixels, siz
 
 
 class Looker:
-    """Notes what every run begins with, the pictures and soft labels of its steps, and who was trained."""
+    """Notes what every run begins with, the images and soft labels of its steps, and who was trained."""
 
     def __init__(self, monkeypatch):
         self.runs: dict[str, dict] = {}
@@ -275,18 +275,18 @@ def whole(made, tmp_path_factory) -> tuple[Path, Looker]:
 def test_arms_begin_alike_and_see_the_same_but_for_what_they_say(whole):
     _, looker = whole
     assert list(looker.runs) == list(ARMS)
-    index, pictures, soft = range(3)
+    index, images, soft = range(3)
     for name, arm in ARMS.items():
         assert torch.equal(looker.runs[name]["start"], looker.runs["distilled"]["start"])
         assert looker.same(name, "distilled", index)
         twin = "baseline" if arm.changes.get("crops") == "fresh" else "distilled"
-        assert looker.same(name, twin, pictures)
+        assert looker.same(name, twin, images)
         read = [step[soft] for step in looker.runs[name]["steps"]]
         if name in ("baseline", "baseline-cached", "online"):
             assert read == [None] * 4
         else:
             assert looker.same(name, "distilled", soft) == (name in ("distilled", "no-gradient"))
-    assert not looker.same("baseline", "distilled", pictures)
+    assert not looker.same("baseline", "distilled", images)
 
 
 def test_a_studys_folder_says_what_was_asked_and_each_run_its_arm(whole):
@@ -557,7 +557,7 @@ def test_two_ranks_side_by_side_train_what_one_process_does(made, whole, tmp_pat
     done = two_ranks(made, out, "--cutmix", "0.5", "--side-by-side", "yes", "--arms", *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "side by side: each of 2 ranks trains students of its own" in done.stdout
-    assert {line[:8] for line in done.stdout.splitlines() if ": train" in line or "1 ranks on cpu" in line} == {
+    assert {line[:8] for line in done.stdout.splitlines() if ": train" in line or "1 rank on cpu" in line} == {
         *("rank 0 |", "rank 1 |")
     }
     assert done.stdout.count("what it isolates") == 1 and "| class-mean | " in StudyFolder(out).table.read_text()

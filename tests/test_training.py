@@ -196,7 +196,7 @@ def test_kernels_are_timed_in_training_and_never_for_logits_that_are_kept(one_pr
 
 
 def crops(data, count: int):
-    """(rows, boxes, flips) of whole pictures."""
+    """(rows, boxes, flips) of whole images."""
     index_N = np.arange(count)
     box_N4 = np.concatenate([np.zeros((count, 2), np.int64), data.pixels.sizes_N2[:count]], axis=1)
     return index_N, box_N4, np.zeros(count, np.uint8)

@@ -27,7 +27,7 @@ from tests.test_bad_input import TINY
 PART = ("--folds", 4, "--fold", 1)
 
 
-def test_blends_and_order_keep_to_the_members(pixels_of):
+def test_mixes_and_order_keep_to_the_members(pixels_of):
     pixels = pixels_of([np.full((9, 9, 3), i, np.uint8) for i in range(40)])
     members_M = np.arange(0, 40, 3)
     whole = TrainData(pixels, np.arange(40), FreshCrops(pixels.sizes_N2, (0.5, 1.0), 0), 8, 5, 0, 0.4, 0.4)
@@ -62,12 +62,12 @@ def usual(folder: Path, kind: str) -> list[object]:
 
 
 def forbid_val(patch):
-    """From here on, to render or to score a val picture is an error."""
+    """From here on, to render or to score a val image is an error."""
     original = job.open_data
 
     class Forbidden(Pixels):
         def __getitem__(self, *_):
-            raise AssertionError("a val picture was looked at")
+            raise AssertionError("a val image was looked at")
 
         crops = __getitem__
 
@@ -78,11 +78,11 @@ def forbid_val(patch):
     patch.setattr(job, "open_data", open_data)
 
 
-def test_without_tune_the_val_pictures_are_looked_at(made, monkeypatch):
+def test_without_tune_the_val_images_are_looked_at(made, monkeypatch):
     """The guard above can fail."""
     forbid_val(monkeypatch)
     monkeypatch.setitem(STUDENTS, "small", lambda classes: Cnn5(classes, channels=(4, 8, 8)))
-    with pytest.raises(AssertionError, match="a val picture was looked at"):
+    with pytest.raises(AssertionError, match="a val image was looked at"):
         call(distill.main, *usual(made, "student"), "--alpha", 0, "--out", made / "untuned", *PART)
 
 

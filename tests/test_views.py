@@ -11,9 +11,9 @@ from kd_dist.images.views import (
     Normalise,
     Shown,
     cached_views,
-    draw_blends,
     draw_boxes,
     draw_flips,
+    draw_mixes,
     evaluation_boxes,
     render,
 )
@@ -47,7 +47,7 @@ def assert_inside(box_N4: np.ndarray, sizes_N2: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("crop_scale", [(0.35, 1.0), (0.01, 0.05), (1.0, 1.0)])
-def test_boxes_lie_inside_pictures_of_odd_sizes(crop_scale):
+def test_boxes_lie_inside_images_of_odd_sizes(crop_scale):
     for seed in range(40):
         box_N4 = draw_boxes(np.random.default_rng(seed), ODD_SIZES_N2, crop_scale)
         assert (box_N4.shape, box_N4.dtype) == ((len(ODD_SIZES_N2), 4), np.int16)
@@ -55,7 +55,7 @@ def test_boxes_lie_inside_pictures_of_odd_sizes(crop_scale):
 
 
 def test_boxes_have_the_areas_and_ratios_asked_for():
-    """On a picture where every draw fits, rounding to whole pixels is the only slack."""
+    """On an image where every draw fits, rounding to whole pixels is the only slack."""
     sizes_N2 = np.full((4000, 2), 400)
     box_N4 = draw_boxes(np.random.default_rng(0), sizes_N2, (0.2, 0.5)).astype(float)
     height_N, width_N = box_N4[:, 2], box_N4[:, 3]
@@ -81,25 +81,25 @@ def test_boxes_reach_all_corners():
 @pytest.mark.parametrize(
     ("size", "box"),
     [
-        ((30, 600), (0, 280, 30, 40)),  # as high as the picture, 4 to 3, centred
+        ((30, 600), (0, 280, 30, 40)),  # as high as the image, 4 to 3, centred
         ((600, 30), (280, 0, 40, 30)),
         ((1, 9), (0, 4, 1, 1)),
     ],
 )
-def test_pictures_too_narrow_for_any_draw_give_the_largest_centred_box(size, box):
+def test_images_too_narrow_for_any_draw_give_the_largest_centred_box(size, box):
     for seed in range(20):
         assert tuple(draw_boxes(np.random.default_rng(seed), np.array([size]), (0.35, 1.0))[0]) == box
 
 
-def test_whole_picture_is_the_fallback_where_its_ratio_is_allowed():
-    """A share of all of a picture that is not square: most draws do not fit, and what is left keeps everything."""
+def test_whole_image_is_the_fallback_where_its_ratio_is_allowed():
+    """A share of all of an image that is not square: most draws do not fit, and what is left keeps everything."""
     sizes_N2 = np.full((200, 2), (100, 120))
     box_N4 = draw_boxes(np.random.default_rng(0), sizes_N2, (1.0, 1.0))
     whole_N = (box_N4 == (0, 0, 100, 120)).all(axis=1)
     assert whole_N.mean() > 0.5
 
 
-def test_boxes_of_huge_pictures_are_right_or_refused():
+def test_boxes_of_huge_images_are_right_or_refused():
     """Sides beyond what the stored type holds must not wrap around."""
     sizes_N2 = np.full((50, 2), (4000, 44000))
     try:
@@ -147,7 +147,7 @@ def test_order_of_the_work_does_not_matter():
         np.testing.assert_array_equal(a, b[:, [4, 0, 2]])
 
 
-def test_views_differ_by_seed_split_number_and_picture():
+def test_views_differ_by_seed_split_number_and_image():
     sizes_N2 = np.full((30, 2), (160, 213))
 
     def boxes(seed=0, split="train", view=1):
@@ -181,7 +181,7 @@ def noise(height: int, width: int) -> np.ndarray:
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """A picture without fine detail, different everywhere."""
+    """An image without fine detail, different everywhere."""
     y_HW, x_HW = np.mgrid[:height, :width]
     waves = [np.sin(x_HW / 17) + np.cos(y_HW / 23), np.sin((x_HW + y_HW) / 31) * 2, np.cos(x_HW / 29 - y_HW / 13) * 2]
     return np.stack([127.5 + 60 * wave_HW for wave_HW in waves], axis=-1).round().astype(np.uint8)
@@ -201,14 +201,14 @@ BOXES = [(0, 0, 90, 120), (10, 33, 50, 61), (3, 5, 17, 13), (60, 100, 1, 1), (0,
 def test_rendering_agrees_with_pillow(box, size):
     """Cut, then bilinear with antialiasing: within one grey level, of noise, enlarged and reduced."""
     image_HWC = noise(90, 120)
-    picture_CHW = render(torch.from_numpy(image_HWC), box, False, size)
-    assert (picture_CHW.shape, picture_CHW.dtype) == ((3, size, size), torch.uint8)
+    image_CHW = render(torch.from_numpy(image_HWC), box, False, size)
+    assert (image_CHW.shape, image_CHW.dtype) == ((3, size, size), torch.uint8)
     expected_CHW = render_by_pillow(image_HWC, box, size).astype(int)
-    assert abs(picture_CHW.numpy() - expected_CHW).max() <= 1
+    assert abs(image_CHW.numpy() - expected_CHW).max() <= 1
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_flip_mirrors_the_finished_picture(box):
+def test_flip_mirrors_the_finished_image(box):
     image_HWC = torch.from_numpy(noise(90, 120))
     plain_CHW, flipped_CHW = render(image_HWC, box, False, 32), render(image_HWC, box, True, 32)
     assert torch.equal(flipped_CHW, plain_CHW.flip(2))
@@ -218,12 +218,12 @@ def test_flip_mirrors_the_finished_picture(box):
 
 def test_box_of_the_wanted_size_is_cut_out_as_it_is():
     image_HWC = noise(90, 120)
-    picture_CHW = render(torch.from_numpy(image_HWC), (20, 30, 48, 48), False, 48)
-    assert np.array_equal(picture_CHW.numpy().transpose(1, 2, 0), image_HWC[20:68, 30:78])
+    image_CHW = render(torch.from_numpy(image_HWC), (20, 30, 48, 48), False, 48)
+    assert np.array_equal(image_CHW.numpy().transpose(1, 2, 0), image_HWC[20:68, 30:78])
 
 
 def test_box_shows_the_same_content_at_two_sizes():
-    """A student may see its teacher's crop smaller: the large picture reduced is the small one, another box is not."""
+    """A student may see its teacher's crop smaller: the large image reduced is the small one, another box is not."""
     image_HWC = torch.from_numpy(smooth(160, 213))
     large_CHW = render(image_HWC, (11, 40, 128, 128), True, 96).float()
     reduced_CHW = torch.nn.functional.avg_pool2d(large_CHW, 2)
@@ -235,22 +235,22 @@ def test_box_shows_the_same_content_at_two_sizes():
     assert gaps[4] > 5
 
 
-def test_batch_holds_each_picture_in_its_own_view(pixels_of):
+def test_batch_holds_each_image_in_its_own_view(pixels_of):
     images = [torch.from_numpy(noise(height, width)) for height, width in ((40, 60), (60, 40), (33, 33))]
     box_B4, flip_B = (
         np.array([(0, 5, 40, 40), (10, 0, 30, 40), (1, 2, 30, 20)], np.int16),
         np.array([0, 1, 1], np.uint8),
     )
     stored = pixels_of([image_HWC.numpy() for image_HWC in images])
-    pictures_BCHW = views.show(stored, Shown.plain(np.arange(3), box_B4, flip_B), 24)
-    assert pictures_BCHW.shape == (3, 3, 24, 24)
-    assert pictures_BCHW.is_contiguous(memory_format=torch.channels_last)
-    for picture_CHW, image_HWC, box, flip in zip(pictures_BCHW, images, box_B4, flip_B, strict=True):
-        assert torch.equal(picture_CHW, render(image_HWC, box, bool(flip), 24))
+    images_BCHW = views.show(stored, Shown.plain(np.arange(3), box_B4, flip_B), 24)
+    assert images_BCHW.shape == (3, 3, 24, 24)
+    assert images_BCHW.is_contiguous(memory_format=torch.channels_last)
+    for image_CHW, image_HWC, box, flip in zip(images_BCHW, images, box_B4, flip_B, strict=True):
+        assert torch.equal(image_CHW, render(image_HWC, box, bool(flip), 24))
     assert views.show(stored, Shown.plain(np.arange(0), box_B4[:0], flip_B[:0]), 24).shape == (0, 3, 24, 24)
 
 
-def test_rendering_leaves_the_stored_picture_alone(pixels_of):
+def test_rendering_leaves_the_stored_image_alone(pixels_of):
     stored = pixels_of([noise(48, 48)])
     before = stored.bytes_.clone()
     views.show(stored, Shown.plain(np.array([0]), np.array([(0, 0, 48, 48)]), np.array([0])), 48).zero_()
@@ -285,33 +285,33 @@ def test_drawing_is_for_one_thread_and_leaves_torch_its_own(pixels_of):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_normalise_is_its_formula(dtype):
-    pictures_BCHW = torch.from_numpy(noise(8, 6).transpose(2, 0, 1).copy())[None]
+    images_BCHW = torch.from_numpy(noise(8, 6).transpose(2, 0, 1).copy())[None]
     mean, std = (0.5, 0.25, 0.1), (0.2, 0.3, 0.4)
-    inputs_BCHW = Normalise(mean, std, dtype, pictures_BCHW.device)(pictures_BCHW)
+    inputs_BCHW = Normalise(mean, std, dtype, images_BCHW.device)(images_BCHW)
     assert inputs_BCHW.dtype == dtype
     for channel in range(3):
-        expected_HW = (pictures_BCHW[0, channel].numpy() / 255.0 - mean[channel]) / std[channel]
+        expected_HW = (images_BCHW[0, channel].numpy() / 255.0 - mean[channel]) / std[channel]
         np.testing.assert_allclose(
             inputs_BCHW[0, channel], expected_HW, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=1e-6
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- blending
+# ------------------------------------------------------------------------------------------------------------- mixing
 
 
-def test_blends_come_in_their_shares():
-    blends = draw_blends(np.random.default_rng(0), 4000, mixup=0.3, cutmix=0.5)
-    pasted_N = blends.paste_N4.any(axis=1)
-    untouched_N = (blends.weight_N == 1) & ~pasted_N
+def test_mixes_come_in_their_shares():
+    mixes = draw_mixes(np.random.default_rng(0), 4000, mixup=0.3, cutmix=0.5)
+    pasted_N = mixes.paste_N4.any(axis=1)
+    untouched_N = (mixes.weight_N == 1) & ~pasted_N
     assert pasted_N.mean() == pytest.approx(0.5, abs=0.03)
     assert untouched_N.mean() == pytest.approx(0.2, abs=0.03)
-    assert ((blends.weight_N >= 0) & (blends.weight_N <= 1)).all()
+    assert ((mixes.weight_N >= 0) & (mixes.weight_N <= 1)).all()
     # cut off at the border, more is left: 1 - E[(s - s^2 / 4)^2] with s^2 uniform
-    assert blends.weight_N[pasted_N].mean() == pytest.approx(0.679, abs=0.02)
-    mixed_N = blends.weight_N[~pasted_N & ~untouched_N]  # Beta(0.2, 0.2): mostly near 0 or 1
+    assert mixes.weight_N[pasted_N].mean() == pytest.approx(0.679, abs=0.02)
+    mixed_N = mixes.weight_N[~pasted_N & ~untouched_N]  # Beta(0.2, 0.2): mostly near 0 or 1
     assert ((mixed_N < 0.1) | (mixed_N > 0.9)).mean() > 0.6
-    assert np.bincount(blends.partner_N, minlength=4000).max() < 10
-    assert (draw_blends(np.random.default_rng(1), 4000, 0.3, 0.5).partner_N != blends.partner_N).mean() > 0.9
+    assert np.bincount(mixes.partner_N, minlength=4000).max() < 10
+    assert (draw_mixes(np.random.default_rng(1), 4000, 0.3, 0.5).partner_N != mixes.partner_N).mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -327,16 +327,16 @@ def test_blends_come_in_their_shares():
 def test_pasted_box_has_the_given_share(weight, centre, pasted, remains):
     paste_14 = views.paste_boxes(np.array([weight]), np.array([centre]))
     assert 1 - (paste_14[:, 2:] - paste_14[:, :2]).prod() == pytest.approx(remains)
-    picture_CHW, partner_CHW = torch.zeros(3, 24, 24, dtype=torch.uint8), torch.ones(3, 24, 24, dtype=torch.uint8)
+    image_CHW, partner_CHW = torch.zeros(3, 24, 24, dtype=torch.uint8), torch.ones(3, 24, 24, dtype=torch.uint8)
     if remains < 1:
-        views.blend(picture_CHW, partner_CHW, remains, paste_14[0])
+        views.mix(image_CHW, partner_CHW, remains, paste_14[0])
     expected_HW = torch.zeros(24, 24, dtype=torch.uint8)
     top, bottom, left, right = pasted
     expected_HW[top:bottom, left:right] = 1
-    assert torch.equal(picture_CHW, expected_HW.expand(3, 24, 24))
+    assert torch.equal(image_CHW, expected_HW.expand(3, 24, 24))
 
 
-def test_blended_pictures_are_made_of_two_crops_of_their_own(pixels_of):
+def test_mixed_images_are_made_of_two_crops_of_their_own(pixels_of):
     images = [torch.from_numpy(noise(40, 60)), torch.from_numpy(noise(50, 30))]
     own, other = (0, (0, 5, 40, 40), 1), (1, (3, 2, 30, 20), 0)
     index_B, box_B4, flip_B = (np.array([value] * 3) for value in own)

@@ -145,16 +145,17 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
     foreign = "" if name == "extend" else "; or a network not trained here, torchvision:resnet34 or my_module:build"
     add("--teacher", nargs="+", metavar="FILE", required=name != "verify", help=f"model.pt{of_folds}{foreign}")
     if name != "extend":
-        of_weights = "weights of such a network: .safetensors, or a .pt state dict"
+        of_weights = "weights of a network not trained here: .safetensors, or a .pt state dict"
         add("--weights", type=Path, metavar="FILE", help=of_weights)
-        of_map = "which of its classes the data's are: two columns or JSON, or imagenet (by synset)"
+        of_map = "which of its classes is which of the data's: a file of two columns, JSON, or imagenet (by synset)"
         add("--class-map", metavar="FILE", help=of_map)
     add("--data", metavar="DIR", help="the image folder [$KD_DIST_DATA" + ("]" if name == "verify" else " or data]"))
+    add("--val-share", type=float, metavar="SHARE", help="share of the images held out as val, as in training")
     add("--pixels", choices=PIXELS, default="auto", help="where decoded images are, as in training [auto]")
     add("--pixels-dir", metavar="DIR", help="where decoded images are kept [inside the data folder]")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto [auto]")
     if name == "verify":
-        rows = "rows to compute again, in whole forward batches [1024]"
+        rows = "how many soft labels to compute again and compare [1024]"
         add("--rows", type=_positive, default=1024, metavar="N", help=rows)
         return
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the cache to write; must not exist")
@@ -165,24 +166,56 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
 
 
 def _add_flags_of_write(add: Callable[..., object]) -> None:
-    add("--image-size", type=_positive, metavar="PX", help="what a network not trained here sees")
+    add(
+        "--image-size",
+        type=_positive,
+        metavar="PX",
+        help="side, in pixels, of the square images that a network not trained here takes",
+    )
     for name, default in (("mean", "0.485 0.456 0.406"), ("std", "0.229 0.224 0.225")):
         triple = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
-        add(f"--{name}", **triple, help=f"{name} by colour that it needs of pixels in 0 to 1 [{default}]")
-    add("--like", type=Path, metavar="FILE", help="label the very views of this cache, to combine the two")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="what the network computes in [auto]")
-    add("--seed", type=int, metavar="N", help="of the crops and flips [the teacher's]")
-    add("--top-k", type=_positive, metavar="K", help="keep the K largest logits of a row and the others' mass [all]")
-    share = "share of train's random crops that are mixed: half by mixup, half by CutMix [0]"
+        add(
+            f"--{name}",
+            **triple,
+            help=f"{name} of each colour, for pixels scaled to 0..1, that such a network expects [{default}]",
+        )
+    add("--like", type=Path, metavar="FILE", help="label the same views as this cache, so that the two can be combined")
+    add(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="number format of the forward pass [auto]"
+    )
+    add("--seed", type=int, metavar="N", help="seed of the crops and flips [the teacher's]")
+    add(
+        "--top-k",
+        type=_positive,
+        metavar="K",
+        help="keep the K largest logits of a view, and the probability mass of the others [all]",
+    )
+    share = "share of train's drawn views that are mixed, half by mixup and half by CutMix [0]"
     add("--mixed-views", type=float, metavar="SHARE", help=share)
-    add("--crop-scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="area share of a crop [the teacher's]")
+    add(
+        "--crop-scale",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="smallest and largest area of a crop, as a share of the image [the teacher's]",
+    )
 
 
 def _add_flags_of_combine(add: Callable[..., object]) -> None:
     add("caches", type=Path, nargs="+", metavar="FILE", help="caches of the same views, see write --like")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the cache to write; must not exist")
-    add("--mean", choices=("logits", "probabilities"), default="logits", help="what the mean is taken of [logits]")
-    add("--temperature", type=_temperature, metavar="T", help="of a mean of probabilities: valid at this one alone")
+    add(
+        "--mean",
+        choices=("logits", "probabilities"),
+        default="logits",
+        help="what to average: logits or probabilities [logits]",
+    )
+    add(
+        "--temperature",
+        type=_temperature,
+        metavar="T",
+        help="temperature at which probabilities are averaged; the cache is valid at this temperature only",
+    )
 
 
 def _add_flags_of_export(add: Callable[..., object]) -> None:

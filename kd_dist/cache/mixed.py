@@ -41,20 +41,20 @@ def check_mixed(split: str, mixed: Mixed, teacher_N: np.ndarray) -> None:
     plain_V = np.ones(mixed.weight_NV.shape[1], bool)
     for view in range(len(plain_V)):
         partner_N, partner_view_N, weight_N, paste_N4 = mixed.in_view(view)
-        blended_N, pasted_N = weight_N != 1, paste_N4.any(axis=1)
+        mixed_N, pasted_N = weight_N != 1, paste_N4.any(axis=1)
         left_N = 1 - (paste_N4[:, 2:].astype(np.float64) - paste_N4[:, :2]).prod(axis=1)
         own_N = (partner_N == np.arange(len(partner_N))) & (partner_view_N == view)
         where = f"{split}/view", view
         _require((weight_N >= 0) & (weight_N <= 1), *where, "weight", weight_N)
         _require(_is_box(paste_N4), *where, "paste", paste_N4)
         _require(~pasted_N | (np.abs(weight_N - left_N) <= WEIGHT_TOLERANCE), *where, "weight", weight_N)
-        _require(blended_N | (own_N & ~pasted_N), *where, "partner", partner_N)
+        _require(mixed_N | (own_N & ~pasted_N), *where, "partner", partner_N)
         _require((partner_N >= 0) & (partner_N < len(teacher_N)), *where, "partner", partner_N)
         _require(teacher_N[partner_N] == teacher_N, *where, "partner", partner_N)
         earlier_N = (partner_view_N >= 0) & (partner_view_N < view)
-        _require(~blended_N | earlier_N, *where, "partner_view", partner_view_N)
-        _require(~blended_N | plain_V[partner_view_N], *where, "partner_view", partner_view_N)
-        plain_V[view] = not blended_N.any()
+        _require(~mixed_N | earlier_N, *where, "partner_view", partner_view_N)
+        _require(~mixed_N | plain_V[partner_view_N], *where, "partner_view", partner_view_N)
+        plain_V[view] = not mixed_N.any()
 
 
 def _require(holds_N: np.ndarray, group: str, view: int, name: str, values_N: Any) -> None:

@@ -56,7 +56,7 @@ class CachePlan:
 
     @classmethod
     def like(cls, cache: Cache, header: Header) -> "CachePlan":
-        """The very views of another cache, labelled by the one teacher of `header`."""
+        """The same views as another cache, labelled by the one teacher of `header`."""
         features = tuple(feature for feature in cache.header.features if feature in VIEW_FEATURES)
         drawn = {name: getattr(cache.header, name) for name in ("view_rule", "crop_scale", "mixed_share", "seed")}
         tables = {
@@ -144,6 +144,5 @@ def check_top_k(k: int | None, classes: int) -> None:
     """Raise UserError where the k largest logits of a row would be all of them."""
     if k is not None and k >= classes:
         raise UserError(
-            f"--top-k {k} of {classes} classes leaves none out: use a smaller one, or leave the flag out to keep all "
-            "logits."
+            f"--top-k {k} must be less than the number of classes, {classes}; leave the flag out to keep all logits."
         )

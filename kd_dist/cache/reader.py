@@ -96,7 +96,9 @@ class LabelledTable(Table):
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """A cache that was verified, mapped into memory."""
+    """A cache that was verified, mapped into memory. Pickled, it is the file's name and identity: who unpickles it maps
+    the same file again.
+    """
 
     path: Path
     digest: str  # hex SHA-256 of the file
@@ -104,6 +106,9 @@ class Cache:
     splits: Mapping[str, LabelledTable]
     has_checksum: bool = False  # whether the checksum file beside it names this digest
     identity: tuple[int, ...] = ()  # of the mapped file, see identity_of
+
+    def __reduce__(self) -> tuple[Callable[..., "Cache"], tuple[Any, ...]]:
+        return _remapped, (self.path, self.digest, self.has_checksum, self.identity)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -202,8 +207,13 @@ def open_cache(path: Path, once_a_node: OnceANode = in_this_process) -> Cache:
     found = once_a_node(f"verify {path}", verify)
     if verified:
         return verified[0]
-    cache, _ = _mapped(path, found["digest"], found["has_checksum"])
-    _require_identity(path, tuple(found["identity"]), cache.identity)
+    return _remapped(path, found["digest"], found["has_checksum"], tuple(found["identity"]))
+
+
+def _remapped(path: Path, digest: str, has_checksum: bool, identity: tuple[int, ...]) -> Cache:
+    """Map a cache that was verified already. Raises UserError where the file is another one by now."""
+    cache, _ = _mapped(path, digest, has_checksum)
+    _require_identity(path, identity, cache.identity)
     return cache
 
 

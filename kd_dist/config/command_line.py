@@ -138,8 +138,8 @@ def flag_words(typed: Mapping[str, Any]) -> list[str]:
     return words
 
 
-SHARED = ("data", "release", "pixels_dir", "folds", "fold", "tune", "preset", "device")
-OF_DATA = ("data", "pixels_dir", "device")
+SHARED = ("data", "val_share", "release", "pixels_dir", "folds", "fold", "tune", "preset", "device")
+OF_DATA = ("data", "val_share", "pixels_dir", "device")
 
 
 def carried(config: JobConfig, names: Sequence[str] = SHARED) -> dict[str, Any]:

@@ -29,9 +29,14 @@ class DataConfig:
 
     data: str | None = flag(
         None,
-        "Folder with train/ and val/, or the folder to download the release into [$KD_DIST_DATA or data].",
+        "Folder with train/ and val/ (also valid/, validation/, test/), with class folders in each; a folder of class "
+        "folders, with --val-share; a CSV file of path,label,split; or the folder to download the release into "
+        "[$KD_DIST_DATA or data].",
         "DIR",
         may_change=True,
+    )
+    val_share: float | None = flag(
+        None, "Hold this share of the images out as val, chosen by their content; for data without val.", "SHARE"
     )
     release: str | None = flag(
         None, "Data set to download where the folder does not hold one yet [imagewoof2-160].", "NAME"
@@ -56,6 +61,7 @@ class DataConfig:
 
     def __post_init__(self):
         one_of("pixels", self.pixels, PIXELS)
+        check_val_share(self.val_share)
 
 
 @dataclass(frozen=True)
@@ -301,6 +307,11 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
 def check_seed(seed: int) -> None:
     """Raise UserError unless a seed suits both random generators and the cache's int64."""
     require(0 <= seed < 2**63, "seed", seed, "must be at least 0 and below 2^63")
+
+
+def check_val_share(share: float | None) -> None:
+    """Raise UserError unless it is None or leaves both splits some images."""
+    require(share is None or 0 < share < 1, "val_share", share, "must lie between 0 and 1, such as 0.1")
 
 
 def check_mixed_views(share: float, views: int) -> None:

@@ -50,9 +50,9 @@ def origin_of_lr(config: JobConfig) -> str:
     own, optimisation = preset.of(type(config)), config.optimisation
     lr, images = own["lr"], own["batch_size"]
     if preset.per_gpu and optimisation.lr == lr * optimisation.batch_size / images:
-        return f"{lr:g} for {images} images, scaled linearly with the batch"
+        return f"the preset's {lr:g} for {images} images, scaled linearly with the batch size"
     if not preset.per_gpu and optimisation.lr == lr and optimisation.batch_size != images:
-        return f"the preset's for {images} images, not scaled with the batch"
+        return f"the preset's for batch size {images}; --batch-size {optimisation.batch_size} does not change it"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Which images there are: the list of a folder's images, releases, downloaded archives, the generated set, folds.
+"""Which images there are: layouts, the list of a set's images, releases, downloads, the generated set, folds.
 
 This package knows no pixels, no network and no config.
 """

@@ -1,7 +1,7 @@
 """The generated image set `demo`: ten classes that a small network learns only partly, drawn in seconds, no download.
 
 Classes come in pairs that look alike: a pair shares its shape and its colour, and its two members differ in how coarse
-their stripes are. Colours and stripe widths overlap between classes, and every picture has clutter and noise, so no
+their stripes are. Colours and stripe widths overlap between classes, and every image has clutter and noise, so no
 network gets all of them right, and a good teacher's doubts say which classes resemble which.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# The one knob. 0: clean pictures and no overlap; 1: as shipped; more: more noise, clutter and overlap between classes.
+# The one knob. 0: clean images and no overlap; 1: as shipped; more: more noise, clutter and overlap between classes.
 # At 1 and 48 pixels a five-convolution network trained on random crops got about 65 % of val right after 12 epochs and
 # 80 % after 30; at 0.8 it got 75 % after 12.
 DIFFICULTY = 1.0
@@ -33,7 +33,7 @@ def generate(
 ) -> None:
     """Write train/<class>/*.jpg and val/<class>/*.jpg into `folder`.
 
-    Picture i of a class depends on (seed, split, class, i) alone, so a larger set contains the smaller one. The same
+    Image i of a class depends on (seed, split, class, i) alone, so a larger set contains the smaller one. The same
     versions of numpy and Pillow write the same bytes.
     """
     for split, per_class in enumerate((train_per_class, val_per_class)):
@@ -53,19 +53,19 @@ def class_name(label: int) -> str:
 
 
 def draw(rng: np.random.Generator, label: int, classes: int) -> np.ndarray:
-    """One picture of a class, uint8 [H, W, 3]: clutter, the object on top, noise over all."""
+    """One image of a class, uint8 [H, W, 3]: clutter, the object on top, noise over all."""
     height, width = _SIZES_HW[rng.integers(len(_SIZES_HW))]
     grid_2HW = np.mgrid[:height, :width].astype(np.float32) / SHORT_SIDE
-    picture_HW3 = _background(rng, grid_2HW)
+    image_HW3 = _background(rng, grid_2HW)
     for _ in range(rng.poisson(4 * DIFFICULTY)):
         shape = int(rng.integers(len(_SHAPES)))
-        _paint(rng, picture_HW3, grid_2HW, shape, rng.uniform(), rng.uniform(3, 12), (0.06, 0.16))
+        _paint(rng, image_HW3, grid_2HW, shape, rng.uniform(), rng.uniform(3, 12), (0.06, 0.16))
     pair, member = divmod(label, 2)
     hue = pair / max(1, (classes + 1) // 2) + rng.normal(0, 0.14 * DIFFICULTY)
     stripes = _STRIPES_PER_PICTURE[member] * np.exp(rng.normal(0, 0.28 * DIFFICULTY))
-    _paint(rng, picture_HW3, grid_2HW, pair % len(_SHAPES), hue, stripes, (0.2, 0.42))
-    picture_HW3 += rng.normal(0, 0.18 * DIFFICULTY, picture_HW3.shape)
-    return (picture_HW3.clip(0, 1) * 255).round().astype(np.uint8)
+    _paint(rng, image_HW3, grid_2HW, pair % len(_SHAPES), hue, stripes, (0.2, 0.42))
+    image_HW3 += rng.normal(0, 0.18 * DIFFICULTY, image_HW3.shape)
+    return (image_HW3.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _background(rng: np.random.Generator, grid_2HW: np.ndarray) -> np.ndarray:
@@ -77,19 +77,19 @@ def _background(rng: np.random.Generator, grid_2HW: np.ndarray) -> np.ndarray:
 
 def _paint(
     rng: np.random.Generator,
-    picture_HW3: np.ndarray,
+    image_HW3: np.ndarray,
     grid_2HW: np.ndarray,
     shape: int,
     hue: float,
     stripes: float,
     radius: tuple[float, float],
 ) -> None:
-    """Put one striped shape at a random place, size and turn into the picture; lengths are in short sides."""
+    """Put one striped shape at a random place, size and turn into the image; lengths are in short sides."""
     centre_2 = rng.uniform(0.3, 0.7, 2) * grid_2HW[:, -1, -1]
     turn = rng.uniform(0, 2 * np.pi)
     inside_HW = _inside(shape, _turned(grid_2HW - centre_2[:, None, None], turn) / rng.uniform(*radius))
     shade_HW1 = (0.65 + 0.35 * _stripes(rng, grid_2HW, stripes))[..., None]
-    picture_HW3[inside_HW] = (shade_HW1 * _colour(hue))[inside_HW]
+    image_HW3[inside_HW] = (shade_HW1 * _colour(hue))[inside_HW]
 
 
 def _turned(grid_2HW: np.ndarray, turn: float) -> np.ndarray:

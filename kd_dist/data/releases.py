@@ -1,12 +1,13 @@
 """Image sets known by name, and where a set's folder is: `locate` finds it, and fetches or draws it where it may."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from kd_dist.data import fetch, generated
 from kd_dist.data.fetch import Progress
-from kd_dist.data.scan import is_set
+from kd_dist.data.layout import SHARE_HINT, is_set
 from kd_dist.errors import UserError
 
 
@@ -53,9 +54,10 @@ def locate(
     sha256: str | None = None,
     *,
     explicit: bool,
+    val_share: float | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """The folder that holds train/ and val/: `data` itself, or the release's folder in it, made first where it may be.
+    """The folder or CSV file to scan: `data` itself, or the release's folder in it, made first where it may be.
 
     `release` names the folder; without it the archive's name does (mirror/imagewoof2-160.tgz: imagewoof2-160), and
     without both it is DEFAULT_RELEASE. What is not there is fetched, unpacked or drawn when a release or an archive was
@@ -63,17 +65,15 @@ def locate(
     http, https or file URL) is checked against `sha256` if that is given, a release's own archive also against its
     known digest. Any number of processes may call this at once, see fetch.make_folder. Raises UserError.
     """
-    if is_set(data):
+    unnamed = not (release or archive)
+    if is_set(data) or (unnamed and explicit and _is_own(data, val_share)):
         return data
     name = _set_name(release, archive)
     target = data / name
     if is_set(target):
         return target
-    if explicit and not (release or archive):
-        raise UserError(
-            f"{data} has no folders train/ and val/: name with --data a folder that holds train/<class>/* and "
-            f"val/<class>/*, or add --release {DEFAULT_RELEASE} to fetch that into it."
-        )
+    if unnamed:
+        _require_default(data, explicit, val_share)
     if name == "demo" and not archive:
         fetch.make_folder(target, is_set, lambda folder: generated.generate(folder, progress=progress))
         return target
@@ -81,6 +81,23 @@ def locate(
     part = data / f"{name}.part"
     fetch.make_folder(target, is_set, lambda folder: fetch.unpack_from(source, digest, folder, part, progress))
     return target
+
+
+def _is_own(data: Path, val_share: float | None) -> bool:
+    """Whether a place that the user chose is to be scanned as it is, if only to say what it lacks."""
+    return data.is_file() or val_share is not None or os.path.isdir(data / "train")
+
+
+def _require_default(data: Path, explicit: bool, val_share: float | None) -> None:
+    """Raise UserError where the user asked for data of their own, so that the default set would be no answer."""
+    if explicit:
+        raise UserError(
+            f"{data} has no folders train/ and val/: name with --data a folder that holds train/<class>/* and "
+            f"val/<class>/*, {SHARE_HINT} if its folders are the classes, or add --release {DEFAULT_RELEASE} to fetch "
+            "that into it."
+        )
+    if val_share is not None:
+        raise UserError(f"--val-share {val_share:g} is for class folders of your own: name their folder with --data.")
 
 
 def _set_name(release: str | None, archive: str | None) -> str:

@@ -1,6 +1,6 @@
 """The ordered list of a set's images, and the fingerprint that binds a cache to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,8 +33,14 @@ class SampleList:
     def at(self, rows_M: np.ndarray, name: str) -> "SampleList":
         """The samples in these rows as a list of their own, with its own fingerprint; `name` is its split's."""
         paths = tuple(self.paths[row] for row in rows_M)
-        columns = (self.labels_N[rows_M], self.bytes_N[rows_M], self.sha256_N32[rows_M])
-        return SampleList(name, self.root, self.classes, paths, *columns)
+        return replace(
+            self,
+            split=name,
+            paths=paths,
+            labels_N=self.labels_N[rows_M],
+            bytes_N=self.bytes_N[rows_M],
+            sha256_N32=self.sha256_N32[rows_M],
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -44,13 +50,16 @@ class SampleList:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of one folder, with the same classes. `ignored` says in a line each which files were not taken."""
+    """Both splits of one set, with the same classes. `layout` says in a few words how it lies on the disk, `ignored` in
+    a line each which files were not taken.
+    """
 
     name: str
     root: Path
     classes: tuple[str, ...]
     train: SampleList
     val: SampleList
+    layout: str = "class folders in train/ and val/"
     ignored: tuple[str, ...] = ()
 
     def split(self, name: str) -> SampleList:

@@ -183,7 +183,7 @@ def _first_line(error: BaseException) -> str:
 def _out_of_memory(text: str) -> str:
     return (
         f"the GPU's memory is full ({text.split(' If reserved')[0].split(' Of the allocated')[0].rstrip('.')}); use a "
-        "smaller --batch-size, or --pixels memory to keep the decoded pictures in the host's memory."
+        "smaller --batch-size, or --pixels memory to keep the decoded images in the host's memory."
     )
 
 

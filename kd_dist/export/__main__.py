@@ -53,9 +53,9 @@ def export(source: Path, target: Path, data: str | None, licence: str | None, wi
     require_free(target)
     model = load(source)
     model.facts.update(_scored_images(source, model))
-    pictures = _pictures(model, data)
+    images = _images(model, data)
     with new_folder(target) as folder:
-        _fill(folder, model, target.resolve().name, licence, pictures, with_preprocessing)
+        _fill(folder, model, target.resolve().name, licence, images, with_preprocessing)
 
 
 def _scored_images(source: Path, model: Model) -> dict[str, int]:
@@ -69,7 +69,7 @@ def _scored_images(source: Path, model: Model) -> dict[str, int]:
     return {}
 
 
-def _pictures(model: Model, data: str | None) -> tuple[Tensor, str]:
+def _images(model: Model, data: str | None) -> tuple[Tensor, str]:
     """Images uint8 [B, 3, S, S] to compare on, and what they are in words."""
     if data is None:
         return noise(model, COMPARED), f"{COMPARED} images of generated noise, as no --data was named"
@@ -80,10 +80,10 @@ def _pictures(model: Model, data: str | None) -> tuple[Tensor, str]:
 
 
 def _fill(
-    folder: Path, model: Model, name: str, licence: str | None, pictures: tuple[Tensor, str], with_preprocessing: bool
+    folder: Path, model: Model, name: str, licence: str | None, sample: tuple[Tensor, str], with_preprocessing: bool
 ) -> None:
     """Write all files of a model's folder, and check those that hold the network."""
-    pixels_BCHW, images = pictures
+    pixels_BCHW, images = sample
     weights = {key: value.detach().contiguous().clone() for key, value in model.network.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / CONFIG, config(model, with_preprocessing))

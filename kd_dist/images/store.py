@@ -1,8 +1,8 @@
-"""Decode once: every picture of a split as uint8 RGB in one file, mapped read-only and shared by all ranks of a node.
+"""Decode once: every image of a split as uint8 RGB in one file, mapped read-only and shared by all ranks of a node.
 
 Two files a split, named after the split's fingerprint, so a store of other data is never picked up:
-`<split>-<fingerprint>.u8` holds the pictures one after another as [H, W, 3] bytes, `<split>-<fingerprint>.npy` their
-heights and widths, int64 [N, 2]. The sizes are written last; where both are and agree, the pictures are whole. A set
+`<split>-<fingerprint>.u8` holds the images one after another as [H, W, 3] bytes, `<split>-<fingerprint>.npy` their
+heights and widths, int64 [N, 2]. The sizes are written last; where both are and agree, the images are whole. A set
 larger than memory has the sizes alone, and its images are decoded each time they are shown. In the set's own folder,
 DATA/.kd_dist, the files of earlier states of the split are deleted; a folder that several sets may share is left alone.
 """
@@ -32,8 +32,8 @@ DECODED_TOGETHER = 256
 ABANDONED_SECONDS = 24 * 3600  # after which a temporary file that nobody writes to is of a killed process
 
 
-class Pictures(Protocol):
-    """The pictures of a split, wherever they are. `sizes_N2` holds heights and widths, int64.
+class ImageStore(Protocol):
+    """The images of a split, wherever they are. `sizes_N2` holds heights and widths, int64.
 
     `renderer` is the name of the rule by which they are shown, for a cache's header. `drawn_by_host` says whether
     showing them is work for the host's cores, which loader processes can share.
@@ -57,7 +57,7 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True)
 class Pixels:
-    """The decoded pictures of a split in memory. `sizes_N2`: heights and widths; indexing gives uint8 [H, W, 3]."""
+    """The decoded images of a split in memory. `sizes_N2`: heights and widths; indexing gives uint8 [H, W, 3]."""
 
     renderer: ClassVar[str] = views.RENDERER
     drawn_by_host: ClassVar[bool] = True
@@ -65,6 +65,13 @@ class Pixels:
     bytes_: torch.Tensor
     sizes_N2: np.ndarray
     starts_N: np.ndarray
+    path: Path | None = None  # of the mapped file
+
+    def __reduce__(self) -> tuple[Callable[..., "Pixels"], tuple[object, ...]]:
+        """Who unpickles mapped images maps the same file again."""
+        if self.path is None:
+            return Pixels, (self.bytes_, self.sizes_N2, self.starts_N)
+        return _mapped, (self.path, len(self.bytes_), self.sizes_N2, self.starts_N)
 
     def __len__(self) -> int:
         return len(self.sizes_N2)
@@ -87,13 +94,13 @@ class Pixels:
         return views.show(self, shown, size)
 
     def at(self, rows_M: np.ndarray) -> "Pixels":
-        """Some of the pictures, where they are."""
+        """Some of the images, where they are."""
         return replace(self, sizes_N2=self.sizes_N2[rows_M], starts_N=self.starts_N[rows_M])
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The pictures of a split as the files they came in, decoded each time: for sets larger than memory.
+    """The images of a split as the files they came in, decoded each time: for sets larger than memory.
 
     Indexing gives uint8 [H, W, 3]; raises UserError naming the file where it cannot be read.
     """
@@ -135,18 +142,23 @@ def _paths(samples: SampleList, folder: Path) -> tuple[Path, Path]:
 
 def open_pixels(samples: SampleList, folder: Path) -> Pixels | None:
     """Map a split's store, or None where there is no whole one for exactly this data."""
-    pictures_path, sizes_path = _paths(samples, folder)
+    images_path, sizes_path = _paths(samples, folder)
     try:
         sizes_N2 = np.load(sizes_path)
         sizes_N = sizes_N2.prod(axis=1) * 3
-        whole = len(sizes_N2) == len(samples) and pictures_path.stat().st_size == sizes_N.sum()
+        whole = len(sizes_N2) == len(samples) and images_path.stat().st_size == sizes_N.sum()
     except (OSError, ValueError, EOFError):
         return None
     if not whole:
         return None
-    pictures = torch.from_file(str(pictures_path), shared=False, size=int(sizes_N.sum()), dtype=torch.uint8)
-    _keep_in_use(pictures_path, pictures)
-    return Pixels(pictures, sizes_N2, np.concatenate([[0], np.cumsum(sizes_N)[:-1]]))
+    return _mapped(images_path, int(sizes_N.sum()), sizes_N2, np.concatenate([[0], np.cumsum(sizes_N)[:-1]]))
+
+
+def _mapped(path: Path, size: int, sizes_N2: np.ndarray, starts_N: np.ndarray) -> Pixels:
+    """Map a store's file of `size` bytes, which other processes then keep."""
+    images = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    _keep_in_use(path, images)
+    return Pixels(images, sizes_N2, starts_N, path)
 
 
 def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Callable[[int, int], None]) -> int:
@@ -158,10 +170,10 @@ def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Call
     remove_stale(samples, folder)
     if open_pixels(samples, folder) is not None:
         return 0
-    pictures_path, sizes_path = _paths(samples, folder)
+    images_path, sizes_path = _paths(samples, folder)
     sizes = []
 
-    def write_pictures(file):
+    def write_images(file):
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for start in range(0, len(samples), DECODED_TOGETHER):
                 paths = samples.paths[start : start + DECODED_TOGETHER]
@@ -172,9 +184,9 @@ def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Call
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(pictures_path, write_pictures)
+        write_atomically(images_path, write_images)
         _write_sizes(sizes_path, sizes)
-        return pictures_path.stat().st_size
+        return images_path.stat().st_size
     except OSError as error:
         reason = "the disk is full" if disk_full(error) else error.strerror
         raise UserError(

@@ -2,13 +2,13 @@
 
 A view of an image is (top, left, height, width, flip): a box in pixels of the stored image, and whether the crop is
 mirrored. Rendering it at a size S gives uint8 [3, S, S]: the box is cut out, resized with antialiased bilinear
-interpolation, then mirrored. Two such pictures may be blended, by mixup or CutMix. The numbers of a view and of a blend
-say nothing of S, so a student may render the very picture its teacher saw at another size.
+interpolation, then mirrored. Two such images may be mixed, by mixup or CutMix. The numbers of a view and of a mix
+say nothing of S, so a student may render the very image its teacher saw at another size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import floor
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from kd_dist.errors import UserError
 
 RENDERER = "crop-bilinear-antialias-uint8-flip/1"
-DEVICE_RENDERER = f"{RENDERER} batched"  # the same pictures but for a grey level here and there, see resident.py
+DEVICE_RENDERER = f"{RENDERER} batched"  # the same images but for a grey level here and there, see resident.py
 SAMPLER = "random-resized-crop/1"
 ATTEMPTS = 10
 LOG_RATIO = np.log([3 / 4, 4 / 3])
@@ -28,16 +28,16 @@ MIXUP_BETA = 0.2
 
 
 def draw_alike(one: str, other: str) -> bool:
-    """Whether two renderers, by the names that caches hold, give the same pictures but for a grey level."""
+    """Whether two renderers, by the names that caches hold, give the same images but for a grey level."""
     return one == other or {one, other} == {RENDERER, DEVICE_RENDERER}
 
 
 def require_renderer(name: str, path: Path) -> None:
-    """Raise UserError unless a cache's pictures were drawn as this version draws them, on a CPU or a device."""
+    """Raise UserError unless a cache's images were drawn as this version draws them, on a CPU or a device."""
     if not draw_alike(name, RENDERER):
         raise UserError(
             f"{path} was rendered by {name}, this version renders by {RENDERER}: the same boxes would show other "
-            "pictures; write the cache anew, or use the version that wrote it."
+            "images; write the cache anew, or use the version that wrote it."
         )
 
 
@@ -113,15 +113,15 @@ def render(image_HWC: torch.Tensor, box: Sequence[int], flip: bool, size: int) -
     """One view of one image: uint8 [3, size, size] from uint8 [H, W, 3]."""
     top, left, height, width = map(int, box)
     crop_1CHW = image_HWC[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    picture_CHW = interpolate(crop_1CHW, (size, size), mode="bilinear", antialias=True)[0]
-    return picture_CHW.flip(-1) if flip else picture_CHW
+    image_CHW = interpolate(crop_1CHW, (size, size), mode="bilinear", antialias=True)[0]
+    return image_CHW.flip(-1) if flip else image_CHW
 
 
 @dataclass(frozen=True)
-class Blends:
-    """For each of N pictures: with which it is blended, and how.
+class Mixes:
+    """For each of N images: with which it is mixed, and how.
 
-    weight_N float64 is the picture's own share in [0, 1], 1 where nothing is blended. paste_N4 float64 holds the top,
+    weight_N float64 is the image's own share in [0, 1], 1 where nothing is mixed. paste_N4 float64 holds the top,
     left, bottom and right of CutMix's box as fractions of the side, cut off at the border: its area is 1 - weight. The
     box is empty where the partner is mixed in everywhere (mixup).
     """
@@ -131,10 +131,10 @@ class Blends:
     paste_N4: np.ndarray
 
 
-def draw_blends(
+def draw_mixes(
     rng: np.random.Generator, n: int, mixup: float, cutmix: float, partners_M: np.ndarray | None = None
-) -> Blends:
-    """Blend a share `mixup` of n pictures by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, area
+) -> Mixes:
+    """Mix a share `mixup` of n images by mixup (Zhang et al. 2018) and `cutmix` by CutMix (Yun et al. 2019, area
     uniform before it is cut off); partners are any of the n, or of partners_M alone.
     """
     lot_N = rng.random(n)
@@ -145,7 +145,7 @@ def draw_blends(
     pasted_N = (lot_N >= mixup) & (lot_N < mixup + cutmix)
     paste_N4 = np.where(pasted_N[:, None], paste_boxes(pasted_weight_N, centre_N2), 0.0)
     weight_N = np.where(lot_N < mixup, mixed_N, 1 - (paste_N4[:, 2:] - paste_N4[:, :2]).prod(axis=1))
-    return Blends(partner_N, weight_N, paste_N4)
+    return Mixes(partner_N, weight_N, paste_N4)
 
 
 def paste_boxes(weight_N: np.ndarray, centre_N2: np.ndarray) -> np.ndarray:
@@ -162,7 +162,7 @@ def is_mixed(view: int, share: float) -> bool:
 def mixed_views(
     seed: int, split: str, n: int, views: Sequence[int], share: float, group_N: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """How the views with these numbers of n images are blended: partners int32 [N, V], the views they are seen in int16
+    """How the views with these numbers of n images are mixed: partners int32 [N, V], the views they are seen in int16
     [N, V], own shares float32 [N, V], and CutMix's boxes float32 [N, V, 4].
 
     A `share` of the drawn views is mixed, half of their images by mixup and half by CutMix. A partner is any image (of
@@ -180,17 +180,17 @@ def _mixed_view(seed, split, n, view, share, group_N):
     if not is_mixed(view, share):
         return own_N, own_view_N, whole_N, np.zeros((n, 4), np.float32)
     rng = np.random.default_rng([seed, view, *f"{split} mixed".encode()])
-    blends = draw_blends(rng, n, 0.5, 0.5)
+    mixes = draw_mixes(rng, n, 0.5, 0.5)
     plain = [lower for lower in range(1, view) if not is_mixed(lower, share)] or [0]
     plain_view_N = np.array(plain, np.int16)[rng.integers(0, len(plain), n)]
-    drawn_partner_N = blends.partner_N if group_N is None else _partners_within(rng, group_N)
-    paste_N4 = blends.paste_N4.astype(np.float32)
+    drawn_partner_N = mixes.partner_N if group_N is None else _partners_within(rng, group_N)
+    paste_N4 = mixes.paste_N4.astype(np.float32)
     side_N2 = paste_N4[:, 2:].astype(np.float64) - paste_N4[:, :2]  # the weight is that of the box as it is stored
-    weight_N = np.where(paste_N4.any(axis=1), 1 - side_N2.prod(axis=1), blends.weight_N).astype(np.float32)
-    blended_N = weight_N < 1  # a share may round to the whole
-    partner_N = np.where(blended_N, drawn_partner_N, own_N).astype(np.int32)
-    partner_view_N = np.where(blended_N, plain_view_N, own_view_N)
-    return partner_N, partner_view_N, weight_N, np.where(blended_N[:, None], paste_N4, np.float32(0))
+    weight_N = np.where(paste_N4.any(axis=1), 1 - side_N2.prod(axis=1), mixes.weight_N).astype(np.float32)
+    mixed_N = weight_N < 1  # a share may round to the whole
+    partner_N = np.where(mixed_N, drawn_partner_N, own_N).astype(np.int32)
+    partner_view_N = np.where(mixed_N, plain_view_N, own_view_N)
+    return partner_N, partner_view_N, weight_N, np.where(mixed_N[:, None], paste_N4, np.float32(0))
 
 
 def _partners_within(rng: np.random.Generator, group_N: np.ndarray) -> np.ndarray:
@@ -201,10 +201,10 @@ def _partners_within(rng: np.random.Generator, group_N: np.ndarray) -> np.ndarra
 
 @dataclass(frozen=True)
 class Shown:
-    """What B pictures show, without their pixels: an image's crop each, blended with another's where weight_B < 1.
+    """What B images show, without their pixels: an image's crop each, mixed with another's where weight_B < 1.
 
     The image (row of its split), its box and flip; the same of the partner (the image itself where nothing is
-    blended); the own share in [0, 1]; and CutMix's box as fractions of the side, empty for mixup.
+    mixed); the own share in [0, 1]; and CutMix's box as fractions of the side, empty for mixup.
     """
 
     index_B: np.ndarray
@@ -218,21 +218,29 @@ class Shown:
 
     @classmethod
     def plain(cls, index_B: np.ndarray, box_B4: np.ndarray, flip_B: np.ndarray) -> "Shown":
-        """Crops that are not blended."""
+        """Crops that are not mixed."""
         b = len(index_B)
-        crop = (index_B, box_B4, flip_B)
-        return cls(*crop, *crop, np.ones(b, np.float32), np.zeros((b, 4), np.float32))
+        return cls(
+            index_B=index_B,
+            box_B4=box_B4,
+            flip_B=flip_B,
+            partner_B=index_B,
+            partner_box_B4=box_B4,
+            partner_flip_B=flip_B,
+            weight_B=np.ones(b, np.float32),
+            paste_B4=np.zeros((b, 4), np.float32),
+        )
 
     def __len__(self) -> int:
         return len(self.index_B)
 
     def at(self, places: np.ndarray | slice) -> "Shown":
-        """Some of the pictures."""
+        """Some of the images."""
         return Shown(*(getattr(self, field.name)[places] for field in fields(self)))
 
 
 class Mixed(Protocol):
-    """The blends of N images in V cached views: partner, the partner's own view, own share, CutMix's box."""
+    """The mixes of N images in V cached views: partner, the partner's own view, own share, CutMix's box."""
 
     @property
     def partner_NV(self) -> np.ndarray: ...
@@ -247,12 +255,12 @@ class Mixed(Protocol):
     def paste_NV4(self) -> np.ndarray: ...
 
     def mixed_views(self) -> np.ndarray:
-        """The numbers of the views in which some picture is blended, ascending."""
+        """The numbers of the views in which some image is mixed, ascending."""
         ...
 
 
-class CachedViews(Protocol):
-    """The views of a split as a cache holds them; `mixed` is None where none is blended."""
+class StoredViews(Protocol):
+    """The views of a split as a cache holds them; `mixed` is None where none is mixed."""
 
     @property
     def box_NV4(self) -> np.ndarray: ...
@@ -264,20 +272,26 @@ class CachedViews(Protocol):
     def mixed(self) -> Mixed | None: ...
 
 
-def shown_in(cached: CachedViews, index_B: np.ndarray, view_B: np.ndarray | int) -> Shown:
+def shown_in(cached: StoredViews, index_B: np.ndarray, view_B: np.ndarray | int) -> Shown:
     """What images show in a cached view each (or all in one), the partners of mixed ones in theirs."""
-    own = (index_B, cached.box_NV4[index_B, view_B], cached.flip_NV[index_B, view_B])
+    plain = Shown.plain(index_B, cached.box_NV4[index_B, view_B], cached.flip_NV[index_B, view_B])
     mixed = cached.mixed
     if mixed is None:
-        return Shown.plain(*own)
+        return plain
     partner_B = mixed.partner_NV[index_B, view_B].astype(np.int64)
     partner_view_B = mixed.partner_view_NV[index_B, view_B]
-    crops = (cached.box_NV4[partner_B, partner_view_B], cached.flip_NV[partner_B, partner_view_B])
-    return Shown(*own, partner_B, *crops, mixed.weight_NV[index_B, view_B], mixed.paste_NV4[index_B, view_B])
+    return replace(
+        plain,
+        partner_B=partner_B,
+        partner_box_B4=cached.box_NV4[partner_B, partner_view_B],
+        partner_flip_B=cached.flip_NV[partner_B, partner_view_B],
+        weight_B=mixed.weight_NV[index_B, view_B],
+        paste_B4=mixed.paste_NV4[index_B, view_B],
+    )
 
 
 class Images(Protocol):
-    """The pictures of a split on the host."""
+    """The images of a split on the host."""
 
     def crops(self, index_B: np.ndarray, box_B4: np.ndarray) -> Iterable[torch.Tensor]:
         """Of each of these images one box, uint8 [1, 3, h, w]."""
@@ -285,33 +299,33 @@ class Images(Protocol):
 
 
 def show(images: Images, shown: Shown, size: int) -> torch.Tensor:
-    """The pictures: uint8 [B, 3, size, size], channels_last in memory."""
-    pictures_BCHW = _drawn(images.crops(shown.index_B, shown.box_B4), shown.flip_B, size)
-    blended = np.flatnonzero(shown.weight_B < 1)
-    other = shown.at(blended)
+    """The images: uint8 [B, 3, size, size], channels_last in memory."""
+    images_BCHW = _drawn(images.crops(shown.index_B, shown.box_B4), shown.flip_B, size)
+    mixed = np.flatnonzero(shown.weight_B < 1)
+    other = shown.at(mixed)
     partners_BCHW = _drawn(images.crops(other.partner_B, other.partner_box_B4), other.partner_flip_B, size)
-    for slot, partner_CHW, weight, paste_4 in zip(blended, partners_BCHW, other.weight_B, other.paste_B4, strict=True):
-        blend(pictures_BCHW[slot], partner_CHW, float(weight), paste_4)
-    return pictures_BCHW
+    for slot, partner_CHW, weight, paste_4 in zip(mixed, partners_BCHW, other.weight_B, other.paste_B4, strict=True):
+        mix(images_BCHW[slot], partner_CHW, float(weight), paste_4)
+    return images_BCHW
 
 
 @torch.no_grad()
 def _drawn(crops: Iterable[torch.Tensor], flip_B: np.ndarray, size: int) -> torch.Tensor:
     """As `render` gives them, with less work around the resizing: the results land in place."""
-    pictures_BHWC = torch.empty((len(flip_B), size, size, 3), dtype=torch.uint8)
-    slots = pictures_BHWC.permute(0, 3, 1, 2).split(1)[: len(flip_B)]  # an empty tensor splits into one piece
+    images_BHWC = torch.empty((len(flip_B), size, size, 3), dtype=torch.uint8)
+    slots = images_BHWC.permute(0, 3, 1, 2).split(1)[: len(flip_B)]  # an empty tensor splits into one piece
     with _one_thread():
         for slot_1CHW, crop_1CHW in zip(slots, crops, strict=True):
             # torch's stub lacks `out`.
             torch._C._nn._upsample_bilinear2d_aa(crop_1CHW, (size, size), False, None, out=slot_1CHW)  # type: ignore[call-arg]
     flipped = torch.from_numpy(np.flatnonzero(flip_B))
-    pictures_BHWC[flipped] = pictures_BHWC[flipped].flip(2)
-    return pictures_BHWC.permute(0, 3, 1, 2)
+    images_BHWC[flipped] = images_BHWC[flipped].flip(2)
+    return images_BHWC.permute(0, 3, 1, 2)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch would share the rows of each small picture out to its threads, which costs more than it saves."""
+    """torch would share the rows of each small image out to its threads, which costs more than it saves."""
     threads = torch.get_num_threads()
     if threads == 1:
         yield
@@ -323,13 +337,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def blend(picture_CHW: torch.Tensor, partner_CHW: torch.Tensor, weight: float, paste_4: Sequence[float]) -> None:
-    """Blend a partner into a uint8 picture [3, S, S], in place: into the box where there is one, else everywhere."""
+def mix(image_CHW: torch.Tensor, partner_CHW: torch.Tensor, weight: float, paste_4: Sequence[float]) -> None:
+    """Mix a partner into a uint8 image [3, S, S], in place: into the box where there is one, else everywhere."""
     if not any(paste_4):
-        picture_CHW.copy_(torch.lerp(partner_CHW.float(), picture_CHW.float(), weight).round())
+        image_CHW.copy_(torch.lerp(partner_CHW.float(), image_CHW.float(), weight).round())
         return
-    top, left, bottom, right = (round(float(edge) * picture_CHW.shape[-1]) for edge in paste_4)
-    picture_CHW[:, top:bottom, left:right] = partner_CHW[:, top:bottom, left:right]
+    top, left, bottom, right = (round(float(edge) * image_CHW.shape[-1]) for edge in paste_4)
+    image_CHW[:, top:bottom, left:right] = partner_CHW[:, top:bottom, left:right]
 
 
 class Normalise:

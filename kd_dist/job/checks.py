@@ -4,11 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from kd_dist.config import (
-    RULE_HOLDS_TO,
-    JobConfig,
-    LabelUse,
-)
+from kd_dist.config import RULE_HOLDS_TO, JobConfig, LabelUse
 from kd_dist.dist.runtime import Runtime
 from kd_dist.errors import UserError
 from kd_dist.job.data import Data

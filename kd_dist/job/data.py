@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_dist.cache import Cache
-from kd_dist.config import (
-    DataConfig,
-)
+from kd_dist.config import DataConfig
 from kd_dist.data.releases import locate
 from kd_dist.data.samples import SPLITS, Dataset, SampleList
 from kd_dist.data.scan import default_folder, scan
@@ -16,7 +14,7 @@ from kd_dist.dist.runtime import Runtime
 from kd_dist.errors import UserError
 from kd_dist.images import device as resident
 from kd_dist.images.device import free_bytes
-from kd_dist.images.store import Pictures, Pixels, build_pixels, measure_files, open_files, open_pixels
+from kd_dist.images.store import ImageStore, Pixels, build_pixels, measure_files, open_files, open_pixels
 from kd_dist.job.progress import progress_by_name, progress_lines, say
 
 RESIDENT_SHARE = 0.4  # of a GPU's free memory that images may take unasked; the network needs the rest
@@ -24,10 +22,10 @@ RESIDENT_SHARE = 0.4  # of a GPU's free memory that images may take unasked; the
 
 @dataclass(frozen=True)
 class Data:
-    """A data set with its pictures. `threads` of a rank may draw them ahead of a forward pass."""
+    """A data set with its images. `threads` of a rank may draw them ahead of a forward pass."""
 
     samples: Dataset
-    pixels: dict[str, Pictures]
+    pixels: dict[str, ImageStore]
     threads: int = 0
 
     def require_fit(self, cache: Cache) -> None:
@@ -35,7 +33,7 @@ class Data:
         samples = self.samples
         cache.check_fits(samples.name, samples.classes, {"train": samples.train, "val": samples.val})
 
-    def split(self, name: str) -> tuple[SampleList, Pictures]:
+    def split(self, name: str) -> tuple[SampleList, ImageStore]:
         """(sample list, pixels) of "train" or "val"."""
         return self.samples.split(name), self.pixels[name]
 
@@ -49,7 +47,7 @@ def open_data(source: DataConfig, runtime: Runtime) -> Data:
     root = Path(runtime.once_a_node("find data", lambda: str(_find(source, runtime))))
     store = Path(source.pixels_dir) if source.pixels_dir else default_folder(root)
     runtime.once_a_node("decode data", lambda: _prepare(root, store, source, runtime))
-    samples = scan(root, manifest_folder=store)
+    samples = scan(root, val_share=source.val_share, manifest_folder=store)
     for note in samples.notes() if runtime.is_main else ():
         say(runtime, note)
     find = open_files if source.pixels == "off" else open_pixels
@@ -58,7 +56,7 @@ def open_data(source: DataConfig, runtime: Runtime) -> Data:
     if len(pixels) < len(SPLITS):
         raise UserError(f"the decoded images in {store} vanished or belong to other data; run the same command again.")
     stored = {split: found for split, found in pixels.items() if isinstance(found, Pixels)}
-    placed: dict[str, Pictures] = _placed(stored, source.pixels, runtime) if stored else {**pixels}
+    placed: dict[str, ImageStore] = _placed(stored, source.pixels, runtime) if stored else {**pixels}
     return Data(samples, placed, spare_cores(runtime.device.type, runtime.local_world_size))
 
 
@@ -67,7 +65,7 @@ def _prepare(root: Path, store: Path, source: DataConfig, runtime: Runtime) -> N
     workers = max(1, available_cores() // 2)
     from_files = source.pixels == "off"
     make, what = (measure_files, "measuring") if from_files else (build_pixels, "decoding")
-    samples = scan(root, manifest_folder=store, workers=workers)
+    samples = scan(root, val_share=source.val_share, manifest_folder=store, workers=workers)
     written = 0
     for split in SPLITS:
         written += make(samples.split(split), store, workers, progress_lines(runtime, f"{what} {split} images"))
@@ -79,13 +77,12 @@ def _prepare(root: Path, store: Path, source: DataConfig, runtime: Runtime) -> N
 def _find(source: DataConfig, runtime: Runtime) -> Path:
     typed = source.data or os.environ.get("KD_DIST_DATA")
     progress = progress_by_name(runtime)
-    return locate(
-        Path(typed or "data"), source.release, source.archive, source.sha256, explicit=bool(typed), progress=progress
-    )
+    data, named = Path(typed or "data"), (source.release, source.archive, source.sha256)
+    return locate(data, *named, explicit=bool(typed), val_share=source.val_share, progress=progress)
 
 
-def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str, Pictures]:
-    """The decoded pictures in the host's memory or on the device, on all ranks alike."""
+def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str, ImageStore]:
+    """The decoded images in the host's memory or on the device, on all ranks alike."""
     needed = sum(len(split.bytes_) for split in pixels.values())
     free = min(runtime.gather(free_bytes(runtime.device)))
     if where == "auto":
@@ -94,7 +91,7 @@ def _placed(pixels: dict[str, Pixels], where: str, runtime: Runtime) -> dict[str
         return {**pixels}
     if needed > free:
         raise UserError(
-            f"--pixels device needs {needed / 1e9:.1f} GB for the decoded pictures, {runtime.device} has "
+            f"--pixels device needs {needed / 1e9:.1f} GB for the decoded images, {runtime.device} has "
             f"{free / 1e9:.1f} GB free; use --pixels memory."
         )
     on_device, fault = resident.place(pixels, runtime.device)

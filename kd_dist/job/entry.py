@@ -6,14 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from kd_dist.config import (
-    JobConfig,
-    NetworkConfig,
-    flags_of,
-    parser_for,
-    read_command_line,
-    resolve,
-)
+from kd_dist.config import JobConfig, NetworkConfig, flags_of, parser_for, read_command_line, resolve
 from kd_dist.dist.endings import launched_rank
 from kd_dist.dist.runtime import Runtime, launched_world_size
 from kd_dist.job.data import Data

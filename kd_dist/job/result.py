@@ -7,11 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from kd_dist.config import (
-    MEAN,
-    STD,
-    NetworkConfig,
-)
+from kd_dist.config import MEAN, STD, NetworkConfig
 from kd_dist.job.data import Data
 from kd_dist.job.selection import scored_on
 from kd_dist.job.validation import top1

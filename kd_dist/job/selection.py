@@ -4,10 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd_dist.config import (
-    LabelUse,
-    SplitConfig,
-)
+from kd_dist.config import LabelUse, SplitConfig
 from kd_dist.data.folds import Fold, fold_of, labelled_rows
 from kd_dist.data.samples import SampleList
 from kd_dist.job.data import Data

@@ -7,14 +7,7 @@ import numpy as np
 from torch import nn
 
 from kd_dist.cache import Cache, SoftLabels
-from kd_dist.config import (
-    MEAN,
-    STD,
-    AugmentationConfig,
-    LabelUse,
-    NetworkConfig,
-    origin_of_lr,
-)
+from kd_dist.config import MEAN, STD, AugmentationConfig, LabelUse, NetworkConfig, origin_of_lr
 from kd_dist.dist.cores import spare_cores
 from kd_dist.dist.endings import StopRequest
 from kd_dist.dist.runtime import Runtime
@@ -27,6 +20,7 @@ from kd_dist.job.validation import Validation
 from kd_dist.models import count_weights
 from kd_dist.run.events import Code
 from kd_dist.run.folder import RunFolder
+from kd_dist.tables import counted
 from kd_dist.training import Execution, LossTerms, Optimisation, Trainer
 from kd_dist.training.batches import CachedCrops, FreshCrops, TrainData
 from kd_dist.training.losses import UNKNOWN
@@ -125,7 +119,7 @@ def _train_data(config: NetworkConfig, data: Data, supervision: Supervision) -> 
         cutmix=config.augmentation.cutmix,
         logits_NVK=supervision.logits_NVK,
         members_M=members_of(config.split, labels, data),
-        blended_epochs=config.mixed_epochs,
+        mixed_epochs=config.mixed_epochs,
     )
 
 
@@ -160,9 +154,10 @@ def _introduction(config: NetworkConfig, trainer: Trainer) -> str:
     own, origin = config.optimisation, origin_of_lr(config)
     return (
         f"{config.kind}: {count_weights(trainer.model):,} weights, {len(data):,} images{labels} at "
-        f"{data.image_size} px, {own.epochs} epochs of {data.steps_per_epoch} steps, batch {own.batch_size} "
-        f"({own.batch_size / runtime.world_size:g} images a rank), learning rate {own.lr:g}"
-        f"{f' ({origin})' if origin else ''}, "
-        f"{runtime.world_size} ranks on {runtime.device.type} in {trainer.compute_dtype} (preset {config.preset})"
+        f"{data.image_size} px, {counted(own.epochs, 'epoch')} of {counted(data.steps_per_epoch, 'step')}, batch "
+        f"{own.batch_size} ({own.batch_size / runtime.world_size:g} images a rank), learning rate {own.lr:g}"
+        f"{f', {origin}' if origin else ''}, "
+        f"{counted(runtime.world_size, 'rank')} on {runtime.device.type} in {trainer.compute_dtype} "
+        f"(preset {config.preset})"
         f"{f', initial weights from {config.init}, a new schedule' if config.init else ''}"
     )

@@ -5,10 +5,7 @@ import torch
 from torch import nn
 
 from kd_dist.cache import Cache
-from kd_dist.config import (
-    MEAN,
-    STD,
-)
+from kd_dist.config import MEAN, STD
 from kd_dist.dist.runtime import Runtime
 from kd_dist.images import views
 from kd_dist.inference import Forward, compute_dtype
@@ -32,8 +29,16 @@ class Validation:
 
     def logits(self, model: nn.Module) -> np.ndarray:
         """Logits float32 [M, K], the same on every rank."""
-        normalised = (MEAN, STD, self.runtime.device, self.dtype)
-        forward = Forward(model, self.pixels, self.image_size, *normalised, self.threads)
+        forward = Forward(
+            model,
+            self.pixels,
+            self.image_size,
+            mean=MEAN,
+            std=STD,
+            device=self.runtime.device,
+            dtype=self.dtype,
+            threads=self.threads,
+        )
         return forward.all_logits(self.shown, len(self.scored.samples.classes), self.runtime)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:

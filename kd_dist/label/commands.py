@@ -47,7 +47,7 @@ def verify(options: argparse.Namespace) -> None:
             return
         if data is None:
             raise UserError("--teacher computes logits again from the images; name their folder with --data.")
-        _verify_data(cache, Path(data), runtime)
+        _verify_data(cache, Path(data), options.val_share, runtime)
         if options.teacher is None:
             job.say(runtime, "teacher: not checked; name its model.pt with --teacher")
         else:
@@ -76,9 +76,9 @@ def _opened(path: Path, runtime: Runtime) -> Iterator[Cache]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _verify_data(cache: Cache, data: Path, runtime: Runtime) -> None:
-    root = locate(data, explicit=True)
-    samples = scan(root)  # without the stored digests: every image is read again
+def _verify_data(cache: Cache, data: Path, val_share: float | None, runtime: Runtime) -> None:
+    root = locate(data, explicit=True, val_share=val_share)
+    samples = scan(root, val_share=val_share)  # without the stored digests: every image is read again
     cache.check_fits(samples.name, samples.classes, {split: samples.split(split) for split in SPLITS})
     job.say(
         runtime,
@@ -168,7 +168,9 @@ def _require_no_flags_of_foreign_teachers(options: argparse.Namespace) -> None:
 
 def _require_one_source_of_views(options: argparse.Namespace) -> None:
     if options.like is None and options.views is None:
-        raise UserError("how many views? Add --views 16, or --like FILE for those of another cache.")
+        raise UserError(
+            "--views V or --like FILE is required: how many views to draw, or the cache whose views to label."
+        )
     for name in ("views", "mixed_views", "seed", "crop_scale"):
         if options.like is not None and getattr(options, name) is not None:
             flag = "--" + name.replace("_", "-")
@@ -212,5 +214,5 @@ def _write(target: Path, plan: CachePlan, teachers: list[Teacher], data: label.L
 
 
 def _open_data(options: argparse.Namespace, runtime: Runtime) -> label.LabelData:
-    source = DataConfig(data=options.data, pixels=options.pixels, pixels_dir=options.pixels_dir)
-    return job.open_data(source, runtime)
+    names = ("data", "val_share", "pixels", "pixels_dir")
+    return job.open_data(DataConfig(**{name: getattr(options, name) for name in names}), runtime)

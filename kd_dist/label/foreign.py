@@ -109,7 +109,7 @@ class ForeignTeacher:
 
 def _outputs_of(name: str, network: nn.Module, image_size: int) -> int:
     """How many logits a network gives. Raises UserError where it gives anything else, or cannot take the image size."""
-    models.require_image_size(image_size, network)
+    models.require_image_size(image_size, network, name)
     with torch.inference_mode():
         logits = network.eval()(torch.zeros(2, 3, image_size, image_size))
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2 or not logits.is_floating_point():

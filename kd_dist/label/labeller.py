@@ -9,7 +9,7 @@ import torch
 from kd_dist.cache import Block, Header, Table
 from kd_dist.data.samples import Dataset
 from kd_dist.images import views
-from kd_dist.images.store import Pictures
+from kd_dist.images.store import ImageStore
 from kd_dist.inference import Forward
 from kd_dist.label.teachers import Teacher
 
@@ -21,7 +21,7 @@ class LabelData(Protocol):
     def samples(self) -> Dataset: ...
 
     @property
-    def pixels(self) -> Mapping[str, Pictures]: ...
+    def pixels(self) -> Mapping[str, ImageStore]: ...
 
     @property
     def threads(self) -> int: ...

@@ -43,7 +43,7 @@ def plan(
 def plan_like(
     teachers: Sequence[Teacher], data: LabelData, like: Cache, dtype: str, top_k: int | None = None
 ) -> CachePlan:
-    """As plan, with the very views of another cache, whatever this version would draw.
+    """As plan, with the same views as another cache, whatever this version would draw.
 
     Raises UserError where that cache is of other data, or of images that are not rendered here.
     """

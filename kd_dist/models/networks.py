@@ -72,7 +72,7 @@ def origin_cnn(classes: int) -> nn.Module:
 
 
 def resnet18(classes: int) -> nn.Module:
-    """torchvision's ResNet18 from random weights (He et al. 2016): the first layers reduce the picture four times."""
+    """torchvision's ResNet18 from random weights (He et al. 2016): the first layers reduce the image four times."""
     from torchvision.models import resnet18 as build
 
     model = build(weights=None, num_classes=classes)

@@ -19,7 +19,7 @@ def require_usable(name: str, model: nn.Module, classes: int, size: int) -> None
 
     The network is left as it is, and so are torch's random numbers.
     """
-    require_image_size(size, model)
+    require_image_size(size, model, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images_BCHW = torch.randn(TRIED_IMAGES, 3, size, size)
@@ -61,7 +61,7 @@ def _require_gradients(name: str, model: nn.Module, logits_BK: Tensor) -> None:
         )
 
 
-def require_image_size(size: int, model: nn.Module) -> None:
+def require_image_size(size: int, model: nn.Module, name: str) -> None:
     """Raise UserError where a network cannot take images of so many pixels a side, naming the smallest size that
     works.
     """
@@ -73,8 +73,8 @@ def require_image_size(size: int, model: nn.Module) -> None:
     sizes = range(size + 1, LARGEST_TRIED_SIZE) if by_size else ()
     larger = next((side for side in sizes if _refusal(tried, side) is None), None)
     if larger is None:
-        raise UserError(f"--image-size {size} does not suit this network ({cause(error)}); choose another one.")
-    raise UserError(f"--image-size {size} is too small for this network; the smallest that works is {larger}.")
+        raise UserError(f"--image-size {size} does not suit {name} ({cause(error)}); choose another size.")
+    raise UserError(f"--image-size {size} is too small for {name}; the smallest that works is {larger}.")
 
 
 def _refusal(model: nn.Module, size: int) -> Exception | None:

@@ -88,7 +88,8 @@ def read_settings(folder: RunFolder) -> tuple[str, dict[str, Any]]:
         return document["kind"], document["settings"]
     except FileNotFoundError:
         raise UserError(
-            f"{folder.path} holds no run ({folder.settings.name} is missing); name a run's folder."
+            f"{folder.path} is not a run folder ({folder.settings.name} is missing); name a run's folder, such as "
+            f"{folder.path}/teacher."
         ) from None
     except OSError as error:
         raise UserError(f"{folder.settings} cannot be read ({error.strerror or error}).") from error

@@ -1,6 +1,6 @@
 """What a run shows while it works: TensorBoard curves, and a progress bar or plain lines. Ranks but the first are mute.
 
-Nothing here may end a training run: a full disk under TensorBoard or a closed terminal costs the picture, not the work.
+Nothing here may end a training run: a full disk under TensorBoard or a closed terminal costs the image, not the work.
 """
 
 from __future__ import annotations

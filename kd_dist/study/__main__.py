@@ -166,7 +166,7 @@ def _compare(words: Sequence[str]) -> None:
 
 def _summary(words: Sequence[str]) -> None:
     from kd_dist.files import read_json, write_bytes
-    from kd_dist.study.pictures import plot_summary
+    from kd_dist.study.plots import plot_summary
 
     parser = _Parser("summary", "Plot a published study in brief: the teacher's top-1 and the primary contrast's arms.")
     parser.add_argument("figures", type=Path, metavar="JSON", help="such as docs/results/imagewoof-cpu.json")

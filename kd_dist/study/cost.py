@@ -12,6 +12,7 @@ from typing import Any
 
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.metrics import CACHE_SECONDS, read_costs, read_metrics
+from kd_dist.tables import counted
 
 Cost = Mapping[str, float | int | None]
 """`training_s` of the teacher, `writing_s` of the cache, and its `bytes`; None where unknown."""
@@ -44,7 +45,7 @@ def sentences(cost: Cost, distilled_s: float | None, online_s: float | None) -> 
     if writing_s is not None and distilled_s is not None and online_s is not None:
         saved_s = online_s - distilled_s
         students = math.ceil(writing_s / saved_s) if saved_s > 0 else None
-        pays = f"pays after {students} student{'s' * (students > 1)}" if students else "never pays"
+        pays = f"pays after {counted(students, 'student')}" if students else "never pays"
         found.append(f"With the teacher in the loop a student takes {duration(online_s)}: the cache {pays}.")
     return found
 

@@ -11,7 +11,7 @@ from kd_dist.cache import Cache
 from kd_dist.config import StudentConfig
 from kd_dist.errors import UserError
 from kd_dist.images import views
-from kd_dist.images.store import Pictures
+from kd_dist.images.store import ImageStore
 from kd_dist.job import Data
 from kd_dist.label import Teacher, load_teacher
 from kd_dist.training import LossTerms
@@ -20,10 +20,10 @@ from kd_dist.training.batches import Batch
 
 @dataclass(frozen=True, eq=False)
 class OnlineTeacher:
-    """A cache's teacher and the pictures it labels; called with (settings, classes) it is the student's loss."""
+    """A cache's teacher and the images it labels; called with (settings, classes) it is the student's loss."""
 
     teacher: Teacher
-    pixels: Pictures
+    pixels: ImageStore
     device: torch.device
 
     @property
@@ -32,7 +32,7 @@ class OnlineTeacher:
         return self.teacher.row.sha256
 
     def __call__(self, settings: StudentConfig, classes: int) -> LossTerms:
-        """The loss that the settings name, against the teacher's logits on the very pictures of the batch."""
+        """The loss that the settings name, against the teacher's logits on the very images of the batch."""
         cached = distill.loss_of(settings, classes)
         mean, std, size = self.teacher.mean, self.teacher.std, self.teacher.row.image_size
         normalise = views.Normalise(mean, std, torch.float32, self.device)

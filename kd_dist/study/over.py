@@ -17,7 +17,7 @@ from kd_dist.errors import UserError
 from kd_dist.files import write_bytes
 from kd_dist.study.choice import MAY_VARY
 from kd_dist.study.folder import StudyFolder
-from kd_dist.study.pictures import plot_lines
+from kd_dist.study.plots import plot_lines
 from kd_dist.study.results import ArmRuns, Study, read_study, require_same_val
 from kd_dist.study.statistics import spread
 

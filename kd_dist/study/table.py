@@ -9,7 +9,7 @@ from kd_dist.study.arms import BASELINES, BUG_CHECK, DISTILLED, ONLINE
 from kd_dist.study.cost import cost_of, sentences
 from kd_dist.study.folder import StudyFolder
 from kd_dist.study.over import over_grid
-from kd_dist.study.pictures import plot
+from kd_dist.study.plots import plot
 from kd_dist.study.results import ENOUGH_SEEDS, METRICS, ArmRuns, Study, contrast, read_study
 from kd_dist.study.statistics import Difference
 

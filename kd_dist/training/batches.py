@@ -1,4 +1,4 @@
-"""Training batches: which images in which order, in which view, blended with which other, and on which rank.
+"""Training batches: which images in which order, in which view, mixed with which other, and on which rank.
 
 All of it is a function of (seed, epoch, image), so an interrupted run goes on from one integer, at any number of ranks,
 and the ranks' parts of a batch put together are the batch a single process would have had.
@@ -17,7 +17,7 @@ from kd_dist.dist.endings import ignore_stop_signals
 from kd_dist.dist.runtime import Runtime
 from kd_dist.errors import UserError
 from kd_dist.images import views
-from kd_dist.images.store import Pictures
+from kd_dist.images.store import ImageStore
 from kd_dist.images.transfer import to_device
 
 ORDER, CROPS, FLIPS, VIEW_CHOICE, BLEND, PLAIN_VIEW_CHOICE = range(6)
@@ -27,12 +27,12 @@ AHEAD_BYTES = 32 << 20  # of soft labels read at once
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of one step. Pictures leave here as uint8 and are normalised on the device, where resident ones
+    """One rank's part of one step. Images leave here as uint8 and are normalised on the device, where resident ones
     are already.
 
     `global_size` counts the images of the step over all ranks. `weights_B` is the share of each image's own label; the
-    rest belongs to `partner_labels_B` (1 and the own label where nothing was blended). `teacher_logits_BK` is None
-    where no cache is read. `shown` describes the pictures, for those who render them at another size.
+    rest belongs to `partner_labels_B` (1 and the own label where nothing was mixed). `teacher_logits_BK` is None
+    where no cache is read. `shown` describes the images, for those who render them at another size.
     """
 
     index_B: torch.Tensor
@@ -98,7 +98,7 @@ class FreshCrops:
 @dataclass(frozen=True)
 class CachedCrops:
     """The cache's own views: in each epoch every image gets one of its views, without replacement until all have been
-    seen. A mixed view is shown with its blend, in the first `blended_epochs` (None: in all); after these, plain views
+    seen. A mixed view is shown with its mix, in the first `mixed_epochs` (None: in all); after these, plain views
     alone are shown.
 
     With more than one view the evaluation view, number 0, is left out.
@@ -108,14 +108,14 @@ class CachedCrops:
     flip_NV: np.ndarray
     seed: int
     mixed: views.Mixed | None = None
-    blended_epochs: int | None = None
+    mixed_epochs: int | None = None
 
     def __call__(self, epoch: int) -> EpochViews:
         n, all_views = self.flip_NV.shape
         numbers, stream = np.arange(min(1, all_views - 1), all_views, dtype=np.int32), VIEW_CHOICE
-        if self.mixed is not None and self.blended_epochs is not None and epoch >= self.blended_epochs:
+        if self.mixed is not None and self.mixed_epochs is not None and epoch >= self.mixed_epochs:
             numbers, stream = np.setdiff1d(numbers, self.mixed.mixed_views()), PLAIN_VIEW_CHOICE
-            epoch -= self.blended_epochs
+            epoch -= self.mixed_epochs
         cycle, turn = divmod(epoch, len(numbers))
         rng, rows = _rng(self.seed, cycle, stream), max(1, CHOICE_CELLS // len(numbers))
         # Piece by piece the generator gives what it would give at once, without memory for all views of all images.
@@ -146,14 +146,14 @@ def steps_in_epoch(n: int, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Everything batches are made of: pictures, labels, a rule for views, and soft labels where there is a cache.
+    """Everything batches are made of: images, labels, a rule for views, and soft labels where there is a cache.
 
     members_M: the rows that are trained on, int64 and sorted; None for all. Views are drawn for all N, so that an
-    image's do not depend on who else is trained on; partners in blends are members. blended_epochs: blends are drawn in
+    image's do not depend on who else is trained on; partners in mixes are members. mixed_epochs: mixes are drawn in
     so many epochs, the first ones; None for all.
     """
 
-    pixels: Pictures
+    pixels: ImageStore
     labels_N: np.ndarray
     views_of_epoch: FreshCrops | CachedCrops
     image_size: int
@@ -163,7 +163,7 @@ class TrainData:
     cutmix: float = 0.0
     logits_NVK: SoftLabels | None = None
     members_M: np.ndarray | None = None
-    blended_epochs: int | None = None
+    mixed_epochs: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N if self.members_M is None else self.members_M)
@@ -186,7 +186,7 @@ class TrainData:
             batch_size=None,
             sampler=steps,
             num_workers=workers,
-            multiprocessing_context="fork" if workers else None,  # the pictures are mapped, not sent
+            multiprocessing_context="fork" if workers else None,  # the images are mapped, not sent
             pin_memory=runtime.device.type == "cuda",
             worker_init_fn=ignore_stop_signals,
         )
@@ -200,7 +200,7 @@ class EpochBatches(Dataset):
         self.data, self.rank, self.world_size = data, rank, world_size
         self.batches = np.array_split(data.order(epoch), data.steps_per_epoch)
         self.views = data.views_of_epoch(epoch)
-        self.blends = blends_of(data, epoch)
+        self.mixes = mixes_of(data, epoch)
         self._ahead: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -255,13 +255,19 @@ class EpochBatches(Dataset):
         if self.views.mixed_N is not None:
             return self.views.mixed_N.at(index_B)
         box_N4, flip_N = self.views.box_N4, self.views.flip_N
-        crop = (index_B, box_N4[index_B], flip_N[index_B])
-        if self.blends is None:
-            return views.Shown.plain(*crop)
-        weight_B = self.blends.weight_N[index_B].astype(np.float32)
-        partner_B = np.where(weight_B < 1, self.blends.partner_N[index_B], index_B)
-        paste_B4 = self.blends.paste_N4[index_B].astype(np.float32)
-        return views.Shown(*crop, partner_B, box_N4[partner_B], flip_N[partner_B], weight_B, paste_B4)
+        plain = views.Shown.plain(index_B, box_N4[index_B], flip_N[index_B])
+        if self.mixes is None:
+            return plain
+        weight_B = self.mixes.weight_N[index_B].astype(np.float32)
+        partner_B = np.where(weight_B < 1, self.mixes.partner_N[index_B], index_B)
+        return replace(
+            plain,
+            partner_B=partner_B,
+            partner_box_B4=box_N4[partner_B],
+            partner_flip_B=flip_N[partner_B],
+            weight_B=weight_B,
+            paste_B4=self.mixes.paste_N4[index_B].astype(np.float32),
+        )
 
 
 class _Guarded(Dataset):
@@ -285,10 +291,10 @@ def _raised(batch: Batch | UserError) -> Batch:
     return batch
 
 
-def blends_of(data: TrainData, epoch: int) -> views.Blends | None:
-    """The blends of every image in one epoch; None where none are asked for."""
-    is_plain = data.blended_epochs is not None and epoch >= data.blended_epochs
+def mixes_of(data: TrainData, epoch: int) -> views.Mixes | None:
+    """The mixes of every image in one epoch; None where none are asked for."""
+    is_plain = data.mixed_epochs is not None and epoch >= data.mixed_epochs
     if is_plain or not (data.mixup or data.cutmix):
         return None
     rng = _rng(data.seed, epoch, BLEND)
-    return views.draw_blends(rng, len(data.labels_N), data.mixup, data.cutmix, data.members_M)
+    return views.draw_mixes(rng, len(data.labels_N), data.mixup, data.cutmix, data.members_M)

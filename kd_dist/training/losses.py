@@ -33,11 +33,11 @@ def hard_targets(
     partners_B: Tensor | None = None,
     weight_B: Tensor | None = None,
 ) -> Tensor:
-    """Target probabilities [B, K]: one-hot labels, blended with a partner's (mixup, CutMix) and smoothed (Szegedy et
+    """Target probabilities [B, K]: one-hot labels, mixed with a partner's (mixup, CutMix) and smoothed (Szegedy et
     al. 2016).
 
     weight_B is the share of the sample's own label in [0, 1]; partners_B holds the partners' labels. A label that is
-    not known (UNKNOWN) has a row of zeros, which no loss and no gradient comes from; in a blend, only its share has.
+    not known (UNKNOWN) has a row of zeros, which no loss and no gradient comes from; in a mix, only its share has.
     """
     targets_BK = _targets(labels_B, classes, smoothing)
     if partners_B is None or weight_B is None:

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from kd_dist.training import losses
 from kd_dist.training.batches import Batch
 from kd_dist.training.losses import NEED_LABELS, SoftLoss, cross_entropy, hard_targets
 from kd_dist.training.trainer import LossTerms
 
 
 def hard(classes: int, smoothing: float) -> LossTerms:
-    """Cross-entropy with the labels, blended as the batch says and smoothed: {"total", "hard"}."""
+    """Cross-entropy with the labels, mixed as the batch says and smoothed: {"total", "hard"}."""
 
     def terms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         hard_B = _hard(model(batch.images_BCHW), batch, classes, smoothing)
@@ -33,8 +34,29 @@ def distilled(classes: int, smoothing: float, soft_loss: SoftLoss, alpha: float,
     return terms
 
 
+def distillation_loss(
+    student_BK: Tensor,
+    teacher_BK: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.9,
+    temperature: float = 4.0,
+    loss: str = "kl",
+) -> Tensor:
+    """The mean over a batch of alpha * soft + (1 - alpha) * hard, for a training loop of your own.
+
+    `labels` are classes, int64 [B], -1 where an image has none and counts by its soft loss alone, or the probabilities
+    of the classes, float [B, K]; `loss` is a name that --loss takes. Raises UserError for a name that is not known.
+    """
+    soft_loss = losses.soft_loss(loss)
+    targets_BK = hard_targets(labels, student_BK.shape[1]) if labels.dim() == 1 else labels
+    own = [labels if labels.dim() == 1 else labels.argmax(dim=1)] if soft_loss in NEED_LABELS else []
+    soft_B = soft_loss(student_BK, teacher_BK, temperature, *own)
+    return (alpha * soft_B + (1 - alpha) * cross_entropy(student_BK, targets_BK)).mean()
+
+
 def _main_labels(batch: Batch) -> Tensor:
-    """The label with the larger share in each picture: [B]."""
+    """The label with the larger share in each image: [B]."""
     return torch.where(batch.weights_B < 0.5, batch.partner_labels_B, batch.labels_B)
 
 

@@ -40,7 +40,7 @@ from kd_dist.training.saving import Checkpoints, Heartbeat
 from kd_dist.training.watch import EpochSums, LossWatch, weights_are_finite
 
 LossTerms = Callable[[nn.Module, Batch], dict[str, Tensor]]
-"""(model, batch with normalised pictures) -> named losses [B] of every sample, "total" among them."""
+"""(model, batch with normalised images) -> named losses [B] of every sample, "total" among them."""
 
 Evaluate = Callable[[int, nn.Module], dict[str, float]]
 """Validation after an epoch: (epochs done, evaluated model) -> metrics by name, equal on all ranks; "val_" begins the
@@ -54,7 +54,7 @@ DDP_WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work is done: how pictures are normalised, in which precision the network runs (auto, bf16 or fp32), how
+    """How the work is done: how images are normalised, in which precision the network runs (auto, bf16 or fp32), how
     many loader processes a rank has, how often a checkpoint is saved, and whether some steps are traced.
     """
 
@@ -147,7 +147,7 @@ class Trainer:
         return prepared(batches, self.prepare, self.runtime.device)
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch on the device, its pictures normalised."""
+        """The batch on the device, its images normalised."""
         batch = batch.to(self.runtime.device)
         return replace(batch, images_BCHW=self.normalise(batch.images_BCHW))
 

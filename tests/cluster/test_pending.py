@@ -10,9 +10,7 @@ from shared import ROOT, SIZES, log_of
 from launch.supervisor import Job
 
 
-def test_editing_the_tree_leaves_a_pending_job_alone_and_its_pictures_go_to_scratch(
-    reference, student_options, tmp_path
-):
+def test_editing_the_tree_leaves_a_pending_job_alone_and_its_images_go_to_scratch(reference, student_options, tmp_path):
     tree, site, scratch = tmp_path / "tree", tmp_path / "site.conf", tmp_path / "scratch"
     for package in ("kd_dist", "launch"):
         shutil.copytree(ROOT / package, tree / package)

@@ -1,4 +1,4 @@
-"""What the programs share: pictures without content in a simulated GPU's memory, and a trainer for them."""
+"""What the programs share: images without content in a simulated GPU's memory, and a trainer for them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import nullgpu
 import numpy as np
 import torch
-from test_exactness import fresh_blended_data, make_trainer, random_data
+from test_exactness import fresh_mixed_data, make_trainer, random_data
 
 from kd_dist.cache.mixed import Mixed
 from kd_dist.dist.runtime import Runtime
@@ -34,7 +34,7 @@ def never_diverge() -> None:
 
 
 def resident_data(sizes_N2: np.ndarray, batch: int, size: int, mix: float = 0.0) -> TrainData:
-    """Pictures of these heights and widths in the device's memory, shown by fresh crops; all share the same bytes."""
+    """Images of these heights and widths in the device's memory, shown by fresh crops; all share the same bytes."""
     n = len(sizes_N2)
     pixels = Pixels(torch.zeros(int(sizes_N2.prod(1).max()) * 6, dtype=torch.uint8), sizes_N2, np.zeros(n, np.int64))
     crops = FreshCrops(sizes_N2, (0.35, 1.0), 0)
@@ -43,7 +43,7 @@ def resident_data(sizes_N2: np.ndarray, batch: int, size: int, mix: float = 0.0)
 
 
 def imagewoof_like(n: int, batch: int, size: int, mix: float = 0.0) -> TrainData:
-    """N pictures with a shorter side of 160 pixels, half of them upright."""
+    """N images with a shorter side of 160 pixels, half of them upright."""
     return resident_data(np.tile(np.array([[160, 213], [213, 160]], np.int64), (n // 2, 1)), batch, size, mix)
 
 
@@ -51,7 +51,7 @@ def noise(n: int, batch: int, size: int, images: str = "plain", pixels: str = "d
     """The tests' noise images in the device's or the host's memory: cached views with logits for a soft loss, `plain`
     or half of them `mixed`, or `fresh` crops with mixup and CutMix for a hard one.
     """
-    data = (fresh_blended_data if images == "fresh" else random_data)(n, batch, size)
+    data = (fresh_mixed_data if images == "fresh" else random_data)(n, batch, size)
     if images == "mixed":
         columns = views.mixed_views(0, "train", n, range(4), 0.5)
         data = replace(data, views_of_epoch=replace(data.views_of_epoch, mixed=Mixed(*columns)))
