@@ -17,8 +17,8 @@ from kd_dist.config import MEAN, STD, DataConfig
 from kd_dist.data.samples import SPLITS
 from kd_dist.dist.runtime import Runtime
 from kd_dist.errors import UserError
-from kd_dist.files import locked
 from kd_dist.images import views as rendering
+from kd_dist.lock import locked
 from kd_dist.training.batches import CachedCrops
 from kd_dist.training.losses import hard_targets
 

@@ -21,8 +21,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kd_dist import dataset
-from kd_dist.data import fetch, generated
+from kd_dist import dataset, fetch, lock
+from kd_dist.data import archives, generated
 from kd_dist.data.layout import is_set
 from kd_dist.data.releases import DEFAULT_RELEASE, RELEASES, Release, locate
 from kd_dist.data.scan import scan
@@ -156,7 +156,7 @@ def test_whole_part_of_a_killed_start_is_not_fetched_again(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "_write_member", disk_full)
+        patch.setattr(archives, "_write_member", disk_full)
         with pytest.raises(UserError, match=r"no space left for .*data/tiny"):
             _get(tmp_path / "data", served.url)
     assert is_set(_get(tmp_path / "data", served.url))
@@ -387,7 +387,7 @@ def test_place_that_cannot_be_written_is_named(tmp_path: Path, archive: Path):
 
 
 def test_error_in_the_middle_leaves_no_set(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch):
-    written, real = [], fetch._write_member
+    written, real = [], archives._write_member
 
     def dies_at_the_last_but_one(tar, member, *rest) -> None:
         written.append(member.name)
@@ -396,7 +396,7 @@ def test_error_in_the_middle_leaves_no_set(tmp_path: Path, archive: Path, monkey
         real(tar, member, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "_write_member", dies_at_the_last_but_one)
+        patch.setattr(archives, "_write_member", dies_at_the_last_but_one)
         with pytest.raises(KeyboardInterrupt):
             _get(tmp_path / "data", archive)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".tiny.lock"]
@@ -406,9 +406,9 @@ def test_error_in_the_middle_leaves_no_set(tmp_path: Path, archive: Path, monkey
 _KILL_WHILE_UNPACKING = """
 import os, signal, sys
 from pathlib import Path
-from kd_dist.data import fetch
+from kd_dist.data import archives
 from kd_dist.data.releases import locate
-fetch.publish = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+archives.publish = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 locate(Path(sys.argv[1]), None, sys.argv[2], None, explicit=True)
 """
 
@@ -437,29 +437,37 @@ def test_processes_at_once_fetch_once(tmp_path: Path, served: Served):
     assert len({stdout for stdout, _ in said}) == 1
 
 
-def test_waiting_one_takes_over_from_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    begun, waited, made = threading.Event(), threading.Event(), []
-    monkeypatch.setattr(fetch, "time", SimpleNamespace(sleep=lambda seconds: waited.set()))
+_FAIL_WHEN_TOLD = """
+import sys, time
+from pathlib import Path
+from kd_dist.data.archives import make_folder
+from kd_dist.data.scan import is_set
+from kd_dist.errors import UserError
+folder = Path(sys.argv[1])
+def fails(making):
+    print("begun", flush=True)
+    while not (folder / "told").exists():
+        time.sleep(0.01)
+    raise UserError("no network")
+make_folder(folder / "it", is_set, fails)
+"""
 
-    def fails(folder: Path) -> None:
-        begun.set()
-        assert waited.wait(timeout=30)
-        raise UserError("no network")
+
+def test_waiting_one_takes_over_from_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = []
 
     def works(folder: Path) -> None:
         made.append(folder)
         for split in ("train", "val"):
             (folder / split).mkdir()
 
-    def second() -> None:
-        begun.wait(timeout=30)
-        fetch.make_folder(tmp_path / "it", is_set, works)
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    with pytest.raises(UserError, match="no network"):
-        fetch.make_folder(tmp_path / "it", is_set, fails)
-    thread.join(timeout=30)
+    command = [sys.executable, "-c", _FAIL_WHEN_TOLD, tmp_path]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "begun\n"
+        told = SimpleNamespace(sleep=lambda seconds: (tmp_path / "told").touch())
+        monkeypatch.setattr(fetch, "time", told)  # it waits, so the other one may fail now
+        archives.make_folder(tmp_path / "it", is_set, works)
+        assert "no network" in other.communicate()[1]
     assert len(made) == 1 and is_set(tmp_path / "it")
 
 
@@ -467,6 +475,6 @@ def test_filesystem_without_locks_is_said(tmp_path: Path, archive: Path, monkeyp
     def unsupported(*arguments: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(fetch.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock.fcntl, "lockf", unsupported)
     with pytest.raises(UserError, match="without file locks"):
         _get(tmp_path / "data", archive)

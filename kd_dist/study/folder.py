@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from kd_dist.config import StudentConfig, StudyConfig, flags_of
 from kd_dist.errors import UserError
-from kd_dist.files import locked, read_json, write_json
+from kd_dist.files import read_json, write_json
+from kd_dist.lock import locked
 from kd_dist.run.claim import differences, forget
 from kd_dist.run.folder import RunFolder
 
