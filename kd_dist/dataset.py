@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,24 +12,10 @@ from kd_dist.data.releases import DEFAULT_RELEASE, RELEASES, locate
 from kd_dist.data.samples import SPLITS, Dataset
 from kd_dist.data.scan import default_folder, scan
 from kd_dist.errors import exit_code_of
+from kd_dist.fetch import PrintedProgress
 from kd_dist.tables import show
 
 DEFAULT_DATA = "data"
-PROGRESS_SECONDS = 5.0
-
-
-class PrintedProgress:
-    """Progress as plain lines on stderr: when something begins, every few seconds, and when it is done."""
-
-    def __init__(self) -> None:
-        self._what, self._said_at = "", 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what == self._what and done != total and now - self._said_at < PROGRESS_SECONDS:
-            return
-        self._what, self._said_at = what, now
-        print(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="DIR", help="the set's folder or CSV file, or where to put it [$KD_DIST_DATA, else data]")
     add("--val-share", type=float, metavar="SHARE", help="hold this share of the images out as val")
     add("--release", metavar="NAME", help=f"which set to fetch, see --list [{DEFAULT_RELEASE}]")
-    add("--archive", metavar="FILE_OR_URL", help="take the set from this tar file or http(s) address instead")
+    add("--archive", metavar="FILE_OR_URL", help="take the set from this tar file or address instead")
     add("--sha256", metavar="HEX", help="the digest that the archive must have")
     add("--list", action="store_true", help="print the known releases and stop")
     return parser

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import re
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -31,11 +32,26 @@ PAUSE_SECONDS = 1.0  # before the second try; doubles with each
 TIMEOUT_SECONDS = 20.0  # without an answer, or without a byte
 POLL_SECONDS = 0.5
 CHUNK_BYTES = 1 << 20
+PROGRESS_SECONDS = 5.0
 RANGE_BYTES = 8 << 20  # asked for at once of an object store
 DIGEST_BYTES = 1 << 16  # more than a file that `sha256sum` wrote has
 
 DOWNLOADS = "KD_DIST_DOWNLOADS"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+class PrintedProgress:
+    """Progress as plain lines on stderr: when something begins, every few seconds, and when it is done."""
+
+    def __init__(self) -> None:
+        self._what, self._said_at = "", 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what == self._what and done != total and now - self._said_at < PROGRESS_SECONDS:
+            return
+        self._what, self._said_at = what, now
+        print(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}", file=sys.stderr, flush=True)
 
 
 def is_address(name: str) -> bool:
@@ -134,6 +150,19 @@ def fetch_file(address: str, progress: Progress | None = None) -> Path:
 
     make_once(target, Path.is_file, make, f"name with {DOWNLOADS} a folder that can be written")
     return target
+
+
+def local_file(
+    name: str | Path,
+    once_a_node: Callable[[str, Callable[[], str]], str] = lambda task, work: work(),
+    progress: Progress | None = None,
+) -> Path:
+    """The path that is named, or that of a file which is named by address, see `fetch_file`: one process of each node
+    fetches it. Raises UserError.
+    """
+    if not is_address(str(name)):
+        return Path(name)
+    return Path(once_a_node(f"fetch {name}", lambda: str(fetch_file(str(name), progress))))
 
 
 def _digest_beside(address: str, mend: str) -> str:

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -46,22 +47,34 @@ class Served:
     url: str = ""
 
 
-def _handler(served: Served) -> type[BaseHTTPRequestHandler]:
+@contextmanager
+def server_of(find: Callable[[str], Served | None]) -> Iterator[str]:
+    """A server on this machine of the files that `find` knows by their path: its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(find)) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def _handler(find: Callable[[str], Served | None]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            served = find(self.path.partition("?")[0])
+            if served is None:
+                return self.send_error(404)
             served.requests.append(dict(self.headers))
             if served.status and (status := served.status.pop(0)) != 200:
                 return self.send_error(status)
-            self._send(*self._part())
+            self._send(served, *self._part(served))
 
-        def _part(self) -> tuple[int, bytes]:
+        def _part(self, served: Served) -> tuple[int, bytes]:
             """(first byte, body) as the Range and If-Range headers ask for."""
             asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             same = self.headers.get("If-Range", served.etag) == served.etag
             start = int(asked[1]) + served.skip if asked and same and served.ranges else 0
             return start, served.content[start:]
 
-        def _send(self, start: int, body: bytes) -> None:
+        def _send(self, served: Served, start: int, body: bytes) -> None:
             if start >= len(served.content):
                 return self.send_error(416)
             self.send_response(206 if start else 200)
@@ -91,11 +104,9 @@ def quick_and_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(archive: Path) -> Iterator[Served]:
     """The archive on a server of this test's own."""
     file = Served(archive.read_bytes())
-    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(file)) as server:
-        file.url = f"http://127.0.0.1:{server.server_port}/mirror/tiny.tgz?token=1"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with server_of(lambda path: file) as address:
+        file.url = f"{address}/mirror/tiny.tgz?token=1"
         yield file
-        server.shutdown()
 
 
 @pytest.fixture(scope="module")

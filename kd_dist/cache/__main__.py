@@ -11,16 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from kd_dist.cache import Cache, open_cache, render_info
 from kd_dist.cache import combine as combine_caches
-from kd_dist.cache import open_cache, render_info
 from kd_dist.config import PIXELS
 from kd_dist.dist.endings import launched_rank, run_entry
 from kd_dist.errors import UserError, require_installed
+from kd_dist.fetch import PrintedProgress, local_file
 from kd_dist.files import require_free
 from kd_dist.hub import licence
 from kd_dist.tables import show
 
 PROG = "python -m kd_dist.cache"
+A_CACHE = "the cache, such as runs/teacher/logits.h5, or its address"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def info(options: argparse.Namespace) -> None:
     """One screen about a cache: what it holds, and its label statistics."""
     if launched_rank() == 0:
-        show(render_info(open_cache(options.cache)))
+        show(render_info(_opened(options.cache)))
+
+
+def _opened(name: str) -> Cache:
+    return open_cache(local_file(name, progress=PrintedProgress()))
 
 
 def combine(options: argparse.Namespace) -> None:
@@ -48,7 +54,7 @@ def combine(options: argparse.Namespace) -> None:
     if (options.mean == "probabilities") != (options.temperature is not None):
         raise UserError("--mean probabilities needs --temperature T, at which it is taken; a mean of logits has none.")
     if launched_rank() == 0:
-        combine_caches([open_cache(path) for path in options.caches], options.output, options.temperature, software())
+        combine_caches([*map(_opened, options.caches)], options.output, options.temperature, software())
         print(f"wrote {options.output}; `{PROG} info {shlex.quote(str(options.output))}` describes it")
 
 
@@ -60,7 +66,7 @@ def export(options: argparse.Namespace) -> None:
     if launched_rank() == 0:
         require_free(options.to)
         own = {name: getattr(options, name) for name in Statement.__dataclass_fields__}
-        export(open_cache(options.cache), options.to, Statement(**own))
+        export(_opened(options.cache), options.to, Statement(**own))
         print(f"wrote {options.to}; `{PROG} verify {shlex.quote(str(options.to))}` checks it")
 
 
@@ -138,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_flags(add: Callable[..., object], name: str) -> None:
     if name != "write":
         folder = ", or a folder that export wrote" if name == "verify" else ""
-        add("cache", type=Path, metavar="FILE", help=f"the cache, such as runs/teacher/logits.h5{folder}")
+        add("cache", metavar="FILE", help=f"{A_CACHE}{folder}")
     if name == "info":
         return
     of_folds = "; of out-of-fold labels, those of all K teachers"
@@ -179,7 +185,7 @@ def _add_flags_of_write(add: Callable[..., object]) -> None:
             **triple,
             help=f"{name} of each colour, for pixels scaled to 0..1, that such a network expects [{default}]",
         )
-    add("--like", type=Path, metavar="FILE", help="label the same views as this cache, so that the two can be combined")
+    add("--like", metavar="FILE", help="label the same views as this cache, so that the two can be combined")
     add(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="number format of the forward pass [auto]"
     )
@@ -202,7 +208,7 @@ def _add_flags_of_write(add: Callable[..., object]) -> None:
 
 
 def _add_flags_of_combine(add: Callable[..., object]) -> None:
-    add("caches", type=Path, nargs="+", metavar="FILE", help="caches of the same views, see write --like")
+    add("caches", nargs="+", metavar="FILE", help="caches of the same views, see write --like")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the cache to write; must not exist")
     add(
         "--mean",
@@ -219,7 +225,7 @@ def _add_flags_of_combine(add: Callable[..., object]) -> None:
 
 
 def _add_flags_of_export(add: Callable[..., object]) -> None:
-    add("cache", type=Path, metavar="FILE", help="the cache, such as runs/teacher/logits.h5")
+    add("cache", metavar="FILE", help=A_CACHE)
     add("--to", type=Path, required=True, metavar="DIR", help="the folder to write; missing or empty")
     add("--license", dest="licence", type=licence, metavar="ID", help="of the labels, such as cc-by-4.0")
     add("--teacher-license", dest="teacher_licence", type=licence, metavar="ID", help="of the teacher's weights")

@@ -226,7 +226,7 @@ class DistillationConfig:
     )
     cache: str | None = flag(
         None,
-        "Input: the file of soft labels that the teacher's job wrote [runs/teacher/logits.h5].",
+        "Input: the file of soft labels that the teacher's job wrote, or its address [runs/teacher/logits.h5].",
         "FILE",
         may_change=True,
     )

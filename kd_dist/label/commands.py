@@ -19,6 +19,7 @@ from kd_dist.data.scan import scan
 from kd_dist.dist.endings import StopRequest
 from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError, require_installed
+from kd_dist.fetch import local_file
 from kd_dist.images import views
 from kd_dist.inference import compute_dtype
 from kd_dist.label.foreign import ForeignTeacher, is_foreign
@@ -36,7 +37,7 @@ float16 storage alone costs 0.0005. The rest covers other hardware adding in ano
 def verify(options: argparse.Namespace) -> None:
     """Check a cache by itself, against the data, and against the teacher."""
     data = options.data or os.environ.get("KD_DIST_DATA")
-    with joined(options.device) as runtime, _opened(options.cache, runtime) as cache:
+    with joined(options.device) as runtime, _opened(_local(options.cache, runtime), runtime) as cache:
         rows = sum(len(table) * table.views for table in cache.splits.values())
         if not cache.has_checksum:
             job.say(runtime, f"checksum: not checked; there is no {checksum_file_of(cache.path).name} beside it")
@@ -52,6 +53,10 @@ def verify(options: argparse.Namespace) -> None:
             job.say(runtime, "teacher: not checked; name its model.pt with --teacher")
         else:
             _verify_teacher(cache, options, runtime)
+
+
+def _local(name: str, runtime: Runtime) -> Path:
+    return local_file(name, runtime.once_a_node, job.progress_by_name(runtime))
 
 
 @contextmanager
@@ -124,7 +129,7 @@ def write(options: argparse.Namespace) -> None:
     """Write a cache from one teacher's checkpoint, or from those of all folds."""
     _require_one_source_of_views(options)
     with joined(options.device) as runtime:
-        like = open_cache(options.like, runtime.once_a_node) if options.like else None
+        like = open_cache(_local(options.like, runtime), runtime.once_a_node) if options.like else None
         size, mean, std = options.image_size, options.mean or MEAN, options.std or STD
         data, teachers = _data_and_teachers(options, runtime, (size, mean, std))
         rule = None if like else _rule(options, teachers[0])
@@ -194,7 +199,7 @@ def _rule(options: argparse.Namespace, teacher: Teacher) -> label.ViewRule:
 def extend(options: argparse.Namespace) -> None:
     """Write a cache with more views, starting with those of an existing one."""
     with joined(options.device) as runtime:
-        cache = open_cache(options.cache, runtime.once_a_node)
+        cache = open_cache(_local(options.cache, runtime), runtime.once_a_node)
         if options.views <= cache.views:
             raise UserError(f"--views {options.views}, but {cache.path} holds {cache.views} already; ask for more.")
         if cache.is_combined:
