@@ -19,9 +19,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 LOOK_AGAIN_S = 0.2
-SHOWN = 200  # characters of the holder's command
+SHOWN = 160  # characters of the holder's command
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _try(descriptor: int) -> bool | None:
 
 def _sign(descriptor: int) -> None:
     """Write who has the lock into its file, for `holder`; a full disk is no reason not to have it."""
-    command = shlex.join(["python", *sys.orig_argv[1:]])[:SHOWN]
+    command = shorten(shlex.join(["python", *sys.orig_argv[1:]]), SHOWN, placeholder=" ...")
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} ({command})\n".encode(), 0)

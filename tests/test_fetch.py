@@ -452,7 +452,7 @@ _FAIL_WHEN_TOLD = """
 import sys, time
 from pathlib import Path
 from kd_dist.data.archives import make_folder
-from kd_dist.data.scan import is_set
+from kd_dist.data.layout import is_set
 from kd_dist.errors import UserError
 folder = Path(sys.argv[1])
 def fails(making):
