@@ -80,6 +80,11 @@ def test_card_and_config_say_what_the_model_is(exported, tiny):
         "| epochs | 3 |",
     ):
         assert words in card
+    for name in ("model.safetensors", "model.onnx", "model.pt2"):
+        assert f"| {name} | {(folder / name).stat().st_size:,} |" in card
+    assert f"{models.count_weights(models.Cnn5(3)):,} weights" in card
+    assert all(f"| batch {size}: median" in card for size in (1, 64))
+    assert card.count(" | 30/30 |") == 3
     assert "/home" not in card and "/home" not in json.dumps(config)
     assert config["preprocessing"]["graph_input"]["dtype"] == ("uint8" if from_pixels else "float32")
     assert config["architecture"] == "cnn5" and config["classes"] == list(tiny.classes)

@@ -414,14 +414,7 @@ def test_error_in_the_middle_leaves_no_set(tmp_path: Path, archive: Path, monkey
     assert len(scan(_get(tmp_path / "data", archive)).train) == 6
 
 
-_KILL_WHILE_UNPACKING = """
-import os, signal, sys
-from pathlib import Path
-from kd_dist.data import archives
-from kd_dist.data.releases import locate
-archives.publish = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-locate(Path(sys.argv[1]), None, sys.argv[2], None, explicit=True)
-"""
+_KILL_WHILE_UNPACKING = (Path(__file__).parent / "programs/killed_while_unpacking.py").read_text()
 
 
 def test_killed_process_leaves_no_set_and_the_next_one_clears_up(tmp_path: Path, archive: Path):
@@ -448,20 +441,7 @@ def test_processes_at_once_fetch_once(tmp_path: Path, served: Served):
     assert len({stdout for stdout, _ in said}) == 1
 
 
-_FAIL_WHEN_TOLD = """
-import sys, time
-from pathlib import Path
-from kd_dist.data.archives import make_folder
-from kd_dist.data.layout import is_set
-from kd_dist.errors import UserError
-folder = Path(sys.argv[1])
-def fails(making):
-    print("begun", flush=True)
-    while not (folder / "told").exists():
-        time.sleep(0.01)
-    raise UserError("no network")
-make_folder(folder / "it", is_set, fails)
-"""
+_FAIL_WHEN_TOLD = (Path(__file__).parent / "programs/fail_when_told.py").read_text()
 
 
 def test_waiting_one_takes_over_from_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

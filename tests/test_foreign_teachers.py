@@ -20,15 +20,7 @@ from kd_dist.models.weights import read_weights, take_weights
 from kd_dist.run.checkpoint import load_model, weights_digest
 from tests.entries import call, refused
 
-OWN = """
-from kd_dist.models import Cnn5
-
-def small(classes):
-    return Cnn5(classes, (4, 8))
-
-def of_five(classes):
-    return Cnn5(5, (4, 8))
-"""
+OWN = (Path(__file__).parent / "programs/own_teachers.py").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +116,7 @@ def test_the_teachers_job_refuses_weights_before_it_writes(here, tiny_root):
     assert (
         "does not fit this network: missing classifier.bias, classifier.weight, convolutions.0.weight and" in sentence
     )
-    assert "two beginnings" in refused(teacher.main, *training(tiny_root, "--weights", "given.pt", "--init", "run"))
+    assert "cannot be combined" in refused(teacher.main, *training(tiny_root, "--weights", "given.pt", "--init", "run"))
     assert not (here / "run").exists()
 
 

@@ -12,16 +12,7 @@ import pytest
 from kd_dist import lock
 
 REPOSITORY = Path(__file__).parents[1]
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from kd_dist import lock
-assert lock.take(Path(sys.argv[1])) is not None
-if sys.argv[2] == "fork" and os.fork() == 0:
-    time.sleep(30)
-print(os.getpid(), flush=True)
-time.sleep(30)
-"""
+HOLD = (Path(__file__).parent / "programs/hold_lock.py").read_text()
 
 
 @pytest.fixture(params=["alone", "fork"])

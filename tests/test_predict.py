@@ -116,10 +116,19 @@ def test_a_reader_that_leaves_ends_the_work(run_folder, tiny, monkeypatch):
     assert predict.main([str(run_folder), str(tiny.root / "val")]) == 0
 
 
-@pytest.mark.parametrize("case", ["empty folder", "no such image", "top-k", "foreign model", "no model", "other arch"])
+class Code:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+@pytest.mark.parametrize(
+    "case", ["empty folder", "no such image", "top-k", "foreign model", "code", "sealed code", "no model", "other arch"]
+)
 def test_bad_input_is_one_sentence(case, run_folder, tiny, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
+    torch.save({"weights": Code()}, tmp_path / "code.pt")
+    save_model(tmp_path / "sealed.pt", {**facts_of(tiny), "weights": Code()})  # as one who wishes us ill would
     weights = Cnn5(3).state_dict()
     save_model(tmp_path / "other.pt", {**facts_of(tiny), "arch": "cnn5_wide", "weights": weights})
     val = str(tiny.root / "val")
@@ -128,6 +137,8 @@ def test_bad_input_is_one_sentence(case, run_folder, tiny, tmp_path, capsys):
         "no such image": ([run_folder, tmp_path / "none.jpg"], "there is no"),
         "top-k": ([run_folder, val, "--top-k", "4"], "use --top-k 3 or less"),
         "foreign model": ([tmp_path / "foreign.pt", val], "was not written by kd_dist"),
+        "code": ([tmp_path / "code.pt", val], "was not written by kd_dist"),
+        "sealed code": ([tmp_path / "sealed.pt", val], "holds more than weights and plain values"),
         "no model": ([tmp_path / "empty", val], "train first"),
         "other arch": ([tmp_path / "other.pt", val], "does not fit the network cnn5_wide"),
     }[case]

@@ -484,7 +484,11 @@ def test_baselines_on_few_labels_keep_the_shares_of_a_schedule():
     study = SETTINGS.changed(epochs=3, warmup_epochs=2.9, no_mix_epochs=1)
     for share, epochs, plain in ((1.0, 3, 1), (0.9, 3, 1), (0.1, 30, 10)):
         own = run_settings(study.changed(label_fraction=share), ARMS["baseline"], 0)
-        assert (own.epochs, own.no_mix_epochs, own.warmup_epochs) == (epochs, plain, pytest.approx(2.9 * epochs / 3))
+        assert (own["epochs"], own["no_mix_epochs"], own["warmup_epochs"]) == (
+            epochs,
+            plain,
+            pytest.approx(2.9 * epochs / 3),
+        )
 
 
 def test_an_interrupted_study_goes_on_to_the_same_weights(made, whole, tmp_path, monkeypatch):

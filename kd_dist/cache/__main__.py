@@ -157,6 +157,7 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
         add("--class-map", metavar="FILE", help=of_map)
     add("--data", metavar="DIR", help="the image folder [$KD_DIST_DATA" + ("]" if name == "verify" else " or data]"))
     add("--val-share", type=float, metavar="SHARE", help="share of the images held out as val, as in training")
+    add("--unlabelled", metavar="DIR", help="folder of more training images, without labels")
     add("--pixels", choices=PIXELS, default="auto", help="where decoded images are, as in training [auto]")
     add("--pixels-dir", metavar="DIR", help="where decoded images are kept [inside the data folder]")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto [auto]")

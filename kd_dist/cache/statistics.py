@@ -12,6 +12,7 @@ import numpy as np
 
 from kd_dist.cache.format import LOGITS, PIECE_BYTES, Header, TeacherRow, hit_rows, pieces_of, row_bytes
 from kd_dist.cache.reader import Cache, LabelledTable, SoftLabels
+from kd_dist.fingerprint import UNKNOWN
 
 BINS = 15
 ONE_HOT = 0.99  # logits with a larger probability than this hold little more than a class
@@ -22,7 +23,10 @@ TEACHERS_SHOWN = 3
 
 @dataclass(frozen=True)
 class LabelStatistics:
-    """Statistics of one split's soft labels: means over samples and drawn views (over view 0 where none was drawn)."""
+    """Statistics of one split's soft labels: means over samples and drawn views (over view 0 where none was drawn).
+
+    What compares with the label (top-1, its probability, calibration, likelihood) is over the images that have one.
+    """
 
     top1: float  # of view 0, in [0, 1]
     top1_drawn: float | None
@@ -68,16 +72,17 @@ def statistics_of(
         for name, value in _sums_of(logits_BVK, labels_N[piece]).items():
             sums[name] = sums.get(name, 0) + value
     mean = {name: value / sums["rows"] for name, value in sums.items()}
+    of_label = {name: value / sums["labelled rows"] for name, value in sums.items()}
     samples, several = len(labels_N), len(views) > 2
     return LabelStatistics(
-        top1=float(sums["hits in view 0"]) / samples,
-        top1_drawn=float(mean["hits"]) if len(views) > 1 else None,
+        top1=float(sums["hits in view 0"]) / int((labels_N != UNKNOWN).sum()),
+        top1_drawn=float(of_label["hits"]) if len(views) > 1 else None,
         entropy=float(mean["entropy"]),
         entropy_share=float(mean["entropy"] / np.log(max(logits_NVK.shape[2], 2))),
-        label_probability=float(mean["label"]),
+        label_probability=float(of_label["label"]),
         max_probability=float(mean["max"]),
-        calibration_error=float(np.abs(mean["excess"]).sum()),
-        nll=float(-mean["log label"]),
+        calibration_error=float(np.abs(of_label["excess"]).sum()),
+        nll=float(-of_label["log label"]),
         near_one_hot=float(mean["near one-hot"]),
         spread=float(sums["spread"]) / samples if several else None,
         divergence=float(sums["divergence"]) / samples if several else None,
@@ -97,21 +102,23 @@ def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarr
     log_p_BVK = shifted_BVK - np.log(np.exp(shifted_BVK).sum(axis=2, keepdims=True))
     p_BVK = np.exp(log_p_BVK)
     entropy_BV = -(p_BVK * log_p_BVK).sum(axis=2)
-    log_label_BV = np.take_along_axis(log_p_BVK, labels_B[:, None, None], axis=2)[..., 0]
     max_BV = p_BVK.max(axis=2)
-    hit_BV = log_p_BVK.argmax(axis=2) == labels_B[:, None]
+    known_B = labels_B != UNKNOWN
+    log_label_RV = np.take_along_axis(log_p_BVK[known_B], labels_B[known_B, None, None], axis=2)[..., 0]
+    hit_RV = log_p_BVK[known_B].argmax(axis=2) == labels_B[known_B, None]
     mean_BK = p_BVK.mean(axis=1)
     # The mean KL is the entropy of the mean less the mean of the entropies (Lin 1991, equation 4.1).
     entropy_of_mean_B = -(mean_BK * np.log(np.maximum(mean_BK, np.finfo(float).tiny))).sum(axis=1)
     return {
-        "rows": np.float64(hit_BV.size),
+        "rows": np.float64(max_BV.size),
+        "labelled rows": np.float64(hit_RV.size),
         "hits in view 0": (logits_BVK[:, 0].argmax(axis=1) == labels_B).sum(),
-        "hits": hit_BV.sum(),
+        "hits": hit_RV.sum(),
         "entropy": entropy_BV.sum(),
-        "label": np.exp(log_label_BV).sum(),
+        "label": np.exp(log_label_RV).sum(),
         "max": max_BV.sum(),
-        "excess": _excess(max_BV.ravel(), hit_BV.ravel()),
-        "log label": log_label_BV.sum(),
+        "excess": _excess(max_BV[known_B].ravel(), hit_RV.ravel()),
+        "log label": log_label_RV.sum(),
         "near one-hot": (max_BV > ONE_HOT).sum(),
         "spread": p_BVK.std(axis=1).mean(axis=1).sum(),
         "divergence": (entropy_of_mean_B - entropy_BV.mean(axis=1)).sum(),
@@ -180,7 +187,9 @@ def _fact(name: str, text: str) -> str:
 
 
 def _describe_split(split: LabelledTable) -> str:
-    return f"{len(split):,} images x {split.views} views, fingerprint {split.fingerprint[:32]}..."
+    unlabelled = int((split.labels_N == UNKNOWN).sum())
+    note = f" ({unlabelled:,} without a label)" if unlabelled else ""
+    return f"{len(split):,} images{note} x {split.views} views, fingerprint {split.fingerprint[:32]}..."
 
 
 def describe_views(header: Header) -> str:

@@ -53,9 +53,9 @@ def export(source: Path, target: Path, data: str | None, licence: str | None, wi
     require_free(target)
     model = load(source)
     model.facts.update(_scored_images(source, model))
-    images = _images(model, data)
+    sample = _images(model, data)
     with new_folder(target) as folder:
-        _fill(folder, model, target.resolve().name, licence, images, with_preprocessing)
+        _fill(folder, model, target.resolve().name, licence, sample, with_preprocessing)
 
 
 def _scored_images(source: Path, model: Model) -> dict[str, int]:

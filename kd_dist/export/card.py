@@ -19,7 +19,16 @@ from kd_dist.run.checkpoint import weights_digest
 from kd_dist.trained import FORMAT, VERSION, Model
 from kd_dist.version import software
 
-LOCAL = {"data", "release", "archive", "pixels_dir", "cache", "out", "init"}  # settings that name places on a machine
+LOCAL = {
+    "data",
+    "unlabelled",
+    "release",
+    "archive",
+    "pixels_dir",
+    "cache",
+    "out",
+    "init",
+}  # settings that name places on a machine
 
 
 @dataclass(frozen=True)

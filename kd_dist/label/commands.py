@@ -48,7 +48,7 @@ def verify(options: argparse.Namespace) -> None:
             return
         if data is None:
             raise UserError("--teacher computes logits again from the images; name their folder with --data.")
-        _verify_data(cache, Path(data), options.val_share, runtime)
+        _verify_data(cache, Path(data), options, runtime)
         if options.teacher is None:
             job.say(runtime, "teacher: not checked; name its model.pt with --teacher")
         else:
@@ -81,9 +81,10 @@ def _opened(path: Path, runtime: Runtime) -> Iterator[Cache]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _verify_data(cache: Cache, data: Path, val_share: float | None, runtime: Runtime) -> None:
-    root = locate(data, explicit=True, val_share=val_share)
-    samples = scan(root, val_share=val_share)  # without the stored digests: every image is read again
+def _verify_data(cache: Cache, data: Path, options: argparse.Namespace, runtime: Runtime) -> None:
+    share, unlabelled = options.val_share, Path(options.unlabelled) if options.unlabelled else None
+    root = locate(data, explicit=True, val_share=share)
+    samples = scan(root, val_share=share, unlabelled=unlabelled)  # without the stored digests: all are read again
     cache.check_fits(samples.name, samples.classes, {split: samples.split(split) for split in SPLITS})
     job.say(
         runtime,
@@ -219,5 +220,5 @@ def _write(target: Path, plan: CachePlan, teachers: list[Teacher], data: label.L
 
 
 def _open_data(options: argparse.Namespace, runtime: Runtime) -> label.LabelData:
-    names = ("data", "val_share", "pixels", "pixels_dir")
+    names = ("data", "val_share", "unlabelled", "pixels", "pixels_dir")
     return job.open_data(DataConfig(**{name: getattr(options, name) for name in names}), runtime)
