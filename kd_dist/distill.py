@@ -309,6 +309,7 @@ def described(cache: Cache) -> dict:
         "path": str(cache.path),
         "sha256": cache.digest,
         "teachers": [row.sha256 for row in cache.header.teachers],
+        "networks": [f"{row.arch} trained {row.trained_on}" for row in cache.header.teachers],
         "fingerprints": {split: cache.fingerprint(split) for split in ("train", "val")},
     }
 

@@ -148,13 +148,12 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
     if name == "info":
         return
     of_folds = "; of out-of-fold labels, those of all K teachers"
-    foreign = "" if name == "extend" else "; or a network not trained here, torchvision:resnet34 or my_module:build"
+    foreign = "; or a network not trained here, torchvision:resnet34 or my_module:build"
     add("--teacher", nargs="+", metavar="FILE", required=name != "verify", help=f"model.pt{of_folds}{foreign}")
-    if name != "extend":
-        of_weights = "weights of a network not trained here: .safetensors, or a .pt state dict"
-        add("--weights", type=Path, metavar="FILE", help=of_weights)
-        of_map = "which of its classes is which of the data's: a file of two columns, JSON, or imagenet (by synset)"
-        add("--class-map", metavar="FILE", help=of_map)
+    of_weights = "weights of a network not trained here: .safetensors, or a .pt state dict"
+    add("--weights", type=Path, metavar="FILE", help=of_weights)
+    of_map = "which of its classes is which of the data's: a file of two columns, JSON, or imagenet (by synset)"
+    add("--class-map", metavar="FILE", help=of_map)
     add("--data", metavar="DIR", help="the image folder [$KD_DIST_DATA" + ("]" if name == "verify" else " or data]"))
     add("--val-share", type=float, metavar="SHARE", help="share of the images held out as val, as in training")
     add("--unlabelled", metavar="DIR", help="folder of more training images, without labels")

@@ -23,6 +23,7 @@ from kd_dist.fetch import local_file
 from kd_dist.images import views
 from kd_dist.inference import compute_dtype
 from kd_dist.label.foreign import ForeignTeacher, is_foreign
+from kd_dist.label.plans import how_to_name
 from kd_dist.label.teachers import Teacher
 from kd_dist.label.verify import largest_difference, why_not_computed
 
@@ -32,6 +33,9 @@ convolutions run in.
 
 float16 storage alone costs 0.0005. The rest covers other hardware adding in another order, and bfloat16's three digits.
 """
+
+
+ROWS_CHECKED = 512  # before views are added by a network that was not trained here
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -101,7 +105,7 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
         if teacher.row.sha256 not in known:
             raise UserError(
                 f"{teacher.path} has digest {teacher.row.sha256}, but {cache.path} was labelled by "
-                f"{', '.join(known)}; name that teacher's model.pt."
+                f"{', '.join(known)}; name {how_to_name(cache)}."
             )
     views.require_renderer(cache.header.renderer, cache.path)
     labeller = label.Labeller(teachers, data, cache.header, runtime.device)
@@ -109,21 +113,29 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
     if why_not:
         job.say(runtime, f"teacher: not checked; {why_not}")
         return
-    worst, rows = largest_difference(cache, labeller, options.rows, runtime)
+    _require_logits(cache, labeller, options, options.rows, runtime)
+    if absent := [text for digest, text in known.items() if digest not in {teacher.row.sha256 for teacher in teachers}]:
+        job.say(runtime, f"teacher: not checked are rows of the teachers trained {', '.join(absent)}: name them too")
+
+
+def _require_logits(
+    cache: Cache, labeller: label.Labeller, options: argparse.Namespace, rows: int, runtime: Runtime
+) -> None:
+    """Raise UserError unless about so many rows of a cache, computed again, are what it holds."""
+    worst, rows = largest_difference(cache, labeller, rows, runtime)
     allowed = TOLERANCE[cache.header.compute_dtype]
     if not worst <= allowed:
+        maps = " (is --class-map the one it was written with?)" if options.class_map or options.weights else ""
         raise UserError(
-            f"{cache.path} does not hold what {', '.join(map(str, options.teacher))} gives: over {rows:,} rows that "
-            f"were computed again a logit differs by {worst:.3g} (share of max(1, |logit|)), {allowed} is allowed; "
-            "write the cache anew."
+            f"{cache.path} does not hold what {', '.join(map(str, options.teacher))} gives{maps}: over {rows:,} rows "
+            f"that were computed again a logit differs by {worst:.3g} (share of max(1, |logit|)), {allowed} is "
+            "allowed; write the cache anew."
         )
     job.say(
         runtime,
         f"teacher: {rows:,} rows computed again, largest difference {worst:.2g} of max(1, |logit|), {allowed} is "
         "allowed",
     )
-    if absent := [text for digest, text in known.items() if digest not in {teacher.row.sha256 for teacher in teachers}]:
-        job.say(runtime, f"teacher: not checked are rows of the teachers trained {', '.join(absent)}: name them too")
 
 
 def write(options: argparse.Namespace) -> None:
@@ -205,9 +217,12 @@ def extend(options: argparse.Namespace) -> None:
             raise UserError(f"--views {options.views}, but {cache.path} holds {cache.views} already; ask for more.")
         if cache.is_combined:
             raise UserError(f"{cache.path} is the mean of other caches: extend those, then combine them again.")
-        teachers = [label.load_teacher(Path(path), runtime.device) for path in options.teacher]
-        data = _open_data(options, runtime)
+        header = cache.header
+        data, teachers = _data_and_teachers(options, runtime, (header.image_size, header.mean, header.std))
         plan = label.plan_extended(teachers, data, cache, options.views)
+        if any(is_foreign(name, options.weights) for name in options.teacher):  # the cache does not name its class map
+            labeller = label.Labeller(teachers, data, header, runtime.device)
+            _require_logits(cache, labeller, options, ROWS_CHECKED, runtime)
         _write(options.output, plan, teachers, data, runtime)
 
 
