@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_dist import distill, errors, fetch, label
+from kd_dist import distill, errors, fetch, label, teacher
 from kd_dist.cache import open_cache
 from kd_dist.cache.__main__ import main as cache_main
 from kd_dist.data.releases import locate
@@ -185,9 +185,9 @@ def test_jobs_at_once_fetch_once(shop):
 
 
 def test_a_student_learns_from_an_address(tiny_root, tmp_path, one_process, capsys):
-    data, teacher = open_tiny(tiny_root), small_teacher(open_tiny(tiny_root).samples.classes)
-    plan = label.plan([teacher], data, label.ViewRule(2, (0.4, 1.0), 5), "float32")
-    labeller = label.Labeller([teacher], data, plan.header, one_process.device)
+    data, network = open_tiny(tiny_root), small_teacher(open_tiny(tiny_root).samples.classes)
+    plan = label.plan([network], data, label.ViewRule(2, (0.4, 1.0), 5), "float32")
+    labeller = label.Labeller([network], data, plan.header, one_process.device)
     label.write_cache(tmp_path / "logits.h5", plan, labeller, one_process, StopRequest(), lambda done, total: None)
     here = Shop(tmp_path / "logits.h5")
     words = ["--data", tiny_root, "--out", tmp_path / "student", *TINY, "--batch-size", 8]
@@ -195,6 +195,13 @@ def test_a_student_learns_from_an_address(tiny_root, tmp_path, one_process, caps
         call(distill.main, *words, "--cache", f"{address}/caches/logits.h5")
         assert "comes without a digest" in refused(distill.main, *words, "--cache", f"{address}/none.h5")
     assert (tmp_path / "student/model.pt").exists()
+
+
+def test_a_cache_is_not_written_to_an_address(tiny_root, tmp_path):
+    words = ("--data", tiny_root, "--out", tmp_path / "run", "--cache", "s3://labels/logits.h5")
+    assert (
+        refused(teacher.main, *words) == "--cache s3://labels/logits.h5 must be a path: only readers take an address."
+    )
 
 
 # ---- object stores

@@ -226,6 +226,7 @@ class LabellingConfig:
 
     def __post_init__(self):
         require(self.views >= 0, "views", self.views, "must be at least 1, or 0 for no cache")
+        require("://" not in (self.cache or ""), "cache", self.cache, "must be a path: only readers take an address")
         check_mixed_views(self.mixed_views, self.views)
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "must be at least 1")
 
