@@ -17,8 +17,9 @@ from kd_dist.config import MEAN, STD, DataConfig
 from kd_dist.data.samples import SPLITS
 from kd_dist.dist.runtime import Runtime
 from kd_dist.errors import UserError
-from kd_dist.files import locked
+from kd_dist.fetch import local_file
 from kd_dist.images import views as rendering
+from kd_dist.lock import locked
 from kd_dist.training.batches import CachedCrops
 from kd_dist.training.losses import hard_targets
 
@@ -70,7 +71,7 @@ class CachedViews(Dataset[CachedView]):
     ):
         if split not in SPLITS:
             raise UserError(f"split={split!r} is not known; pass {' or '.join(map(repr, SPLITS))}.")
-        self._cache = open_cache(Path(cache))
+        self._cache = open_cache(local_file(cache))
         rendering.require_renderer(self._cache.header.renderer, self._cache.path)
         opened = _opened(data, source)
         opened.require_fit(self._cache)

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,24 +12,11 @@ from kd_dist.data.releases import DEFAULT_FOLDER, DEFAULT_RELEASE, RELEASES, loc
 from kd_dist.data.samples import SPLITS, Dataset
 from kd_dist.data.scan import default_folder, scan
 from kd_dist.errors import exit_code_of
+from kd_dist.fetch import PrintedProgress
 from kd_dist.fingerprint import UNKNOWN
 from kd_dist.tables import show
 
-PROGRESS_SECONDS = 5.0
-
-
-class PrintedProgress:
-    """Progress as plain lines on stderr: when something begins, every few seconds, and when it is done."""
-
-    def __init__(self) -> None:
-        self._what, self._said_at = "", 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what == self._what and done != total and now - self._said_at < PROGRESS_SECONDS:
-            return
-        self._what, self._said_at = what, now
-        print(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}", file=sys.stderr, flush=True)
+DEFAULT_DATA = "data"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

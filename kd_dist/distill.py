@@ -5,7 +5,6 @@ torchrun --nproc_per_node=4 -m kd_dist.distill
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from kd_dist.config import (
 from kd_dist.dist.endings import StopRequest, run_entry
 from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError
+from kd_dist.fetch import local_file
 from kd_dist.images.views import require_renderer
 from kd_dist.job import Data, Supervision
 from kd_dist.run.folder import RunFolder
@@ -154,7 +154,7 @@ def open_for(config: CacheReader, runtime: Runtime) -> Cache | None:
     """The cache this run reads, verified; None where it reads none. Raises UserError where it cannot be used."""
     if config.distillation.cache is None:
         return None
-    path = Path(config.distillation.cache)
+    path = local_file(config.distillation.cache, runtime.once_a_node, job.progress_by_name(runtime))
     if not path.exists():
         write = command("kd_dist.teacher", cache=path, **carried(config))
         raise UserError(f"there is no cache {path}; `{write}` trains a teacher and writes it.")
@@ -314,6 +314,7 @@ def described(cache: Cache) -> dict:
         "path": str(cache.path),
         "sha256": cache.digest,
         "teachers": [row.sha256 for row in cache.header.teachers],
+        "networks": [f"{row.arch} trained {row.trained_on}" for row in cache.header.teachers],
         "fingerprints": {split: cache.fingerprint(split) for split in ("train", "val")},
     }
 

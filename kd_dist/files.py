@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -36,18 +35,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of this name against other processes of this machine, waiting for it however long that takes.
-
-    A file system without locks is taken at its word: there nothing is held.
-    """
-    with open(path, "a") as file:
-        with contextlib.suppress(OSError):
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from kd_dist import config
 from kd_dist.config import DistillConfig, JobConfig, StudyConfig, TeacherConfig
 from kd_dist.errors import UserError
+from kd_dist.fetch import is_address
 from kd_dist.run import claim
 from kd_dist.run.claim import read_settings
 from kd_dist.run.folder import RunFolder
@@ -67,12 +68,13 @@ def _stored(out: str) -> dict[str, Any] | None:
 
 
 def _absolute(path: str) -> str:
-    """A path that means the same from any folder; what begins with a variable is the node's own business, and `hf:NAME`
-    is no path but a name, unless there is a folder of that name.
+    """A path that means the same from any folder. A URL or what begins with a variable stays; `hf:NAME` is a name,
+    unless there is a folder of that name.
     """
     if path.startswith("hf:") and Path(path[3:]).is_dir():
         return f"hf:{Path(path[3:]).absolute()}"
-    return path if path.startswith(("$", "hf:")) else str(Path(path).expanduser().absolute())
+    stays = path.startswith(("$", "hf:")) or is_address(path)
+    return path if stays else str(Path(path).expanduser().absolute())
 
 
 def _typed(kind: str, own: Sequence[str]) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def plan_one(options: argparse.Namespace, own: list[str], resources: Resources, 
 def require_cache(plan: Plan) -> None:
     """Raise UserError where the cache that a student is to learn from is not there."""
     for cache in dict.fromkeys(settings["cache"] for settings in (plan.settings, *plan.runs)):
-        if cache is not None and not Path(cache).exists():
+        if cache is not None and not is_address(cache) and not Path(cache).exists():
             submit = f"python -m {__package__}.submit"
             raise UserError(
                 f"there is no cache {cache} for the student to learn from; write it by `{submit} teacher`, submit both "

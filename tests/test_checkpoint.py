@@ -554,7 +554,7 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(folder, monkeypatch):
     )
     try:
         assert holder.stdout.readline() == b"mine\n"
-        with pytest.raises(UserError, match="in use by another process"):
+        with pytest.raises(UserError, match=r"in use by process \d+ on .* \(python -c"):
             claim(folder, "student", {}, set(), False)
     finally:
         holder.send_signal(signal.SIGKILL)

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,8 +22,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kd_dist import dataset
-from kd_dist.data import fetch, generated
+from kd_dist import dataset, fetch, lock
+from kd_dist.data import archives, generated
 from kd_dist.data.layout import is_set
 from kd_dist.data.releases import DEFAULT_RELEASE, RELEASES, Release, locate
 from kd_dist.data.scan import scan
@@ -46,22 +47,34 @@ class Served:
     url: str = ""
 
 
-def _handler(served: Served) -> type[BaseHTTPRequestHandler]:
+@contextmanager
+def server_of(find: Callable[[str], Served | None]) -> Iterator[str]:
+    """A server on this machine of the files that `find` knows by their path: its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(find)) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def _handler(find: Callable[[str], Served | None]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            served = find(self.path.partition("?")[0])
+            if served is None:
+                return self.send_error(404)
             served.requests.append(dict(self.headers))
             if served.status and (status := served.status.pop(0)) != 200:
                 return self.send_error(status)
-            self._send(*self._part())
+            self._send(served, *self._part(served))
 
-        def _part(self) -> tuple[int, bytes]:
+        def _part(self, served: Served) -> tuple[int, bytes]:
             """(first byte, body) as the Range and If-Range headers ask for."""
             asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             same = self.headers.get("If-Range", served.etag) == served.etag
             start = int(asked[1]) + served.skip if asked and same and served.ranges else 0
             return start, served.content[start:]
 
-        def _send(self, start: int, body: bytes) -> None:
+        def _send(self, served: Served, start: int, body: bytes) -> None:
             if start >= len(served.content):
                 return self.send_error(416)
             self.send_response(206 if start else 200)
@@ -91,11 +104,9 @@ def quick_and_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(archive: Path) -> Iterator[Served]:
     """The archive on a server of this test's own."""
     file = Served(archive.read_bytes())
-    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(file)) as server:
-        file.url = f"http://127.0.0.1:{server.server_port}/mirror/tiny.tgz?token=1"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with server_of(lambda path: file) as address:
+        file.url = f"{address}/mirror/tiny.tgz?token=1"
         yield file
-        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +167,7 @@ def test_whole_part_of_a_killed_start_is_not_fetched_again(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "_write_member", disk_full)
+        patch.setattr(archives, "_write_member", disk_full)
         with pytest.raises(UserError, match=r"no space left for .*data/tiny"):
             _get(tmp_path / "data", served.url)
     assert is_set(_get(tmp_path / "data", served.url))
@@ -387,7 +398,7 @@ def test_place_that_cannot_be_written_is_named(tmp_path: Path, archive: Path):
 
 
 def test_error_in_the_middle_leaves_no_set(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch):
-    written, real = [], fetch._write_member
+    written, real = [], archives._write_member
 
     def dies_at_the_last_but_one(tar, member, *rest) -> None:
         written.append(member.name)
@@ -396,7 +407,7 @@ def test_error_in_the_middle_leaves_no_set(tmp_path: Path, archive: Path, monkey
         real(tar, member, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "_write_member", dies_at_the_last_but_one)
+        patch.setattr(archives, "_write_member", dies_at_the_last_but_one)
         with pytest.raises(KeyboardInterrupt):
             _get(tmp_path / "data", archive)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".tiny.lock"]
@@ -430,29 +441,24 @@ def test_processes_at_once_fetch_once(tmp_path: Path, served: Served):
     assert len({stdout for stdout, _ in said}) == 1
 
 
-def test_waiting_one_takes_over_from_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    begun, waited, made = threading.Event(), threading.Event(), []
-    monkeypatch.setattr(fetch, "time", SimpleNamespace(sleep=lambda seconds: waited.set()))
+_FAIL_WHEN_TOLD = (Path(__file__).parent / "programs/fail_when_told.py").read_text()
 
-    def fails(folder: Path) -> None:
-        begun.set()
-        assert waited.wait(timeout=30)
-        raise UserError("no network")
+
+def test_waiting_one_takes_over_from_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = []
 
     def works(folder: Path) -> None:
         made.append(folder)
         for split in ("train", "val"):
             (folder / split).mkdir()
 
-    def second() -> None:
-        begun.wait(timeout=30)
-        fetch.make_folder(tmp_path / "it", is_set, works)
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    with pytest.raises(UserError, match="no network"):
-        fetch.make_folder(tmp_path / "it", is_set, fails)
-    thread.join(timeout=30)
+    command = [sys.executable, "-c", _FAIL_WHEN_TOLD, tmp_path]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "begun\n"
+        told = SimpleNamespace(sleep=lambda seconds: (tmp_path / "told").touch())
+        monkeypatch.setattr(fetch, "time", told)  # it waits, so the other one may fail now
+        archives.make_folder(tmp_path / "it", is_set, works)
+        assert "no network" in other.communicate()[1]
     assert len(made) == 1 and is_set(tmp_path / "it")
 
 
@@ -460,6 +466,6 @@ def test_filesystem_without_locks_is_said(tmp_path: Path, archive: Path, monkeyp
     def unsupported(*arguments: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(fetch.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock.fcntl, "lockf", unsupported)
     with pytest.raises(UserError, match="without file locks"):
         _get(tmp_path / "data", archive)

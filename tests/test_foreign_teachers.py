@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kd_dist import models, teacher
+from kd_dist import distill, load, models, teacher
 from kd_dist.cache import open_cache, render_info
 from kd_dist.cache.__main__ import main
 from kd_dist.data.samples import Dataset
 from kd_dist.errors import UserError
+from kd_dist.export.card import card, config
 from kd_dist.label.class_map import picked, read_class_map, synsets
 from kd_dist.models.weights import read_weights, take_weights
 from kd_dist.run.checkpoint import load_model, weights_digest
@@ -194,7 +195,21 @@ def test_a_network_from_elsewhere_labels_and_is_verified(here, tiny: Dataset, ti
     assert "whether it has seen images of val is not known" in (here / "labels/README.md").read_text()
     main(["verify", "labels", *verify[2:], "--teacher", "own_teachers:small", *given])
     assert f"{2 * 30} soft labels recomputed" in capsys.readouterr().out
+    extend = ["extend", "picked.h5", "--views", "3", "--device", "cpu", "--data", str(tiny_root), "-o", "more.h5"]
+    main([*extend, "--teacher", "own_teachers:small", *given])
+    main(["verify", "more.h5", *verify[2:], "--teacher", "own_teachers:small", *given])
+    more = open_cache(here / "more.h5")
+    for split in ("train", "val"):
+        assert np.array_equal(more.split(split).logits_NVK[:, :2], cache.split(split).logits_NVK)
+    for path in here.glob("more.h5*"):
+        path.unlink()
+    save_file({**weights, "classifier.bias": weights["classifier.bias"] + 1}, here / "other.safetensors")
+    with pytest.raises(UserError, match="pass it by --teacher own_teachers:small --weights FILE, with the same"):
+        main([*extend, "--teacher", "own_teachers:small", "--weights", "other.safetensors", *given[2:]])
     (here / "map.json").write_text(json.dumps(dict(zip(tiny.classes, (0, 5, 3), strict=True))))
+    with pytest.raises(UserError, match="is --class-map the one"):  # the weights are the same
+        main([*extend, "--teacher", "own_teachers:small", *given])
+    assert not list(here.glob("more.h5*"))
     with pytest.raises(UserError, match="does not hold the logits"):
         main([*verify, "--teacher", "own_teachers:small", *given])
     weights["classifier.bias"] += 1
@@ -210,6 +225,21 @@ def test_the_logits_picked_are_the_networks(here, tiny, tiny_root):
     labelling(tiny_root, "turned.h5", "--weights", "given.safetensors", "--class-map", "map.txt")
     plain, turned = (open_cache(here / name).split("val").logits_NVK[:] for name in ("plain.h5", "turned.h5"))
     assert np.array_equal(plain[:, :, ::-1], turned) and not np.array_equal(plain, turned)
+
+
+def test_the_model_card_of_its_student_names_it(here, tiny, tiny_root):
+    """A student's card and config say what labelled the cache, also where a class map chose the classes."""
+    save_file(network(7).state_dict(), here / "given.safetensors")
+    (here / "map.json").write_text(json.dumps(dict(zip(tiny.classes, (5, 0, 3), strict=True))))
+    labelling(tiny_root, "picked.h5", "--weights", "given.safetensors", "--class-map", "map.json")
+    size = ("--image-size", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu")
+    call(distill.main, "--data", tiny_root, "--cache", "picked.h5", "--out", "student", *size)
+    model = load(here / "student")
+    text = card(model, "student", None, "no images", False, {})
+    digest = weights_digest(network(7).state_dict())
+    assert f"own_teachers:small trained elsewhere {digest}" in text
+    assert config(model, False)["facts"]["cache"]["teachers"] == [digest]
+    assert str(here) not in text and str(here) not in json.dumps(config(model, False))
 
 
 @pytest.mark.parametrize(

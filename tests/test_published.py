@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,8 +17,10 @@ import torch
 from kd_dist import label, version
 from kd_dist.cache import BLOCK_SAMPLES, BlockWriter, CachePlan, open_cache
 from kd_dist.cache.__main__ import main
+from kd_dist.cache.format import UNLABELLED_IMAGES
 from kd_dist.cache.statistics import top1_by_class
 from kd_dist.errors import UserError
+from kd_dist.fingerprint import UNKNOWN
 from kd_dist.publish.folder import Statement, export, restore
 from tests.ranks import run_command
 from tests.test_cache_format import HEADER, logits_of, plan_of, tables_of
@@ -25,7 +28,7 @@ from tests.test_exactness import open_tiny, small_teacher
 
 FILES = {"README.md", "croissant.json", "labels.json", "data/train.parquet", "data/val.parquet"}
 SAID = Statement("cc-by-4.0", "mit", "https://example.org/images", "research on distillation", "A. Person")
-KINDS = ("plain", "top_k", "mixed", "uneven")
+KINDS = ("plain", "top_k", "mixed", "uneven", "unlabelled")
 
 
 def plan_of_kind(kind: str, tiny_root: Path) -> CachePlan:
@@ -37,6 +40,12 @@ def plan_of_kind(kind: str, tiny_root: Path) -> CachePlan:
         return label.plan([teacher], data, label.ViewRule(5, (0.4, 1.0), 5, 0.5), "float32")
     if kind == "uneven":  # fewer views of val than of train
         return CachePlan(HEADER, tables_of(3) | {"val": tables_of(1)["val"]})
+    if kind == "unlabelled":
+        tables = tables_of()
+        labels_N = tables["train"].labels_N.copy()
+        labels_N[-9:] = UNKNOWN
+        tables["train"] = replace(tables["train"], labels_N=labels_N)
+        return CachePlan(replace(HEADER, features=(UNLABELLED_IMAGES,)), tables)
     return plan_of()
 
 

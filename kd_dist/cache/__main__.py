@@ -11,16 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from kd_dist.cache import Cache, open_cache, render_info
 from kd_dist.cache import combine as combine_caches
-from kd_dist.cache import open_cache, render_info
 from kd_dist.config import PIXELS
 from kd_dist.dist.endings import launched_rank, run_entry
 from kd_dist.errors import UserError, require_installed
+from kd_dist.fetch import PrintedProgress, local_file
 from kd_dist.files import require_free
 from kd_dist.hub import licence
 from kd_dist.tables import show
 
 PROG = "python -m kd_dist.cache"
+A_CACHE = "the cache, such as runs/teacher/logits.h5, or its address"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def info(options: argparse.Namespace) -> None:
     """One screen about a cache: what it holds, and its label statistics."""
     if launched_rank() == 0:
-        show(render_info(open_cache(options.cache)))
+        show(render_info(_opened(options.cache)))
+
+
+def _opened(name: str) -> Cache:
+    return open_cache(local_file(name, progress=PrintedProgress()))
 
 
 def combine(options: argparse.Namespace) -> None:
@@ -48,7 +54,7 @@ def combine(options: argparse.Namespace) -> None:
     if (options.mean == "probabilities") != (options.temperature is not None):
         raise UserError("--mean probabilities requires --temperature T; with --mean logits, omit --temperature.")
     if launched_rank() == 0:
-        combine_caches([open_cache(path) for path in options.caches], options.output, options.temperature, software())
+        combine_caches([*map(_opened, options.caches)], options.output, options.temperature, software())
         print(f"wrote {options.output}; `{PROG} info {shlex.quote(str(options.output))}` describes it")
 
 
@@ -60,7 +66,7 @@ def export(options: argparse.Namespace) -> None:
     if launched_rank() == 0:
         require_free(options.to)
         own = {name: getattr(options, name) for name in Statement.__dataclass_fields__}
-        export(open_cache(options.cache), options.to, Statement(**own))
+        export(_opened(options.cache), options.to, Statement(**own))
         print(f"wrote {options.to}; `{PROG} verify {shlex.quote(str(options.to))}` checks it")
 
 
@@ -138,22 +144,19 @@ def _parser() -> argparse.ArgumentParser:
 def _add_flags(add: Callable[..., object], name: str) -> None:
     if name != "write":
         folder = ", or a folder that export wrote" if name == "verify" else ""
-        add("cache", type=Path, metavar="FILE", help=f"the cache, such as runs/teacher/logits.h5{folder}")
+        add("cache", metavar="FILE", help=f"{A_CACHE}{folder}")
     if name == "info":
         return
     own = "model.pt of the teacher (for out-of-fold labels: of all K teachers)"
-    foreign = (
-        "" if name == "extend" else "; or a network not trained by kd_dist: torchvision:NAME or my_module:function"
-    )
+    foreign = "; or a network not trained by kd_dist: torchvision:NAME or my_module:function"
     add("--teacher", nargs="+", metavar="TEACHER", required=name != "verify", help=own + foreign)
-    if name != "extend":
-        of_weights = "weights of a network not trained by kd_dist: .safetensors, or a .pt state dict"
-        add("--weights", type=Path, metavar="FILE", help=of_weights)
-        of_map = (
-            "map from the data set's classes to the teacher's: a two-column text file, a JSON file, or imagenet (match "
-            "by synset)"
-        )
-        add("--class-map", metavar="FILE", help=of_map)
+    of_weights = "weights of a network not trained by kd_dist: .safetensors, or a .pt state dict"
+    add("--weights", type=Path, metavar="FILE", help=of_weights)
+    of_map = (
+        "map from the data set's classes to the teacher's: a two-column text file, a JSON file, or imagenet (match "
+        "by synset)"
+    )
+    add("--class-map", metavar="FILE", help=of_map)
     default = "$KD_DIST_DATA" if name == "verify" else "$KD_DIST_DATA or data"
     add("--data", metavar="DIR", help=f"the data set, as in training [{default}]")
     add("--val-share", type=float, metavar="FRACTION", help="fraction of the images held out as val, as in training")
@@ -188,7 +191,7 @@ def _add_flags_of_write(add: Callable[..., object]) -> None:
             help=f"{name} per RGB channel for normalising pixels in [0, 1], for such a network [{default}]",
         )
     same = "label exactly the same views as this cache, so that the two can be combined"
-    add("--like", type=Path, metavar="FILE", help=same)
+    add("--like", metavar="FILE", help=same)
     precision = "numeric precision of the forward pass [auto]"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     add("--seed", type=int, metavar="N", help="seed for sampling crops and flips [the teacher's seed]")
@@ -210,7 +213,7 @@ def _add_flags_of_write(add: Callable[..., object]) -> None:
 
 
 def _add_flags_of_combine(add: Callable[..., object]) -> None:
-    add("caches", type=Path, nargs="+", metavar="FILE", help="caches of the same views, see write --like")
+    add("caches", nargs="+", metavar="FILE", help="caches of the same views, see write --like")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the cache to write; must not exist")
     add(
         "--mean",
@@ -227,7 +230,7 @@ def _add_flags_of_combine(add: Callable[..., object]) -> None:
 
 
 def _add_flags_of_export(add: Callable[..., object]) -> None:
-    add("cache", type=Path, metavar="FILE", help="the cache, such as runs/teacher/logits.h5")
+    add("cache", metavar="FILE", help=A_CACHE)
     add("--to", type=Path, required=True, metavar="DIR", help="the folder to write; missing or empty")
     add("--license", dest="licence", type=licence, metavar="ID", help="of the labels, such as cc-by-4.0")
     add("--teacher-license", dest="teacher_licence", type=licence, metavar="ID", help="of the teacher's weights")

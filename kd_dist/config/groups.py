@@ -226,6 +226,7 @@ class LabellingConfig:
 
     def __post_init__(self):
         require(self.views >= 0, "views", self.views, "must be at least 1, or 0 for no cache")
+        require("://" not in (self.cache or ""), "cache", self.cache, "must be a path: only readers take an address")
         check_mixed_views(self.mixed_views, self.views)
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "must be at least 1")
 
@@ -254,7 +255,7 @@ class DistillationConfig:
     )
     cache: str | None = flag(
         None,
-        "Input: the file of soft labels that the teacher's job wrote [runs/teacher/logits.h5].",
+        "Input: the file of soft labels that the teacher's job wrote, or its address [runs/teacher/logits.h5].",
         "FILE",
         may_change=True,
     )

@@ -16,9 +16,10 @@ from typing import Any
 
 from PIL import Image
 
-from kd_dist.data.fetch import Progress, make_folder
+from kd_dist.data.archives import make_folder
 from kd_dist.data.layout import VAL_NAMES
 from kd_dist.errors import UserError, require_installed
+from kd_dist.fetch import Progress
 
 PREFIX = "hf:"
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP": ".webp", "GIF": ".gif", "TIFF": ".tif"}

@@ -5,11 +5,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_dist.data import fetch, generated
-from kd_dist.data.fetch import Progress
+from kd_dist.data import archives, generated
 from kd_dist.data.huggingface import converted, hub_set
 from kd_dist.data.layout import SHARE_HINT, is_set
 from kd_dist.errors import UserError
+from kd_dist.fetch import Progress
+from kd_dist.fetch import file_name as file_name_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def locate(
     without both it is DEFAULT_RELEASE. What is not there is fetched, unpacked or generated if a release or an archive
     was given, or if `explicit` is false, which means that the user did not choose `data`. An `archive` (local tar file,
     http, https or file URL) is checked against `sha256` if that is given, a release's own archive also against its
-    known digest. Any number of processes may call this at once, see fetch.make_folder. Raises UserError.
+    known digest. Any number of processes may call this at once, see archives.make_folder. Raises UserError.
     """
     unnamed = not (release or archive)
     if unnamed and explicit and not is_set(data) and (named := hub_set(data)):
@@ -81,11 +82,11 @@ def locate(
     if unnamed:
         _require_default(data, explicit, val_share)
     if name == "demo" and not archive:
-        fetch.make_folder(target, is_set, lambda folder: generated.generate(folder, progress=progress))
+        archives.make_folder(target, is_set, lambda folder: generated.generate(folder, progress=progress))
         return target
     source, digest = _source(name, archive, sha256)
     part = data / f"{name}.part"
-    fetch.make_folder(target, is_set, lambda folder: fetch.unpack_from(source, digest, folder, part, progress))
+    archives.make_folder(target, is_set, lambda folder: archives.unpack_from(source, digest, folder, part, progress))
     return target
 
 
@@ -108,7 +109,7 @@ def _require_default(data: Path, explicit: bool, val_share: float | None) -> Non
 
 def _set_name(release: str | None, archive: str | None) -> str:
     """The set's folder below --data: the archive's name counts, so that no other set passes for the default one."""
-    file_name = fetch.file_name(archive) if archive else DEFAULT_RELEASE
+    file_name = file_name_of(archive) if archive else DEFAULT_RELEASE
     name = release or re.sub(r"\.(tgz|tbz2?|txz|tar(\.\w+)?)$", "", file_name, flags=re.IGNORECASE)
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"{name!r} is not usable as a folder's name: give the data set a name with --release.")

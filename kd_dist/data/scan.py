@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_dist.data.fetch import Progress
 from kd_dist.data.layout import File, Ignored, Layout, lay_out, list_unlabelled
 from kd_dist.data.samples import Dataset, SampleList, unreadable
 from kd_dist.errors import UserError
+from kd_dist.fetch import Progress
 from kd_dist.files import write_atomically
 
 STORE_FOLDER = ".kd_dist"  # in the set's own folder: digests and decoded images

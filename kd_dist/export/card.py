@@ -115,7 +115,9 @@ def _introduction(model: Model, licence: str | None) -> str:
     facts, data, cache = model.facts, model.facts["data"], model.facts.get("cache")
     taught = "Trained with hard labels only."
     if cache:
-        teachers = ", ".join(cache["teachers"])
+        networks = cache.get("networks") or [""] * len(cache["teachers"])  # files before 1.0 do not name them
+        named = zip(networks, cache["teachers"], strict=True)
+        teachers = ", ".join(f"{network} {digest}".strip() for network, digest in named)
         taught = f"Teacher (SHA-256 of the weights): {teachers}. Cache of soft labels (SHA-256): {cache['sha256']}."
     said = f"Licence: {licence}." if licence else "No licence was named at the export."
     return (

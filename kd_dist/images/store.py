@@ -8,7 +8,6 @@ DATA/.kd_dist, the files of earlier states of the split are deleted; a folder th
 """
 
 import contextlib
-import fcntl
 import os
 import time
 import weakref
@@ -27,6 +26,7 @@ from kd_dist.errors import UserError
 from kd_dist.files import disk_full, write_atomically
 from kd_dist.images import views
 from kd_dist.images.decode import decode, decoded_size
+from kd_dist.lock import keep_in_use, require_unused
 
 DECODED_TOGETHER = 256
 ABANDONED_SECONDS = 24 * 3600  # after which a temporary file that nobody writes to is of a killed process
@@ -157,7 +157,7 @@ def open_pixels(samples: SampleList, folder: Path) -> Pixels | None:
 def _mapped(path: Path, size: int, sizes_N2: np.ndarray, starts_N: np.ndarray) -> Pixels:
     """Map a store's file of `size` bytes, which other processes then keep."""
     images = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    _keep_in_use(path, images)
+    weakref.finalize(images, os.close, keep_in_use(path))
     return Pixels(images, sizes_N2, starts_N, path)
 
 
@@ -217,17 +217,8 @@ def remove_stale(samples: SampleList, folder: Path) -> None:
 def _delete_unused(path: Path) -> None:
     """Delete a file of a store, and raise OSError where a process has it mapped or that cannot be found out."""
     if path.with_suffix(".u8").exists():
-        with open(path.with_suffix(".u8"), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        require_unused(path.with_suffix(".u8"))
     path.unlink()
-
-
-def _keep_in_use(path: Path, mapped: torch.Tensor) -> None:
-    """Hold a shared lock on a mapped file as long as the tensor lives, for `remove_stale` to see."""
-    descriptor = os.open(path, os.O_RDONLY)
-    weakref.finalize(mapped, os.close, descriptor)
-    with contextlib.suppress(OSError):  # a filesystem without locks, where nothing is deleted either
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _write_sizes(path: Path, sizes: list[tuple[int, int]]) -> None:

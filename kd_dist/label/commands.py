@@ -19,9 +19,11 @@ from kd_dist.data.scan import scan
 from kd_dist.dist.endings import StopRequest
 from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError, require_installed
+from kd_dist.fetch import local_file
 from kd_dist.images import views
 from kd_dist.inference import compute_dtype
 from kd_dist.label.foreign import ForeignTeacher, is_foreign
+from kd_dist.label.plans import how_to_name
 from kd_dist.label.teachers import Teacher
 from kd_dist.label.verify import largest_difference, why_not_computed
 
@@ -33,10 +35,13 @@ float16 storage alone costs 0.0005. The rest covers other hardware adding in ano
 """
 
 
+ROWS_CHECKED = 512  # before views are added by a network that was not trained here
+
+
 def verify(options: argparse.Namespace) -> None:
     """Check a cache by itself, against the data, and against the teacher."""
     data = options.data or os.environ.get("KD_DIST_DATA")
-    with joined(options.device) as runtime, _opened(options.cache, runtime) as cache:
+    with joined(options.device) as runtime, _opened(_local(options.cache, runtime), runtime) as cache:
         rows = sum(len(table) * table.views for table in cache.splits.values())
         if not cache.has_checksum:
             job.say(runtime, f"checksum: not checked; there is no {checksum_file_of(cache.path).name} beside it")
@@ -52,6 +57,10 @@ def verify(options: argparse.Namespace) -> None:
             job.say(runtime, "teacher: not checked; pass its model.pt with --teacher")
         else:
             _verify_teacher(cache, options, runtime)
+
+
+def _local(name: str, runtime: Runtime) -> Path:
+    return local_file(name, runtime.once_a_node, job.progress_by_name(runtime))
 
 
 @contextmanager
@@ -96,7 +105,7 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
         if teacher.row.sha256 not in known:
             raise UserError(
                 f"{teacher.path} has digest {teacher.row.sha256}, but {cache.path} was labelled by "
-                f"{', '.join(known)}; pass that teacher's model.pt."
+                f"{', '.join(known)}; pass {how_to_name(cache)}."
             )
     views.require_renderer(cache.header.renderer, cache.path)
     labeller = label.Labeller(teachers, data, cache.header, runtime.device)
@@ -104,19 +113,7 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
     if why_not:
         job.say(runtime, f"teacher: not checked; {why_not}")
         return
-    worst, rows = largest_difference(cache, labeller, options.samples, runtime)
-    allowed = TOLERANCE[cache.header.compute_dtype]
-    if not worst <= allowed:
-        raise UserError(
-            f"{cache.path} does not hold the logits of {', '.join(map(str, options.teacher))}: of {rows:,} recomputed "
-            f"soft labels the largest relative difference of a logit is {worst:.3g} (relative to max(1, |logit|); "
-            f"allowed: {allowed}); rewrite the cache."
-        )
-    job.say(
-        runtime,
-        f"teacher: {rows:,} soft labels recomputed, largest relative difference {worst:.2g} (relative to "
-        f"max(1, |logit|); allowed: {allowed})",
-    )
+    _require_logits(cache, labeller, options, options.samples, runtime)
     if absent := [text for digest, text in known.items() if digest not in {teacher.row.sha256 for teacher in teachers}]:
         job.say(
             runtime,
@@ -125,11 +122,31 @@ def _verify_teacher(cache: Cache, options: argparse.Namespace, runtime: Runtime)
         )
 
 
+def _require_logits(
+    cache: Cache, labeller: label.Labeller, options: argparse.Namespace, samples: int, runtime: Runtime
+) -> None:
+    """Raise UserError unless about so many soft labels of a cache, recomputed, are what it holds."""
+    worst, rows = largest_difference(cache, labeller, samples, runtime)
+    allowed = TOLERANCE[cache.header.compute_dtype]
+    if not worst <= allowed:
+        maps = " (is --class-map the one it was written with?)" if options.class_map or options.weights else ""
+        raise UserError(
+            f"{cache.path} does not hold the logits of {', '.join(map(str, options.teacher))}{maps}: of {rows:,} "
+            f"recomputed soft labels the largest relative difference of a logit is {worst:.3g} (relative to "
+            f"max(1, |logit|); allowed: {allowed}); rewrite the cache."
+        )
+    job.say(
+        runtime,
+        f"teacher: {rows:,} soft labels recomputed, largest relative difference {worst:.2g} (relative to "
+        f"max(1, |logit|); allowed: {allowed})",
+    )
+
+
 def write(options: argparse.Namespace) -> None:
     """Write a cache from one teacher's checkpoint, or from those of all folds."""
     _require_one_source_of_views(options)
     with joined(options.device) as runtime:
-        like = open_cache(options.like, runtime.once_a_node) if options.like else None
+        like = open_cache(_local(options.like, runtime), runtime.once_a_node) if options.like else None
         size, mean, std = options.image_size, options.mean or MEAN, options.std or STD
         data, teachers = _data_and_teachers(options, runtime, (size, mean, std))
         rule = None if like else _rule(options, teachers[0])
@@ -202,14 +219,17 @@ def _rule(options: argparse.Namespace, teacher: Teacher) -> label.ViewRule:
 def extend(options: argparse.Namespace) -> None:
     """Write a cache with more views, starting with those of an existing one."""
     with joined(options.device) as runtime:
-        cache = open_cache(options.cache, runtime.once_a_node)
+        cache = open_cache(_local(options.cache, runtime), runtime.once_a_node)
         if options.views <= cache.views:
             raise UserError(f"--views {options.views}, but {cache.path} already holds {cache.views}; use a larger V.")
         if cache.is_combined:
             raise UserError(f"{cache.path} is the mean of other caches: extend those, then combine them again.")
-        teachers = [label.load_teacher(Path(path), runtime.device) for path in options.teacher]
-        data = _open_data(options, runtime)
+        header = cache.header
+        data, teachers = _data_and_teachers(options, runtime, (header.image_size, header.mean, header.std))
         plan = label.plan_extended(teachers, data, cache, options.views)
+        if any(is_foreign(name, options.weights) for name in options.teacher):  # the cache does not name its class map
+            labeller = label.Labeller(teachers, data, header, runtime.device)
+            _require_logits(cache, labeller, options, ROWS_CHECKED, runtime)
         _write(options.output, plan, teachers, data, runtime)
 
 

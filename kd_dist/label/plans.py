@@ -68,12 +68,20 @@ def plan_extended(teachers: Sequence[Teacher], data: LabelData, cache: Cache, vi
     if {teacher.row.sha256 for teacher in teachers} != cache.teacher_digests:
         raise UserError(
             f"{cache.path} was labelled by other teachers than {', '.join(str(teacher.path) for teacher in teachers)}; "
-            "pass the model.pt of each teacher that labelled the cache."
+            f"pass {how_to_name(cache)}."
         )
     _require_fit(data.samples, cache)
     views.require_renderer(header.renderer, cache.path)
     rule = ViewRule(views_V, header.crop_scale, header.seed, header.mixed_share)
     return plan(teachers, data, rule, header.compute_dtype, header.top_k or None).beginning_with(cache)
+
+
+def how_to_name(cache: Cache) -> str:
+    """What --teacher takes for the teachers of a cache, in words."""
+    singles = [row for row in cache.header.teachers if not row.members]
+    if len(singles) == 1 and singles[0].trained_on == "elsewhere":
+        return f"it by --teacher {singles[0].arch} --weights FILE, with the same --class-map if it had one"
+    return f"the model.pt of {'each' if len(singles) > 1 else 'that'} teacher"
 
 
 def _require_fit(samples: Dataset, cache: Cache) -> None:

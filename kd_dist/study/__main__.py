@@ -15,6 +15,7 @@ from kd_dist.config import StudyConfig
 from kd_dist.dist.endings import StopRequest, launched_rank, run_entry
 from kd_dist.dist.runtime import Runtime, joined
 from kd_dist.errors import UserError, require_installed
+from kd_dist.fetch import local_file
 from kd_dist.job import Data
 from kd_dist.run.state import read_state
 from kd_dist.study import runs
@@ -88,8 +89,13 @@ def open_inputs(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime) ->
     """The study's cache, the data, and each arm's cache by the arm's name. A file that several arms use is opened
     once.
     """
-    paths = {arm.name: Path(run_settings(settings, arm, 0)["cache"]).absolute() for arm in arms}
-    own = Path(settings["cache"]).absolute()
+    progress = job.progress_by_name(runtime)
+
+    def path_of(named: str) -> Path:
+        return local_file(named, runtime.once_a_node, progress).absolute()
+
+    own = path_of(settings["cache"])
+    paths = {arm.name: path_of(run_settings(settings, arm, 0)["cache"]) for arm in arms}
     cache, data = distill.open_inputs(settings, runtime)
     assert cache is not None  # a study has one
     opened = {own: cache}

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from kd_dist.config import StudentConfig, StudyConfig, flags_of
 from kd_dist.errors import UserError
-from kd_dist.files import locked, read_json, write_json
+from kd_dist.fetch import is_address
+from kd_dist.files import read_json, write_json
+from kd_dist.lock import locked
 from kd_dist.run.claim import differences, forget
 from kd_dist.run.folder import RunFolder
 
@@ -118,7 +120,7 @@ def note(folder: StudyFolder, settings: StudyConfig, arms: Sequence[Arm], cache_
                 "grid": [*dict.fromkeys([*earlier["grid"], *(word.partition("=")[0] for word in settings.grid or ())])],
                 "seeds": sorted({*settings.seeds, *earlier["seeds"]}),
                 "primary": list(settings.primary),
-                "cache": os.path.abspath(settings["cache"]),
+                "cache": settings["cache"] if is_address(settings["cache"]) else os.path.abspath(settings["cache"]),
                 "cache digest": cache_digest,
                 "settings": shared,
             }

@@ -14,6 +14,7 @@ import numpy as np
 from kd_dist import tables
 from kd_dist.cache import open_cache
 from kd_dist.errors import UserError
+from kd_dist.fetch import local_file
 from kd_dist.files import write_bytes
 from kd_dist.study.choice import MAY_VARY
 from kd_dist.study.folder import StudyFolder
@@ -111,7 +112,7 @@ def _value(setting: str, arm: ArmRuns) -> float:
     """An arm's value on the axis. --views that nobody typed are all those of the cache."""
     settings = next(iter(arm.finished.values())).settings
     if setting == "views" and settings["views"] is None:
-        return open_cache(Path(settings["cache"])).views
+        return open_cache(local_file(settings["cache"])).views
     return settings[setting]
 
 

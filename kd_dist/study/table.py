@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from kd_dist import tables
-from kd_dist.files import locked, write_bytes, writing
+from kd_dist.files import write_bytes, writing
+from kd_dist.lock import locked
 from kd_dist.study.arms import BASELINES, BUG_CHECK, DISTILLED, ONLINE
 from kd_dist.study.cost import cost_of, sentences
 from kd_dist.study.folder import StudyFolder

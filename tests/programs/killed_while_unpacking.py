@@ -5,8 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
-from kd_dist.data import fetch
+from kd_dist.data import archives
 from kd_dist.data.releases import locate
 
-fetch.publish = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+archives.publish = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 locate(Path(sys.argv[1]), None, sys.argv[2], None, explicit=True)
