@@ -13,7 +13,7 @@ setup: .venv/installed
 
 .venv/installed: requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,study,bench,export]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,study,bench,export,hf]'
 	touch $@
 
 # Teacher -> cache -> hard-label baseline and distilled student, on a generated set. Run it again to resume; clean-demo starts over.

@@ -13,6 +13,7 @@ from kd_dist.data.releases import DEFAULT_RELEASE, RELEASES, locate
 from kd_dist.data.samples import SPLITS, Dataset
 from kd_dist.data.scan import default_folder, scan
 from kd_dist.errors import exit_code_of
+from kd_dist.fingerprint import UNKNOWN
 from kd_dist.tables import show
 
 DEFAULT_DATA = "data"
@@ -48,17 +49,20 @@ def _prepare(options: argparse.Namespace) -> Dataset:
     progress = PrintedProgress()
     typed = options.data or os.environ.get("KD_DIST_DATA")
     data = Path(typed or DEFAULT_DATA)
-    share, named = options.val_share, (options.release, options.archive, options.sha256)
+    share, unlabelled, named = options.val_share, options.unlabelled, (options.release, options.archive, options.sha256)
     root = locate(data, *named, explicit=bool(typed), val_share=share, progress=progress)
-    return scan(root, val_share=share, manifest_folder=default_folder(root), progress=progress)
+    return scan(root, val_share=share, unlabelled=unlabelled, manifest_folder=default_folder(root), progress=progress)
 
 
 def _print_set(dataset: Dataset) -> None:
     print(f"{dataset.name} in {dataset.root.resolve()}: {dataset.layout}")
     print(f"{'class':<32} {'train':>8} {'val':>8}")
-    counts = [np.bincount(dataset.split(split).labels_N, minlength=len(dataset.classes)) for split in SPLITS]
+    labels = [dataset.split(split).labels_N for split in SPLITS]
+    counts = [np.bincount(labels_N[labels_N != UNKNOWN], minlength=len(dataset.classes)) for labels_N in labels]
     for name, train, val in zip(dataset.classes, *counts, strict=True):
         print(f"{name:<32} {train:>8,} {val:>8,}")
+    if unlabelled := int((~dataset.train.is_labelled_N).sum()):
+        print(f"{'without a label':<32} {unlabelled:>8,} {0:>8,}")
     print(f"{f'{len(dataset.classes)} classes':<32} {len(dataset.train):>8,} {len(dataset.val):>8,}")
     for split in SPLITS:
         print(f"fingerprint of {split:<5} {dataset.split(split).fingerprint}")
@@ -83,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", metavar="DIR", help="the set's folder or CSV file, or where to put it [$KD_DIST_DATA, else data]")
     add("--val-share", type=float, metavar="SHARE", help="hold this share of the images out as val")
+    add("--unlabelled", type=Path, metavar="DIR", help="a folder of more training images, without labels")
     add("--release", metavar="NAME", help=f"which set to fetch, see --list [{DEFAULT_RELEASE}]")
     add("--archive", metavar="FILE_OR_URL", help="take the set from this tar file or http(s) address instead")
     add("--sha256", metavar="HEX", help="the digest that the archive must have")

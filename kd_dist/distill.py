@@ -68,6 +68,13 @@ def require_known(distillation: DistillationConfig) -> None:
         )
 
 
+def require_labels(distillation: DistillationConfig, data: Data) -> None:
+    """Raise UserError where the soft loss needs labels that some images do not have."""
+    loss = distillation.loss
+    if distillation.alpha and soft_loss(loss) in NEED_LABELS and not data.samples.train.is_labelled_N.all():
+        raise UserError(f"--loss {loss} needs every image's label, --unlabelled has none; choose another --loss.")
+
+
 def open_inputs(config: CacheReader, runtime: Runtime) -> tuple[Cache | None, Data]:
     """The cache that is read, if any, and the data that it was made of. Raises UserError where one cannot be used."""
     cache = open_for(config, runtime)
@@ -120,7 +127,10 @@ def run(
 
 
 def require_student(config: StudentConfig, data: Data, runtime: Runtime) -> nn.Module:
-    """The student with its first weights. Raises UserError where batch, images, ranks and network do not fit."""
+    """The student with its first weights. Raises UserError where batch, images, ranks and network do not fit, or a
+    loss needs labels that some images do not have.
+    """
+    require_labels(config.distillation, data)
     torch.manual_seed(config.seed)
     name = config.distillation.student
     model = models.build(name, len(data.samples.classes))

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,42 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_free(target: Path) -> None:
+    """Raise UserError unless the folder that --to names is missing or empty."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"--to {target} exists already and is not an empty folder; name another one.")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` with one rename when the block ends, and goes when it raises.
+
+    Raises UserError where the target is there and not empty, and on a failed write.
+    """
+    require_free(target)
+    target = target.resolve()
+    temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        with writing(target, goes_on="from the start"):
+            temporary.mkdir(parents=True)
+            yield temporary
+            _sync_tree(temporary)
+            publish(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush all files below a folder to disk, and then their folders' entries."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            _sync_tree(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def sha256_of(path: Path) -> str:

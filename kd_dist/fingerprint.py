@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+UNKNOWN = -1  # the label of an image without one, or whose label is not used
+
 
 def fingerprint_of(paths: Sequence[str], labels_N: np.ndarray, sha256_N32: np.ndarray) -> str:
     """Hex SHA-256 over the samples in order, each as four fields without gaps:

@@ -21,7 +21,7 @@ from .supervisor import MODULES
 KINDS: dict[str, type[JobConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig, "study": StudyConfig}
 PIPELINE = ("teacher", "distill")
 STUDY_WORDS = ("arms", "seeds", "grid")  # of a study's own options, those that may stand before the --
-PATHS = ("data", "out", "cache", "archive", "pixels_dir", "teacher_model")
+PATHS = ("data", "unlabelled", "out", "cache", "archive", "pixels_dir", "teacher_model")
 GPU_WORKERS = 8
 
 

@@ -129,11 +129,15 @@ def refusal(call, *arguments, **options) -> str:
     return message
 
 
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Run code in a process of its own that may use the helpers of this file."""
-    start = f"import sys; sys.path[:0] = [{str(REPO)!r}, {str(REPO / 'tests')!r}]\nfrom test_cache_format import *\n"
-    command = [sys.executable, "-c", start + code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def program(name: str, *arguments: object) -> dict[str, object]:
+    """What starts tests/programs/NAME.py in a process of its own, where it may use the helpers of this file."""
+    paths = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    words = [sys.executable, str(REPO / "tests/programs" / f"{name}.py"), *map(str, arguments)]
+    return {"args": words, "env": {**os.environ, "PYTHONPATH": paths}}
+
+
+def run_program(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(**program(name, *arguments), capture_output=True, text=True, timeout=120)
 
 
 # ----------------------------------------------------------------------------------------------- what goes in comes out
@@ -317,19 +321,8 @@ def test_a_damaged_shard_counts_as_missing(spoil, reference, tmp_path):
 
 
 def test_a_killed_writer_loses_only_the_block_in_flight(reference, tmp_path):
-    code = """
-import time
-writer = BlockWriter(Path(sys.argv[1]), plan_of())
-put_all(writer, writer.missing()[:3])
-def hang(*paths):
-    print("in the middle of the fourth", flush=True)
-    time.sleep(60)
-os.replace = hang
-put_all(writer, writer.missing()[:1])
-"""
-    start = f"import sys; sys.path[:0] = [{str(REPO)!r}, {str(REPO / 'tests')!r}]\nfrom test_cache_format import *\n"
     target = tmp_path / "logits.h5"
-    child = subprocess.Popen([sys.executable, "-c", start + code, target], stdout=subprocess.PIPE)
+    child = subprocess.Popen(**program("killed_writer", target), stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"in the middle of the fourth\n"
     child.send_signal(signal.SIGKILL)
     child.communicate()
@@ -340,50 +333,8 @@ put_all(writer, writer.missing()[:1])
     assert writer.publish().read_bytes() == reference.read_bytes()
 
 
-CRASH_AT_EVERY_STEP = """
-import shutil
-target = Path(sys.argv[1])
-os.fsync = lambda descriptor: None  # slow, and of no use against a kill
-tables = tables_of()
-prepared = target.parent.with_name("prepared")
-first = BlockWriter(prepared / target.name, CachePlan(HEADER, tables))
-put_all(first, first.missing())
-for step in range(100):
-    shutil.rmtree(target.parent, ignore_errors=True)
-    shutil.copytree(prepared, target.parent)
-    writer = BlockWriter(target, CachePlan(HEADER, tables))
-    child = os.fork()
-    if child == 0:
-        calls = iter(range(step))
-        of_os = [(os, name) for name in ("replace", "fsync", "posix_fallocate", "pwrite")]
-        steps = [*of_os, (shutil, "rmtree"), (h5py, "File")]
-        for module, name in steps:
-            def dying(*arguments, real=getattr(module, name), **options):
-                if next(calls, None) is None:
-                    os._exit(9)
-                return real(*arguments, **options)
-            setattr(module, name, dying)
-        writer.publish()
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9), status
-    try:
-        views = open_cache(target).views
-    except UserError as error:
-        assert not target.exists(), error
-        views = 0
-    if shards_of(target).exists():
-        again = BlockWriter(target, CachePlan(HEADER, tables))
-        assert again.missing() == []
-        again.publish()
-    print(step, status, views, hashlib.sha256(target.read_bytes()).hexdigest(), open_cache(target).digest)
-    if status == 0:
-        break
-"""
-
-
 def test_a_crash_while_publishing_leaves_a_whole_pair_and_can_be_repeated(reference, tmp_path):
-    done = run_python(CRASH_AT_EVERY_STEP, tmp_path / "run" / "logits.h5")
+    done = run_program("crash_at_every_step", tmp_path / "run" / "logits.h5")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     digest = hashlib.sha256(reference.read_bytes()).hexdigest()
@@ -543,26 +494,11 @@ def test_a_table_that_contradicts_itself_is_a_defect(change, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-DISK_FULL = """
-import resource
-writer = BlockWriter(Path(sys.argv[1]), plan_of())
-limit = int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-try:
-    put_all(writer, writer.missing())
-    print("all put", flush=True)
-    writer.publish()
-except UserError as error:
-    print(error)
-    sys.exit(2)
-"""
-
-
 @pytest.mark.parametrize("limit", [5_000, 20_000, 100_000])
 def test_a_full_disk_is_one_sentence_and_the_blocks_stay(limit, reference, tmp_path):
     target = tmp_path / "logits.h5"
     assert limit < reference.stat().st_size
-    done = run_python(DISK_FULL, target, limit)
+    done = run_program("cache_on_a_full_disk", target, limit)
     assert done.returncode == 2, done.stderr
     assert ("all put" in done.stdout) == (limit > 6_200)  # a shard is 32 + 1024 * 3 * 2 bytes
     last = done.stdout.splitlines()[-1]
@@ -605,7 +541,7 @@ def test_files_that_are_not_hdf5(content, named, tmp_path):
 
 
 def test_a_folder_is_no_cache(tmp_path):
-    assert "Is a directory" in refusal(open_cache, tmp_path)
+    assert "is a folder: name a file such as" in refusal(open_cache, tmp_path)
 
 
 def test_a_lost_digest_file_is_no_reason_to_refuse_but_is_told(copy):
@@ -859,36 +795,9 @@ def test_a_flipped_bit_in_the_rows_is_seen_behind_a_matching_digest(copy):
     assert "is damaged" in refusal(open_cache, copy)
 
 
-FUZZ = """
-import random
-source, path, rng = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), random.Random(0)
-outcomes = {"opened": 0, "refused": 0}
-for case in range(160):
-    content = bytearray(source)
-    position = rng.randrange(9, rng.choice([len(source), 6_000, 40_000]))
-    if case % 4 == 0:
-        del content[position:]
-    elif case % 4 == 1:
-        content[position : position + 8] = bytes([rng.choice([0, 255])]) * len(content[position : position + 8])
-    else:
-        content[position] = rng.randrange(256)
-    path.write_bytes(content)
-    write_checksum(path)
-    print(case, position, flush=True)
-    signal.alarm(60)
-    try:
-        open_cache(path)
-        outcomes["opened"] += 1
-    except UserError as error:
-        assert "\\n" not in str(error)
-        outcomes["refused"] += 1
-print(outcomes)
-"""
-
-
 def test_no_damage_gives_anything_but_a_refusal(reference, tmp_path):
     """Bytes changed and files cut all over, with the digest made to match: no traceback, no crash, no hang."""
-    done = run_python(FUZZ, reference, tmp_path / "logits.h5")
+    done = run_program("damaged_caches", reference, tmp_path / "logits.h5")
     last = done.stdout.splitlines()[-1:]
     assert done.returncode == 0, (last, done.stderr)
     opened, refused = map(int, re.findall(r"\d+", last[0]))

@@ -541,15 +541,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, resumed):
     assert "--out locked" in said and "cannot be written (Permission denied)" in said
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from kd_dist.run.claim import claim
-from kd_dist.run.folder import RunFolder
-claim(RunFolder(Path(sys.argv[1])), "student", {}, set(), False)
-print("mine", flush=True)
-time.sleep(60)
-"""
+HOLD = (Path(__file__).parent / "programs/hold_folder.py").read_text()
 
 
 def test_a_folder_in_use_is_refused_until_its_process_ends(folder, monkeypatch):

@@ -20,7 +20,8 @@ COMMAND = re.compile(
 
 def commands() -> list[str]:
     """Every command line of ours in an indented block or a table of a document, without its comment."""
-    return sorted({found.strip() for document in DOCUMENTS for found in COMMAND.findall(document.read_text())})
+    pages = (re.sub(r"\\\n *", "", document.read_text()) for document in DOCUMENTS)  # a command may go over lines
+    return sorted({found.strip() for page in pages for found in COMMAND.findall(page)})
 
 
 @cache

@@ -403,14 +403,7 @@ def test_error_in_the_middle_leaves_no_set(tmp_path: Path, archive: Path, monkey
     assert len(scan(_get(tmp_path / "data", archive)).train) == 6
 
 
-_KILL_WHILE_UNPACKING = """
-import os, signal, sys
-from pathlib import Path
-from kd_dist.data import fetch
-from kd_dist.data.releases import locate
-fetch.publish = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-locate(Path(sys.argv[1]), None, sys.argv[2], None, explicit=True)
-"""
+_KILL_WHILE_UNPACKING = (Path(__file__).parent / "programs/killed_while_unpacking.py").read_text()
 
 
 def test_killed_process_leaves_no_set_and_the_next_one_clears_up(tmp_path: Path, archive: Path):

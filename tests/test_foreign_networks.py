@@ -16,63 +16,7 @@ from kd_dist.errors import UserError
 from kd_dist.run.checkpoint import save_model
 from tests.test_predict import facts_of
 
-OWN = """
-import torch
-from torch import nn
-
-def build(classes):
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
-
-def without_head(classes):
-    return nn.Sequential(nn.Conv2d(3, classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-def features(classes):
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-def large_images_alone(classes):
-    return nn.Sequential(nn.Conv2d(3, 4, 20), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
-
-class Changed(nn.Module):
-    def __init__(self, classes, change):
-        super().__init__()
-        self.network, self.change = build(classes), change
-    def forward(self, images):
-        return self.change(self.network(images), self)
-
-def a_pair(classes):
-    return Changed(classes, lambda logits, own: (logits, logits) if own.training else logits)
-
-def a_number(classes):
-    return Changed(classes, lambda logits, own: logits.mean())
-
-def whole_numbers(classes):
-    return Changed(classes, lambda logits, own: logits.long())
-
-def infinite(classes):
-    return Changed(classes, lambda logits, own: logits / 0)
-
-def not_for_training(classes):
-    return Changed(classes, lambda logits, own: 1 / 0 if own.training else logits)
-
-def frozen(classes):
-    return build(classes).requires_grad_(False)
-
-def unused(classes):
-    network = Changed(classes, lambda logits, own: logits)
-    network.extra = nn.Linear(2, 2)
-    return network
-
-def broken(classes):
-    raise KeyError("depth")
-
-def no_arguments():
-    return build(10)
-
-def no_network(classes):
-    return classes
-
-SIZES = [1, 2]
-"""
+OWN = (Path(__file__).parent / "programs/own_nets.py").read_text()
 
 
 @pytest.fixture
@@ -176,8 +120,9 @@ def test_torchvision_classifiers_are_built_and_pass_the_trial(name):
 
 def test_vision_transformer_takes_its_own_size_alone():
     assert "smallest that works is 224" in refusal("torchvision:vit_b_32", size=64)
-    assert "does not suit this network (AssertionError: Wrong image height! Expected 224 but got 256!)" in refusal(
-        "torchvision:vit_b_32", size=256
+    assert (
+        "does not suit torchvision:vit_b_32 (AssertionError: Wrong image height! Expected 224 but got 256!)"
+        in refusal("torchvision:vit_b_32", size=256)
     )
 
 
@@ -242,17 +187,7 @@ def test_a_saved_network_needs_its_code(own_nets):
 
 def test_a_students_process_imports_torchvision_for_its_networks_alone(own_nets):
     """Also with a function of its own, in the current folder."""
-    code = """
-import sys
-import kd_dist.distill
-from kd_dist import models
-for name in ("cnn5", "own_nets:build"):
-    models.require_known(name)
-    models.require_usable(name, models.build(name, 3), 3, 32)
-print(sorted({"torchvision", "timm"} & set(sys.modules)))
-models.build("torchvision:alexnet", 3)
-print(sorted({"torchvision", "timm"} & set(sys.modules)))
-"""
+    code = (Path(__file__).parent / "programs/imports_of_a_student.py").read_text()
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(Path(kd_dist.__file__).parents[1])},

@@ -20,15 +20,7 @@ from kd_dist.models.weights import read_weights, take_weights
 from kd_dist.run.checkpoint import load_model, weights_digest
 from tests.entries import call, refused
 
-OWN = """
-from kd_dist.models import Cnn5
-
-def small(classes):
-    return Cnn5(classes, (4, 8))
-
-def of_five(classes):
-    return Cnn5(5, (4, 8))
-"""
+OWN = (Path(__file__).parent / "programs/own_teachers.py").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +116,7 @@ def test_the_teachers_job_refuses_weights_before_it_writes(here, tiny_root):
     assert (
         "does not fit this network: missing classifier.bias, classifier.weight, convolutions.0.weight and" in sentence
     )
-    assert "two beginnings" in refused(teacher.main, *training(tiny_root, "--weights", "given.pt", "--init", "run"))
+    assert "cannot be combined" in refused(teacher.main, *training(tiny_root, "--weights", "given.pt", "--init", "run"))
     assert not (here / "run").exists()
 
 
@@ -199,6 +191,10 @@ def test_a_network_from_elsewhere_labels_and_is_verified(here, tiny: Dataset, ti
     assert cache.header.mean == (0.5, 0.5, 0.5) and cache.header.image_size == 24
     verify = ["verify", "picked.h5", "--device", "cpu", "--data", str(tiny_root), "--rows", "999"]
     main([*verify, "--teacher", "own_teachers:small", *given])
+    assert f"{2 * 30} rows computed again" in capsys.readouterr().out
+    main(["export", "picked.h5", "--to", "labels"])
+    assert "whether it has seen images of val is not known" in (here / "labels/README.md").read_text()
+    main(["verify", "labels", *verify[2:], "--teacher", "own_teachers:small", *given])
     assert f"{2 * 30} rows computed again" in capsys.readouterr().out
     (here / "map.json").write_text(json.dumps(dict(zip(tiny.classes, (0, 5, 3), strict=True))))
     with pytest.raises(UserError, match="does not hold what"):

@@ -26,37 +26,9 @@ from launch.supervisor import (
     stop_attempt,
 )
 
-STAND_IN = """
-import os, signal, sys, time
-do = sys.argv[1]
-print("stand-in", *sys.argv[1:], *(os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")))
-print("colour", os.environ.get("COLOUR"), "job", os.environ["KD_DIST_JOB"])
-print("patience", os.environ.get("KD_DIST_RENDEZVOUS_SECONDS"), "unbuffered", os.environ.get("PYTHONUNBUFFERED"))
-def leave(number, frame):
-    print("saved")
-    os._exit(128 + number)
-for number in (signal.SIGUSR2, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN if do == "deaf" else leave)
-print("ready")
-if do == "fail":
-    sys.exit("kd_dist: wrong on purpose.")
-if do == "die":
-    os.kill(os.getpid(), signal.SIGKILL)
-if do == "lose":
-    sys.exit(3)
-while do != "finish":
-    time.sleep(0.05)
-"""
+STAND_IN = (Path(__file__).parent / "programs/stand_in.py").read_text()
 
-START = """
-import os, sys
-from launch import supervisor
-supervisor.MODULES["teacher"] = "stand_in"
-supervisor.PEER_SECONDS = 0.5
-shape = dict(cluster="local", nodes=1, ranks=1, minutes=60, signal_seconds=2, max_timeouts=0)
-given = dict(environment={"COLOUR": "red", "HOME": None}, after=tuple(filter(None, [os.environ.get("AFTER")])))
-supervisor.Job("teacher", tuple(sys.argv[3:]), sys.argv[1], sys.argv[2], **shape, **given)()
-"""
+START = (Path(__file__).parent / "programs/start_stand_in.py").read_text()
 
 
 def a_job(folder: Path, **more) -> Job:

@@ -146,16 +146,7 @@ def test_stride_one_stem_halves_the_reduction():
 
 def test_students_process_needs_no_teacher():
     """With torchvision barred, the student's job is imported, and its networks are built and run."""
-    code = """
-        import sys
-        sys.modules["torchvision"] = None  # importing it raises
-        import torch
-        import kd_dist.distill
-        from kd_dist.models import STUDENTS
-        for build in STUDENTS.values():
-            build(10).eval()(torch.zeros(1, 3, 64, 64))
-        print(sorted({"torchvision", "kd_dist.teacher", "kd_dist.label"} & {m for m in sys.modules if sys.modules[m]}))
-    """
+    code = (Path(__file__).parent / "programs/student_without_torchvision.py").read_text()
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": str(Path(kd_dist.__file__).parents[1])},

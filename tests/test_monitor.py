@@ -138,20 +138,7 @@ def test_a_folder_that_takes_no_curves_is_said_once_and_the_run_goes_on(tmp_path
 
 def test_a_full_disk_ends_the_curves_in_one_line_and_not_the_run(tmp_path):
     """A limit on file sizes plays the full disk, in a process of its own; the writer's thread is what fails."""
-    code = """
-        import resource, sys, time
-        from pathlib import Path
-        from kd_dist.run.monitor import Monitor
-
-        with Monitor(Path(sys.argv[1]), enabled=True) as curves:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-            for step in range(300):
-                curves.scalars(step, {"train/loss": 1.0})
-                if step % 50 == 0:
-                    curves.flush()
-            time.sleep(0.2)  # time for the thread to say what it should not
-            curves.line("trained to the end")
-    """
+    code = (Path(__file__).parent / "programs/curves_on_a_full_disk.py").read_text()
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(Path(monitor.__file__).parents[2])},

@@ -1,6 +1,7 @@
 """A soft loss of the user's own: `--loss my_module:function`, checked once at the start."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,33 +11,7 @@ from kd_dist.distill import loss_of, require_known
 from kd_dist.errors import UserError
 from kd_dist.training import losses
 
-OWN = """
-import torch
-
-def l1(student, teacher, temperature):
-    return (student - teacher).abs().mean(dim=1) / temperature
-
-def one_number(student, teacher, temperature):
-    return l1(student, teacher, temperature).mean()
-
-def plain(student, teacher, temperature):
-    return 0.5
-
-def infinite(student, teacher, temperature):
-    return l1(student, teacher, temperature) / 0
-
-def constant(student, teacher, temperature):
-    return l1(student.detach(), teacher, temperature)
-
-def steep(student, teacher, temperature):
-    return (student - student.detach()).square().sum(dim=1).sqrt()
-
-def broken(student, teacher, temperature):
-    return student @ teacher
-
-def two_arguments(student, teacher):
-    return student.sum(dim=1)
-"""
+OWN = (Path(__file__).parent / "programs/own_losses.py").read_text()
 
 
 @pytest.fixture(autouse=True)

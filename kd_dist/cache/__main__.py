@@ -1,5 +1,5 @@
-"""`python -m kd_dist.cache`: describe, verify, write, extend and combine caches of soft labels. write, extend and
-verify also run under torchrun.
+"""`python -m kd_dist.cache`: describe, verify, write, extend, combine, export and import caches of soft labels. write,
+extend and verify also run under torchrun.
 """
 
 import argparse
@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +15,9 @@ from kd_dist.cache import combine as combine_caches
 from kd_dist.cache import open_cache, render_info
 from kd_dist.config import PIXELS
 from kd_dist.dist.endings import launched_rank, run_entry
-from kd_dist.errors import UserError
+from kd_dist.errors import UserError, require_installed
+from kd_dist.files import require_free
+from kd_dist.hub import licence
 from kd_dist.tables import show
 
 PROG = "python -m kd_dist.cache"
@@ -49,6 +52,28 @@ def combine(options: argparse.Namespace) -> None:
         print(f"wrote {options.output}; `{PROG} info {shlex.quote(str(options.output))}` describes it")
 
 
+def export(options: argparse.Namespace) -> None:
+    """Write a cache as a folder to publish."""
+    require_installed("hf", "pyarrow")
+    from kd_dist.publish.folder import Statement, export
+
+    if launched_rank() == 0:
+        require_free(options.to)
+        own = {name: getattr(options, name) for name in Statement.__dataclass_fields__}
+        export(open_cache(options.cache), options.to, Statement(**own))
+        print(f"wrote {options.to}; `{PROG} verify {shlex.quote(str(options.to))}` checks it")
+
+
+def restore(options: argparse.Namespace) -> None:
+    """Write the cache that a published folder was made from."""
+    require_installed("hf", "pyarrow")
+    from kd_dist.publish.folder import restore
+
+    if launched_rank() == 0:
+        restore(options.folder, options.output)
+        print(f"wrote {options.output}; `{PROG} info {shlex.quote(str(options.output))}` describes it")
+
+
 def _labelling(options: argparse.Namespace) -> None:
     """A command that needs images or a teacher. The others do without torch and Pillow."""
     from kd_dist.label import commands
@@ -79,6 +104,12 @@ COMMANDS = {
         "write the mean of caches whose teachers labelled the same views",
         ": of logits, which holds at every temperature, or of probabilities at one, at which alone it can be used.",
     ),
+    "export": (
+        export,
+        "write a folder to publish: Parquet, data card, Croissant",
+        ", without images. What is not stated by a flag is called not stated in the card.",
+    ),
+    "import": (restore, "write the cache that an exported folder was made from", ""),
 }
 """Name -> what runs it, one line of help, and what its own help adds to that."""
 
@@ -93,23 +124,21 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROG,
-        description="Caches of soft labels: describe, verify, write from trained teachers, add views, combine.",
+        description="Caches of soft labels: describe, verify, write from trained teachers, add views, combine, export.",
         epilog=f"Example: {PROG} verify runs/teacher/logits.h5 --data data/imagewoof2-160",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, (run, words, more) in COMMANDS.items():
-        command = commands.add_parser(name, help=words, description=words.capitalize() + more)
+        command = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + more)
         command.set_defaults(run=run)
-        if name == "combine":
-            _add_flags_of_combine(command.add_argument)
-        else:
-            _add_flags(command.add_argument, name)
+        FLAGS.get(name, partial(_add_flags, name=name))(command.add_argument)
     return parser
 
 
 def _add_flags(add: Callable[..., object], name: str) -> None:
     if name != "write":
-        add("cache", type=Path, metavar="FILE", help="the cache, such as runs/teacher/logits.h5")
+        folder = ", or a folder that export wrote" if name == "verify" else ""
+        add("cache", type=Path, metavar="FILE", help=f"the cache, such as runs/teacher/logits.h5{folder}")
     if name == "info":
         return
     of_folds = "; of out-of-fold labels, those of all K teachers"
@@ -122,6 +151,7 @@ def _add_flags(add: Callable[..., object], name: str) -> None:
         add("--class-map", metavar="FILE", help=of_map)
     add("--data", metavar="DIR", help="the image folder [$KD_DIST_DATA" + ("]" if name == "verify" else " or data]"))
     add("--val-share", type=float, metavar="SHARE", help="share of the images held out as val, as in training")
+    add("--unlabelled", metavar="DIR", help="folder of more training images, without labels")
     add("--pixels", choices=PIXELS, default="auto", help="where decoded images are, as in training [auto]")
     add("--pixels-dir", metavar="DIR", help="where decoded images are kept [inside the data folder]")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto [auto]")
@@ -187,6 +217,24 @@ def _add_flags_of_combine(add: Callable[..., object]) -> None:
         metavar="T",
         help="temperature at which probabilities are averaged; the cache is valid at this temperature only",
     )
+
+
+def _add_flags_of_export(add: Callable[..., object]) -> None:
+    add("cache", type=Path, metavar="FILE", help="the cache, such as runs/teacher/logits.h5")
+    add("--to", type=Path, required=True, metavar="DIR", help="the folder to write; missing or empty")
+    add("--license", dest="licence", type=licence, metavar="ID", help="of the labels, such as cc-by-4.0")
+    add("--teacher-license", dest="teacher_licence", type=licence, metavar="ID", help="of the teacher's weights")
+    add("--source", metavar="TEXT", help="where the images are from, such as an address")
+    add("--intended-use", metavar="TEXT", help="what the labels are for")
+    add("--creator", metavar="NAME", help="who publishes them")
+
+
+def _add_flags_of_import(add: Callable[..., object]) -> None:
+    add("folder", type=Path, metavar="DIR", help="a folder that export wrote")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="the cache to write; must not exist")
+
+
+FLAGS = {"combine": _add_flags_of_combine, "export": _add_flags_of_export, "import": _add_flags_of_import}
 
 
 def _temperature(text: str) -> float:

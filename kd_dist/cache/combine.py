@@ -17,7 +17,7 @@ from kd_dist.cache.format import (
     LOGITS,
     ONE_TEMPERATURE,
     SPLITS,
-    VIEW_FEATURES,
+    TABLE_FEATURES,
     Table,
     TeacherRow,
     first_true,
@@ -79,7 +79,7 @@ def renderer_rule(renderer: str) -> str:
 
 
 def _require_logits(cache: Cache) -> None:
-    other = sorted(set(cache.header.features) - VIEW_FEATURES)
+    other = sorted(set(cache.header.features) - TABLE_FEATURES)
     if other:
         raise UserError(
             f"{cache.path} does not hold teachers' logits as they were (it uses {', '.join(other)}); combine the files "

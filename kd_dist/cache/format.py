@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 
 from kd_dist.cache.mixed import MIXED_VIEWS, Mixed, check_mixed
-from kd_dist.fingerprint import fingerprint_of
+from kd_dist.fingerprint import UNKNOWN, fingerprint_of
 
 FORMAT = "kd_dist.teacher_cache"
 VERSION = 2
+PUBLISHED = "labels.json"  # in a folder that a cache was exported to
 ONE_TEMPERATURE = "one_temperature"
 TOP_K = "top_k"  # of each row the k largest logits and the mass of the others, see kd_dist.cache.topk
-VIEW_FEATURES: frozenset[str] = frozenset({MIXED_VIEWS})  # those that describe views, and are kept with them
-KNOWN_FEATURES: frozenset[str] = VIEW_FEATURES | {ONE_TEMPERATURE, TOP_K}
+UNLABELLED_IMAGES = "unlabelled_images"  # some images of train have the label UNKNOWN
+# Those that describe images and views, and are kept with these when others label them.
+TABLE_FEATURES: frozenset[str] = frozenset({MIXED_VIEWS, UNLABELLED_IMAGES})
+KNOWN_FEATURES: frozenset[str] = TABLE_FEATURES | {ONE_TEMPERATURE, TOP_K}
 SPLITS = ("train", "val")
 PIECE_BYTES = 1 << 22  # of a column that is looked at from end to end
 
@@ -196,7 +199,7 @@ class Table:
     """
 
     paths: tuple[str, ...]  # relative to the data folder
-    labels_N: np.ndarray  # int64
+    labels_N: np.ndarray  # int64; in train UNKNOWN where there is none
     bytes_N: np.ndarray  # int64, file sizes
     sha256_N32: np.ndarray  # uint8, digests of the files' contents
     teacher_N: np.ndarray  # int16, row of Header.teachers
@@ -276,8 +279,13 @@ def checksum_file_of(target: Path) -> Path:
 
 def hits_of(top: np.ndarray, labels_B: np.ndarray, header: Header) -> int:
     """How many rows have their label as the first class, from the first logit column [B, K or k] of one view."""
+    return int(hit_rows(top, labels_B, header).sum())
+
+
+def hit_rows(top: np.ndarray, labels_B: np.ndarray, header: Header) -> np.ndarray:
+    """Which of those rows they are: bool [B]."""
     class_B = top[:, 0] if header.top_k else top.argmax(axis=1)
-    return int((class_B == labels_B).sum())
+    return class_B == labels_B
 
 
 def val_top1_of(header: Header, column: Any, labels_N: np.ndarray) -> float:
@@ -356,12 +364,21 @@ def check_table(split: str, table: Table, header: Header) -> None:
         _check_shape(split, column, values, sizes)
     if len(set(table.paths)) < len(table):
         raise ValueError(f"{split}/path holds a path twice")
-    refuse_rows(split, "label", table.labels_N, lambda label_B: (label_B < 0) | (label_B >= len(header.classes)))
+    _check_labels(split, table.labels_N, header)
     refuse_rows(split, "teacher", table.teacher_N, lambda row_B: (row_B < 0) | (row_B >= len(header.teachers)))
     refuse_rows(split, "view/flip", table.flip_NV, lambda flip_BV: flip_BV >= 2)
     refuse_rows(split, "view/box", table.box_NV4, lambda box_BV4: box_BV4 < (0, 0, 1, 1))
     if table.mixed is not None:
         check_mixed(split, table.mixed, table.teacher_N)
+
+
+def _check_labels(split: str, labels_N: np.ndarray, header: Header) -> None:
+    may_lack = split == "train" and UNLABELLED_IMAGES in header.features
+    least = UNKNOWN if may_lack else 0
+    refuse_rows(split, "label", labels_N, lambda label_B: (label_B < least) | (label_B >= len(header.classes)))
+    unlabelled = int((labels_N == UNKNOWN).sum())
+    if may_lack and not 0 < unlabelled < len(labels_N):
+        raise ValueError(f"{unlabelled} of {len(labels_N)} images of train have no label, with {UNLABELLED_IMAGES}")
 
 
 def refuse_rows(split: str, name: str, column: Any, is_bad: Callable[[np.ndarray], np.ndarray], what: str = "") -> None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from kd_dist.cache.format import (
     SPLITS,
+    TABLE_FEATURES,
     TOP_K,
-    VIEW_FEATURES,
     Header,
     Table,
     TeacherRow,
@@ -57,7 +57,7 @@ class CachePlan:
     @classmethod
     def like(cls, cache: Cache, header: Header) -> "CachePlan":
         """The same views as another cache, labelled by the one teacher of `header`."""
-        features = tuple(feature for feature in cache.header.features if feature in VIEW_FEATURES)
+        features = tuple(feature for feature in cache.header.features if feature in TABLE_FEATURES)
         drawn = {name: getattr(cache.header, name) for name in ("view_rule", "crop_scale", "mixed_share", "seed")}
         tables = {
             split: table.without_logits(teacher_N=np.zeros(len(table), np.int16))

@@ -6,6 +6,7 @@ The columns over samples and views are mapped, not loaded: the processes of a no
 import mmap
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from kd_dist.cache.format import (
     NUMBERS,
     ONE_TEMPERATURE,
     PATH,
+    PUBLISHED,
     SPLITS,
     TAIL_TEMPERATURES,
     TEACHER_COLUMNS,
@@ -248,6 +250,8 @@ def _refusing(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(_why_missing(path)) from None
+    except IsADirectoryError:
+        raise UserError(_why_no_file(path)) from None
     except OSError as error:
         raise UserError(f"the cache {path} cannot be read ({error.strerror}): name another with --cache.") from None
 
@@ -268,6 +272,13 @@ def _why_missing(path: Path) -> str:
             f"the cache {path} is not finished, {shards} holds its shards: run the command that was writing it again."
         )
     return f"there is no cache {path}: {WRITE_ONE}."
+
+
+def _why_no_file(path: Path) -> str:
+    if (path / PUBLISHED).is_file():
+        folder = shlex.quote(str(path))
+        return f"{path} is an exported cache: write one to read by `python -m kd_dist.cache import {folder} -o FILE`."
+    return f"the cache {path} is a folder: name a file such as {path / 'logits.h5'}, or {WRITE_ONE}."
 
 
 def _has_checksum(path: Path, digest: str) -> bool:

@@ -4,14 +4,15 @@ Probabilities are softmax at temperature 1, in float64. The drawn views are all 
 views are counted but left out of the statistics: two labels are right for them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten, wrap
 
 import numpy as np
 
-from kd_dist.cache.format import LOGITS, PIECE_BYTES, Header, TeacherRow, row_bytes
+from kd_dist.cache.format import LOGITS, PIECE_BYTES, Header, TeacherRow, hit_rows, pieces_of, row_bytes
 from kd_dist.cache.reader import Cache, LabelledTable, SoftLabels
+from kd_dist.fingerprint import UNKNOWN
 
 BINS = 15
 ONE_HOT = 0.99  # logits with a larger probability than this hold little more than a class
@@ -22,7 +23,10 @@ TEACHERS_SHOWN = 3
 
 @dataclass(frozen=True)
 class LabelStatistics:
-    """Statistics of one split's soft labels: means over samples and drawn views (over view 0 where none was drawn)."""
+    """Statistics of one split's soft labels: means over samples and drawn views (over view 0 where none was drawn).
+
+    What compares with the label (top-1, its probability, calibration, likelihood) is over the images that have one.
+    """
 
     top1: float  # of view 0, in [0, 1]
     top1_drawn: float | None
@@ -68,16 +72,17 @@ def statistics_of(
         for name, value in _sums_of(logits_BVK, labels_N[piece]).items():
             sums[name] = sums.get(name, 0) + value
     mean = {name: value / sums["rows"] for name, value in sums.items()}
+    of_label = {name: value / sums["labelled rows"] for name, value in sums.items()}
     samples, several = len(labels_N), len(views) > 2
     return LabelStatistics(
-        top1=float(sums["hits in view 0"]) / samples,
-        top1_drawn=float(mean["hits"]) if len(views) > 1 else None,
+        top1=float(sums["hits in view 0"]) / int((labels_N != UNKNOWN).sum()),
+        top1_drawn=float(of_label["hits"]) if len(views) > 1 else None,
         entropy=float(mean["entropy"]),
         entropy_share=float(mean["entropy"] / np.log(max(logits_NVK.shape[2], 2))),
-        label_probability=float(mean["label"]),
+        label_probability=float(of_label["label"]),
         max_probability=float(mean["max"]),
-        calibration_error=float(np.abs(mean["excess"]).sum()),
-        nll=float(-mean["log label"]),
+        calibration_error=float(np.abs(of_label["excess"]).sum()),
+        nll=float(-of_label["log label"]),
         near_one_hot=float(mean["near one-hot"]),
         spread=float(sums["spread"]) / samples if several else None,
         divergence=float(sums["divergence"]) / samples if several else None,
@@ -97,21 +102,23 @@ def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarr
     log_p_BVK = shifted_BVK - np.log(np.exp(shifted_BVK).sum(axis=2, keepdims=True))
     p_BVK = np.exp(log_p_BVK)
     entropy_BV = -(p_BVK * log_p_BVK).sum(axis=2)
-    log_label_BV = np.take_along_axis(log_p_BVK, labels_B[:, None, None], axis=2)[..., 0]
     max_BV = p_BVK.max(axis=2)
-    hit_BV = log_p_BVK.argmax(axis=2) == labels_B[:, None]
+    known_B = labels_B != UNKNOWN
+    log_label_RV = np.take_along_axis(log_p_BVK[known_B], labels_B[known_B, None, None], axis=2)[..., 0]
+    hit_RV = log_p_BVK[known_B].argmax(axis=2) == labels_B[known_B, None]
     mean_BK = p_BVK.mean(axis=1)
     # The mean KL is the entropy of the mean less the mean of the entropies (Lin 1991, equation 4.1).
     entropy_of_mean_B = -(mean_BK * np.log(np.maximum(mean_BK, np.finfo(float).tiny))).sum(axis=1)
     return {
-        "rows": np.float64(hit_BV.size),
+        "rows": np.float64(max_BV.size),
+        "labelled rows": np.float64(hit_RV.size),
         "hits in view 0": (logits_BVK[:, 0].argmax(axis=1) == labels_B).sum(),
-        "hits": hit_BV.sum(),
+        "hits": hit_RV.sum(),
         "entropy": entropy_BV.sum(),
-        "label": np.exp(log_label_BV).sum(),
+        "label": np.exp(log_label_RV).sum(),
         "max": max_BV.sum(),
-        "excess": _excess(max_BV.ravel(), hit_BV.ravel()),
-        "log label": log_label_BV.sum(),
+        "excess": _excess(max_BV[known_B].ravel(), hit_RV.ravel()),
+        "log label": log_label_RV.sum(),
         "near one-hot": (max_BV > ONE_HOT).sum(),
         "spread": p_BVK.std(axis=1).mean(axis=1).sum(),
         "divergence": (entropy_of_mean_B - entropy_BV.mean(axis=1)).sum(),
@@ -120,14 +127,32 @@ def _sums_of(logits_BVK: np.ndarray, labels_B: np.ndarray) -> dict[str, np.ndarr
 
 def render_info(cache: Cache) -> str:
     """One screen about a cache: what it is, what it fits, and what its labels are worth."""
-    at = cache.header.temperature or 1.0  # logits that hold at one temperature alone are described there
-    found = [
-        statistics_of(table.logits_NVK, table.labels_N, unmixed_views(table), at) for table in cache.splits.values()
-    ]
-    lines = [*_identity(cache), "", *_worth(list(cache.splits), found)]
-    if found[0].warning:
-        lines += ["", *wrap(found[0].warning, WIDTH)]
+    found = label_statistics(cache)
+    table = [f"{name:<34}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in rows_of(found)]
+    lines = [*_identity(cache), "", *table]
+    if warning := found["train"].warning:
+        lines += ["", *wrap(warning, WIDTH)]
     return "\n".join(lines)
+
+
+def label_statistics(cache: Cache) -> dict[str, LabelStatistics]:
+    """The statistics of each split; of logits that hold at one temperature alone, at that one."""
+    at = cache.header.temperature or 1.0
+    return {
+        name: statistics_of(table.logits_NVK, table.labels_N, unmixed_views(table), at)
+        for name, table in cache.splits.items()
+    }
+
+
+def top1_by_class(cache: Cache, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """How many images of each class there are in a split, and of how many view 0 has the class on top: int64 [K]."""
+    table, classes = cache.split(split), len(cache.classes)
+    images_K, hits_K = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
+    for start, rows in pieces_of(table.logit_columns[0]):
+        labels_B = table.labels_N[start : start + len(rows)]
+        images_K += np.bincount(labels_B[labels_B >= 0], minlength=classes)
+        hits_K += np.bincount(labels_B[hit_rows(rows[:, 0], labels_B, cache.header)], minlength=classes)
+    return images_K, hits_K
 
 
 def unmixed_views(split: LabelledTable) -> list[int]:
@@ -145,11 +170,11 @@ def _identity(cache: Cache) -> list[str]:
         ("data", f"{header.dataset}, {len(header.classes)} classes: {', '.join(header.classes)}"),
         *((name, _describe_split(split)) for name, split in cache.splits.items()),
         ("rows", _describe_rows(header)),
-        *(("teacher", _describe_teacher(row)) for row in shown[:TEACHERS_SHOWN]),
-        ("views", _describe_views(header)),
-        ("images", f"{header.renderer} at {header.image_size} px, {_describe_scale(header.mean, header.std)}"),
+        *(("teacher", describe_teacher(row)) for row in shown[:TEACHERS_SHOWN]),
+        ("views", describe_views(header)),
+        ("images", f"{header.renderer} at {header.image_size} px, {describe_scale(header.mean, header.std)}"),
         ("written", f"{header.created} in {header.compute_dtype} by {header.software}"),
-        *(("labels", text) for text in _describe_labels(cache)),
+        *(("labels", text) for text in describe_labels(cache)),
     ]
     if len(header.teachers) > TEACHERS_SHOWN:
         facts.insert(6 + TEACHERS_SHOWN, ("", f"and {len(header.teachers) - TEACHERS_SHOWN} more teachers"))
@@ -162,10 +187,13 @@ def _fact(name: str, text: str) -> str:
 
 
 def _describe_split(split: LabelledTable) -> str:
-    return f"{len(split):,} images x {split.views} views, fingerprint {split.fingerprint[:32]}..."
+    unlabelled = int((split.labels_N == UNKNOWN).sum())
+    note = f" ({unlabelled:,} without a label)" if unlabelled else ""
+    return f"{len(split):,} images{note} x {split.views} views, fingerprint {split.fingerprint[:32]}..."
 
 
-def _describe_views(header: Header) -> str:
+def describe_views(header: Header) -> str:
+    """How the views were drawn, in one line."""
     low, high = header.crop_scale
     mixed = f", {header.mixed_share:.0%} mixed" if header.mixed_share else ""
     return f"{header.view_rule}, area {low:g} to {high:g}{mixed}, seed {header.seed}; view 0 is the evaluation view"
@@ -183,7 +211,8 @@ def _describe_rows(header: Header) -> str:
     )
 
 
-def _describe_teacher(row: TeacherRow) -> str:
+def describe_teacher(row: TeacherRow) -> str:
+    """A teacher in one line: network, what it was trained on, val top-1, start of its digest."""
     figures = f"val {row.val_top1:.1%}, sha256 {row.sha256[:12]}"
     if row.members:
         return f"{row.arch} (rows {row.members} of the teachers), {figures}"
@@ -192,7 +221,7 @@ def _describe_teacher(row: TeacherRow) -> str:
     return f"{row.arch} {row.trained_on}, seed {row.seed}, {row.image_size} px, {figures}"
 
 
-def _describe_labels(cache: Cache) -> Iterator[str]:
+def describe_labels(cache: Cache) -> Iterator[str]:
     """Lines on what a row is where it is not one teacher's logits."""
     if cache.header.temperature is not None:
         t = f"{cache.header.temperature:g}"
@@ -204,25 +233,28 @@ def _describe_labels(cache: Cache) -> Iterator[str]:
         yield "out-of-fold: each train image by the one teacher that was not trained on it, val by the mean of all"
 
 
-def _describe_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+def describe_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+    """Mean and deviation by colour, in one line."""
     mean_text, std_text = (" ".join(f"{value:.4g}" for value in values) for values in (mean, std))
     return f"mean {mean_text}, std {std_text}"
 
 
-def _worth(names: list[str], found: list[LabelStatistics]) -> list[str]:
-    rows = [
-        ("top-1, evaluation view", [f"{each.top1:.2%}" for each in found]),
-        ("top-1, drawn views", [_optional(each.top1_drawn, ".2%") for each in found]),
-        ("probability of the label", [f"{each.label_probability:.3f}" for each in found]),
-        ("largest probability", [f"{each.max_probability:.3f}" for each in found]),
-        (f"rows above {ONE_HOT}", [f"{each.near_one_hot:.1%}" for each in found]),
-        ("entropy, nats (of an even guess)", [f"{each.entropy:.3f} ({each.entropy_share:.0%})" for each in found]),
-        ("negative log-likelihood, nats", [f"{each.nll:.3f}" for each in found]),
-        (f"calibration error, {BINS} bins", [f"{each.calibration_error:.3f}" for each in found]),
-        ("spread over views, probability", [_optional(each.spread, ".4f") for each in found]),
-        ("a view from the mean, KL in nats", [_optional(each.divergence, ".4f") for each in found]),
+def rows_of(found: Mapping[str, LabelStatistics]) -> list[tuple[str, ...]]:
+    """The statistics of splits as a table: a row of headings, then a row for each statistic."""
+    each = list(found.values())
+    rows: list[tuple[str, Callable[[LabelStatistics], str]]] = [
+        ("top-1, evaluation view", lambda of: f"{of.top1:.2%}"),
+        ("top-1, drawn views", lambda of: _optional(of.top1_drawn, ".2%")),
+        ("probability of the label", lambda of: f"{of.label_probability:.3f}"),
+        ("largest probability", lambda of: f"{of.max_probability:.3f}"),
+        (f"rows above {ONE_HOT}", lambda of: f"{of.near_one_hot:.1%}"),
+        ("entropy, nats (of an even guess)", lambda of: f"{of.entropy:.3f} ({of.entropy_share:.0%})"),
+        ("negative log-likelihood, nats", lambda of: f"{of.nll:.3f}"),
+        (f"calibration error, {BINS} bins", lambda of: f"{of.calibration_error:.3f}"),
+        ("spread over views, probability", lambda of: _optional(of.spread, ".4f")),
+        ("a view from the mean, KL in nats", lambda of: _optional(of.divergence, ".4f")),
     ]
-    return [f"{name:<34}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in [("labels", names), *rows]]
+    return [("labels", *found), *((name, *map(shown, each)) for name, shown in rows)]
 
 
 def _optional(value: float | None, form: str) -> str:

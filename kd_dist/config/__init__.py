@@ -1,4 +1,4 @@
-"""What was asked for: `groups` of flags, the `jobs` composed of them, `presets` of defaults, and the `command_line`."""
+"""Configuration: `groups` of flags, the `jobs` composed of them, `presets` of defaults, the `command_line` parser."""
 
 from kd_dist.config.command_line import OF_DATA, carried, command, flag_words, parser_for, read_command_line, resolve
 from kd_dist.config.groups import (

@@ -74,11 +74,11 @@ def _add_flag(section: Any, flag: dataclasses.Field, hint: Any, default: str) ->
 
 
 def _shown_default(kind: type[JobConfig], flag: dataclasses.Field) -> str:
-    """The default in brackets; where presets differ from it, theirs by name."""
+    """The defaults in brackets: the flag's own unless every preset overrides it, and the presets' by name."""
     presets = {name: preset.of(kind) for name, preset in PRESETS.items()}
     shown = [f"{name}: {values[flag.name]}" for name, values in presets.items() if flag.name in values]
     default = flag.default
-    if default not in (None, ()) and not isinstance(default, bool):
+    if default not in (None, ()) and not isinstance(default, bool) and len(shown) < len(presets):
         shown.insert(0, " ".join(map(str, default)) if isinstance(default, tuple) else str(default))
     return f" [{', '.join(shown)}]" if shown else ""
 
@@ -119,7 +119,7 @@ def resolve(
 
 
 def _shortened(kind: type[JobConfig], values: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Warm-up and last epochs without mixing that fit into a short run, where nobody typed their number."""
+    """Warm-up and no-mix epochs that fit into a short run, unless their number was typed."""
     defaults = flags_of(kind)
     names = ("epochs", "warmup_epochs", "no_mix_epochs")
     epochs, warmup, unmixed = (values.get(name, defaults[name].default) for name in names)
@@ -138,8 +138,8 @@ def flag_words(typed: Mapping[str, Any]) -> list[str]:
     return words
 
 
-SHARED = ("data", "val_share", "release", "pixels_dir", "folds", "fold", "tune", "preset", "device")
-OF_DATA = ("data", "val_share", "pixels_dir", "device")
+SHARED = ("data", "val_share", "unlabelled", "release", "pixels_dir", "folds", "fold", "tune", "preset", "device")
+OF_DATA = ("data", "val_share", "unlabelled", "pixels_dir", "device")
 
 
 def carried(config: JobConfig, names: Sequence[str] = SHARED) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Groups of flags, each a frozen dataclass that checks its own values. A field's name is its flag's, with dashes.
 
-A room of the program gets the group that is its own, never the whole command line. Nothing but Python's own library is
-imported here, so that a login node reads a command line fast.
+Each package receives only its own group, never the whole command line. Nothing but Python's own library is imported
+here, so that a login node reads a command line fast.
 """
 
 import math
@@ -29,32 +29,42 @@ class DataConfig:
 
     data: str | None = flag(
         None,
-        "Folder with train/ and val/ (also valid/, validation/, test/), with class folders in each; a folder of class "
-        "folders, with --val-share; a CSV file of path,label,split; or the folder to download the release into "
-        "[$KD_DIST_DATA or data].",
+        "Data set: a folder with train/ and val/ (also valid/, validation/ or test/), each with class folders; with "
+        "--val-share, a folder of class folders; or a CSV file of path,label,split. The release is downloaded into a "
+        "folder that holds no data set [$KD_DIST_DATA or data].",
         "DIR",
         may_change=True,
     )
     val_share: float | None = flag(
-        None, "Hold this share of the images out as val, chosen by their content; for data without val.", "SHARE"
+        None, "Hold out this fraction of the images as val, chosen by their content; for data without val.", "FRACTION"
+    )
+    unlabelled: str | None = flag(
+        None,
+        "Folder of more training images, without labels: the teacher labels them, and the student learns from its soft "
+        "labels alone.",
+        "DIR",
+        may_change=True,
     )
     release: str | None = flag(
-        None, "Data set to download where the folder does not hold one yet [imagewoof2-160].", "NAME"
+        None, "Data set to download if the folder does not hold one yet [imagewoof2-160].", "NAME"
     )
     archive: str | None = flag(
-        None, "File or address to take the release from, instead of its own address.", "FILE", may_change=True
+        None,
+        "Local file or URL to read the data set from instead of its default URL.",
+        "FILE_OR_URL",
+        may_change=True,
     )
     sha256: str | None = flag(None, "SHA-256 that the archive must have.", "HEX", may_change=True)
     pixels: str = flag(
         "auto",
-        "Where decoded pixels are while a job runs: memory (of the host), device, off (decode each image every time, "
-        "for sets larger than memory), or auto (the GPU where they fit, else memory).",
+        "Where to keep decoded images: memory (host), device (GPU), off (decode on every access, for sets larger than "
+        "memory), or auto (device if they fit, else memory).",
         "WHERE",
         may_change=True,
     )
     pixels_dir: str | None = flag(
         None,
-        "Folder for the decoded pixels, for example on a node's own disk [inside the data folder].",
+        "Folder for the file of decoded images, for example on a node's own disk [inside the data folder].",
         "DIR",
         may_change=True,
     )
@@ -70,9 +80,11 @@ class SplitConfig:
 
     title: ClassVar[str] = "folds"
 
-    folds: int | None = flag(None, "Cut the training images into K folds and leave fold number --fold out.", "K")
+    folds: int | None = flag(
+        None, "Split the training images into K folds and train without the fold given by --fold [no folds].", "K"
+    )
     fold: int | None = flag(None, "Number of the fold that is left out, 0 to K - 1.", "k")
-    tune: bool = flag(False, "Score the run on the fold that is left out; the val images are not used.")
+    tune: bool = flag(False, "Evaluate on the fold that is left out; the val images are not used.")
 
     def __post_init__(self):
         require(self.folds is None or self.folds >= 2, "folds", self.folds, "must be at least 2")
@@ -82,33 +94,40 @@ class SplitConfig:
             in_range = 0 <= self.fold < self.folds
             require(in_range, "fold", self.fold, f"must be at least 0 and below --folds {self.folds}")
         if self.tune and self.fold is None:
-            raise UserError("--tune scores on a part of train that is left out; add --folds 10 --fold 0.")
+            raise UserError("--tune evaluates on a fold of train that is left out; add --folds 10 --fold 0.")
 
 
 @dataclass(frozen=True)
 class OptimisationConfig:
-    """How long and how fast a network learns, and from what hard targets."""
+    """How long and how fast a network learns, and how far its hard labels are smoothed."""
 
     title: ClassVar[str] = "optimisation"
 
     epochs: int = flag(100, "Number of passes over the training images.", "N")
     batch_size: int = flag(
-        256, "Images in one step, over all ranks together; gpu-128px has its number for each GPU.", "N"
+        256,
+        "Global batch size, over all ranks; the gpu-128px default is per GPU and is multiplied by the number of GPUs.",
+        "N",
     )
     lr: float = flag(
         0.2,
-        "Peak learning rate of SGD with Nesterov momentum 0.9; unless you type it, gpu-128px scales it linearly with "
-        "the batch size, and the other presets do not.",
+        "Peak learning rate of SGD with Nesterov momentum 0.9. The gpu-128px default is scaled linearly with the batch "
+        "size; a value given here is used unchanged.",
         "LR",
     )
     weight_decay: float = flag(
-        5e-4, "Weight decay of convolutional and linear weights; norms and biases have none.", "WD"
+        5e-4, "Weight decay of convolutional and linear weights; not applied to normalisation layers and biases.", "WD"
     )
-    warmup_epochs: float = flag(5.0, "Epochs of linear warm-up before the cosine decay.", "N")
-    label_smoothing: float = flag(0.0, "Share of the hard target that is spread over all classes.", "SHARE")
+    warmup_epochs: float = flag(
+        5.0, "Epochs of linear warm-up before cosine decay; unless set, at most a fifth of --epochs.", "N"
+    )
+    label_smoothing: float = flag(
+        0.0, "Fraction of the hard label's probability that is spread evenly over all classes.", "FRACTION"
+    )
     ema: float = flag(
         0.0,
-        "Decay of a moving average of the weights, which is then what is evaluated and saved; 0 means no average.",
+        "Decay of the exponential moving average (EMA) of the weights; if set, the averaged weights are evaluated and "
+        "saved. 0 disables it.",
         "DECAY",
     )
 
@@ -132,15 +151,21 @@ class AugmentationConfig:
 
     image_size: int = flag(128, "Side of the square images that the network sees, in pixels.", "PX")
     crop_scale: tuple[float, float] = flag(
-        (0.35, 1.0), "Smallest and largest area of a random crop, as shares of the image."
+        (0.35, 1.0), "Smallest and largest area of a random crop, as fractions of the image area."
     )
     mixup: float = flag(
-        0.0, "Share of the images that mixup mixes with another, lambda from Beta(0.2, 0.2); fresh crops only.", "SHARE"
+        0.0,
+        "Fraction of the images that mixup mixes with another, lambda from Beta(0.2, 0.2); fresh crops only.",
+        "FRACTION",
     )
     cutmix: float = flag(
-        0.0, "Share of the images into which CutMix pastes a box of another; fresh crops only.", "SHARE"
+        0.0, "Fraction of the images into which CutMix pastes a box of another; fresh crops only.", "FRACTION"
     )
-    no_mix_epochs: int = flag(0, "Number of last epochs without mixup, CutMix and mixed views of the cache.", "N")
+    no_mix_epochs: int = flag(
+        0,
+        "Disable mixup, CutMix and cached mixed views in the last N epochs; unless set, at most a tenth of --epochs.",
+        "N",
+    )
 
     def __post_init__(self):
         require(self.image_size >= 8, "image_size", self.image_size, "must be at least 8")
@@ -159,41 +184,43 @@ class LabellingConfig:
 
     teacher: str = flag(
         "resnet18",
-        "Network to train: resnet18, resnet18_s1 (stride-1 stem, small images), torchvision:NAME, timm:NAME, or a "
-        "function of the number of classes as my_module:function.",
+        "Network to train: resnet18, resnet18_s1 (stride-1 stem, for small images), torchvision:NAME, timm:NAME, or "
+        "my_module:function, a function that takes the number of classes and returns the network.",
         "NAME",
     )
     weights: str | None = flag(
         None,
-        "Start from the weights in this file, .safetensors or a .pt state dict; a head for other classes is replaced "
-        "[random weights].",
+        "Initialise from this file (.safetensors or .pt state dict); a classification head with another number of "
+        "classes is re-initialised [random weights].",
         "FILE",
         may_change=True,
     )
     cache: str | None = flag(
-        None, "Output: the file that the soft labels are written to [OUT/logits.h5].", "FILE", may_change=True
+        None, "Output: the file to which the soft labels are written [OUT/logits.h5].", "FILE", may_change=True
     )
     views: int = flag(
         16,
-        "Views of every image in the cache: the evaluation view and V - 1 random crops; 0 writes no cache.",
+        "Views of every image in the cache: the evaluation view and V - 1 random views; 0 writes no cache.",
         "V",
         may_change=True,
     )
     mixed_views: float = flag(
         0.0,
-        "Share of the random crops of train that are mixed in the cache, half by mixup and half by CutMix.",
-        "SHARE",
+        "Fraction of the cached random views of train that are mixed, half by mixup and half by CutMix.",
+        "FRACTION",
         may_change=True,
     )
     top_k: int | None = flag(
         None,
-        "Keep only the K largest logits of each view and the mass of the others, for many classes [all].",
+        "Keep only the K largest logits of each soft label and the total probability of the other classes; saves space "
+        "with many classes [all].",
         "K",
         may_change=True,
     )
     keep_epochs: tuple[int, ...] = flag(
         (),
-        "Save the weights after these epochs too, as OUT/model-epoch-N.pt: a younger teacher may teach better.",
+        "Also save the weights after these epochs, as OUT/model-epoch-N.pt: an earlier checkpoint may be a better "
+        "teacher.",
         may_change=True,
     )
 
@@ -205,7 +232,7 @@ class LabellingConfig:
 
 @dataclass(frozen=True)
 class LabelUse:
-    """How many of the training labels a run uses, as a share in every class; `alone`: images without one are left
+    """How many of the hard labels a run uses, as a fraction in every class; `alone`: images without one are left
     out."""
 
     fraction: float = 1.0
@@ -220,8 +247,9 @@ class DistillationConfig:
 
     student: str = flag(
         "cnn5",
-        "Network to train: cnn5, cnn5_wide (slower, finer), origin, torchvision:NAME, timm:NAME, or a function of the "
-        "number of classes as my_module:function.",
+        "Network to train: cnn5, cnn5_wide (higher-resolution features, slower), reference_cnn (5.28 M parameters, "
+        "from the predecessor project), torchvision:NAME, timm:NAME, or my_module:function, a function that takes the "
+        "number of classes and returns the network.",
         "NAME",
     )
     cache: str | None = flag(
@@ -232,20 +260,21 @@ class DistillationConfig:
     )
     views: int | None = flag(None, "Use only the first V views of the cache [all].", "V")
     alpha: float = flag(
-        0.9, "Weight of the soft loss: total = alpha * soft + (1 - alpha) * hard; 0 uses hard labels alone."
+        0.9, "Weight of the soft loss: total = alpha * soft + (1 - alpha) * hard; 0 uses hard labels only."
     )
     temperature: float = flag(4.0, "Temperature that softens both distributions in the soft loss.", "T")
     loss: str = flag(
         "kl",
-        "The soft loss: kl (times T squared), ce, mse, std (standardised logits), dkd (decoupled), or a function "
-        "(student_logits_BK, teacher_logits_BK, temperature) -> loss_B as my_module:function.",
+        "Soft loss: kl (times T squared), ce (cross-entropy with the soft label), mse (of logits), std (KL of "
+        "standardised logits), dkd (decoupled KD), or my_module:function, a function (student_logits_BK, "
+        "teacher_logits_BK, temperature) -> loss_B.",
         "NAME",
     )
     label_fraction: float = flag(
         1.0,
-        "Share of the training labels to use, in every class alike; the student sees the other images with soft labels "
-        "alone, or at --alpha 0 not at all.",
-        "SHARE",
+        "Fraction of the hard labels to use, the same in every class. The other images are trained with soft labels "
+        "only; with --alpha 0 they are not used.",
+        "FRACTION",
     )
 
     def __post_init__(self):
@@ -268,18 +297,27 @@ class RunConfig:
     title: ClassVar[str] = "this run"
 
     workers: int | None = flag(
-        None, "Processes on each rank that prepare images; 0 means none [0 on a CPU, up to 8 on a GPU].", "N", True
+        None,
+        "Data-loading workers per rank; 0 loads in the training process [0 on a CPU, up to 8 on a GPU].",
+        "N",
+        True,
     )
-    device: str = flag("auto", "cpu, cuda, or auto: one GPU for each rank where there are any.", "NAME", True)
+    device: str = flag("auto", "cpu, cuda, or auto: one GPU per rank if there are any, else the CPU.", "NAME", True)
     precision: str = flag(
         "auto", "fp32, bf16, or auto: bf16 on GPUs and fp32 on CPUs, most of which are slow in bf16.", "NAME"
     )
     checkpoint_minutes: float = flag(2.0, "Minutes between checkpoints; a stopped run saves at once.", "M", True)
-    evaluate_every: int = flag(1, "Evaluate on val after every so many epochs, and after the last one.", "E", True)
+    evaluate_every: int = flag(1, "Evaluate every E epochs, and after the last one.", "E", True)
     profile: bool = flag(
         False, "Write a trace of some steps to OUT/trace.json, for https://ui.perfetto.dev.", None, True
     )
-    start_over: bool = flag(False, "Delete the earlier run in --out instead of resuming it.", None, True)
+    start_over: bool = flag(
+        False,
+        "Delete the results in --out and start from scratch. In a study: of all requested runs, or of the whole study "
+        "if its settings differ.",
+        None,
+        True,
+    )
 
     def __post_init__(self):
         require(self.workers is None or self.workers >= 0, "workers", self.workers, "must be at least 0")
@@ -315,15 +353,15 @@ def check_val_share(share: float | None) -> None:
 
 
 def check_mixed_views(share: float, views: int) -> None:
-    """Raise UserError unless it is a share that comes to at least one view, or 0."""
+    """Raise UserError unless it is a fraction that comes to at least one view, or 0."""
     require(0 <= share <= 1, "mixed_views", share, "must lie in [0, 1]")
     comes_to_one = share == 0 or (views - 1) * share >= 1
-    rule = f"of {max(0, views - 1)} drawn views is less than one; ask for more --views"
+    rule = f"of the random views ({max(0, views - 1)}) is less than one view; use a larger --views"
     require(comes_to_one, "mixed_views", share, rule)
 
 
 def check_crop_scale(crop_scale: tuple[float, float]) -> None:
-    """Raise UserError unless these are a smallest and a largest area share."""
+    """Raise UserError unless these are a smallest and a largest fraction of the area."""
     low, high = crop_scale
-    rule = "must be two shares with 0 < smallest <= largest <= 1"
+    rule = "must be two fractions with 0 < smallest <= largest <= 1"
     require(0 < low <= high <= 1, "crop_scale", f"{low} {high}", rule)

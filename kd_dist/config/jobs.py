@@ -130,9 +130,8 @@ class TeacherConfig(NetworkConfig):
     def __post_init__(self):
         super().__post_init__()
         both = self.init is not None and self.labelling.weights is not None
-        require(
-            not both, "weights", self.labelling.weights, f"and --init {self.init} are two beginnings; leave out one"
-        )
+        rule = f"and --init {self.init} cannot be combined; remove one of them"
+        require(not both, "weights", self.labelling.weights, rule)
         epochs = self.optimisation.epochs
         for epoch in self.labelling.keep_epochs:
             require(1 <= epoch <= epochs, "keep_epochs", epoch, f"must lie in 1 to {epochs} (--epochs)")
@@ -153,7 +152,8 @@ class StudentConfig(NetworkConfig):
     )
     crops: str | None = flag(
         None,
-        "cached (the views of the cache) or fresh (new crops, hard labels alone) [fresh at --alpha 0, else cached].",
+        "Training crops: cached (the views in the cache) or fresh (sampled anew, hard labels only) [fresh with "
+        "--alpha 0, else cached].",
         "KIND",
     )
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -165,7 +165,7 @@ class StudentConfig(NetworkConfig):
 
     @property
     def uses_fresh_crops(self) -> bool:
-        """Whether each epoch draws new crops, which have no row in the cache."""
+        """Whether each epoch samples new crops, which have no soft label in the cache."""
         return self.crops == "fresh" or (self.crops is None and self.distillation.alpha == 0)
 
     def resolved(self) -> Self:
@@ -176,16 +176,16 @@ class StudentConfig(NetworkConfig):
 
 @dataclass(frozen=True)
 class DistillConfig(StudentConfig):
-    """The second job: a student that learns from a cache, so every crop that it sees needs a row there."""
+    """The second job: a student that learns from a cache, so every crop that it sees needs a soft label there."""
 
     def __post_init__(self):
         super().__post_init__()
         alpha, augmentation = self.distillation.alpha, self.augmentation
         if self.uses_fresh_crops:
-            rule = "needs --crops cached: a fresh crop has no row in the cache; or use --alpha 0"
+            rule = "needs --crops cached, because a fresh crop has no soft label in the cache; or use --alpha 0"
             require(alpha == 0, "alpha", alpha, rule)
         else:
-            rule = "needs --crops fresh: a cached row describes its own view only"
+            rule = "needs --crops fresh: a cached soft label belongs to its own view only"
             require(augmentation.mixup == 0, "mixup", augmentation.mixup, rule)
             require(augmentation.cutmix == 0, "cutmix", augmentation.cutmix, rule)
 
@@ -197,42 +197,43 @@ class StudyConfig(JobConfig):
     """
 
     kind: ClassVar[str] = "study"
-    trains_together: ClassVar[bool] = False  # the students of a study are those of one GPU, however many share the work
+    trains_together: ClassVar[bool] = False  # its students have the batch size of one GPU, on however many
 
     out: str = flag("runs/study", "Folder of the study; finished runs in it are not run again.", "DIR", may_change=True)
     arms: tuple[str, ...] | None = flag(
         None,
-        "What to compare, see --list; NAME=ARM,setting=value makes another [all, and online with --teacher-model].",
+        "Arms to train; --list shows the built-in ones, NAME=ARM,setting=value defines a variant [all but online; with "
+        "--teacher-model, all].",
         "ARM",
         may_change=True,
     )
     grid: tuple[str, ...] | None = flag(
         None,
-        "Make an arm for each combination of settings, such as alpha=0,0.5,0.9 temperature=2,4; --arms names the arm "
-        "that is varied [distilled].",
+        "Define one variant for each combination of setting values, such as alpha=0,0.5,0.9 temperature=2,4; --arms "
+        "selects the arm that is varied [distilled].",
         "SETTING=VALUES",
         may_change=True,
     )
     side_by_side: str = flag(
         "auto",
-        "On several ranks: yes trains one student on each rank, no trains one student on all ranks, auto means yes on "
-        "GPUs while at least as many runs are left as GPUs.",
+        "With several ranks: yes trains a separate student on each rank; no trains each student on all ranks; auto "
+        "chooses yes on GPUs while there are at least as many runs left as GPUs.",
         "auto|yes|no",
         may_change=True,
     )
     seeds: tuple[int, ...] = flag((0, 1, 2), "Train a student of every arm with each of these seeds.", "SEED", True)
     primary: tuple[str, ...] = flag(
-        ("distilled", "baseline"), "The one difference that the study is for, named before its runs.", "ARM"
+        ("distilled", "baseline"), "The primary contrast: exactly two arms, A minus B, fixed before the runs.", "ARM"
     )
     teacher_model: str | None = flag(
-        None, "The teacher's model.pt, which only the arm online needs.", "FILE", may_change=True
+        None, "The teacher's model.pt; only the arm online needs it.", "FILE", may_change=True
     )
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self):
         super().__post_init__()
         alpha = self.distillation.alpha
-        require(alpha > 0, "alpha", alpha, "must be above 0: the arms without soft labels are there already")
+        require(alpha > 0, "alpha", alpha, "must be above 0: the study already has arms without soft labels")
         two_arms = len(self.primary) == len({*self.primary}) == 2
         require(two_arms, "primary", " ".join(self.primary), "must be two different arms")
         one_of("side_by_side", self.side_by_side, ("auto", "yes", "no"))

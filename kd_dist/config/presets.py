@@ -61,7 +61,7 @@ PRESETS: dict[str, Preset] = {
     # A starting point for GPUs of any kind; its time and its scores are not measured yet. The learning rate is that of
     # Goyal et al. 2017, 0.1 for 256 images.
     "gpu-128px": Preset(
-        about="for GPUs: 128 px, long schedules, batch size and learning rate for each GPU, not measured yet",
+        about="for GPUs: 128 px, long schedules; batch size per GPU, learning rate scaled linearly; not measured yet",
         per_gpu=True,
         teacher={
             "image_size": 128,
@@ -105,7 +105,7 @@ PRESETS: dict[str, Preset] = {
     ),
     # The generated set, in minutes. Students get few epochs: with many, a small network needs no teacher on this set.
     "demo": Preset(
-        about="for the generated set of `make demo`: teacher at 48 px, student at 32 px, a few minutes on two cores",
+        about="for the data set of `make demo`: teacher at 48 px, student at 32 px, a few minutes on two cores",
         teacher={
             "release": "demo",
             "image_size": 48,

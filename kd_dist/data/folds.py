@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd_dist.errors import UserError
+from kd_dist.fingerprint import UNKNOWN
 
 ROUNDING = 1e-9  # 0.07 * 100 is a little over 7 in floating point
 
@@ -44,10 +45,13 @@ def fold_numbers(labels_N: np.ndarray, sha256_N32: np.ndarray, folds: int) -> np
 
     Images of the same content form a group. The groups, the largest first and then by the digest of their content,
     which is as good as a shuffle, each go to the fold that has the fewest images of their classes so far; of equal
-    ones to the smallest, then to the first. Raises UserError where a class has fewer groups than there are folds.
+    ones to the smallest, then to the first. Images without a label count as one more class. Raises UserError where a
+    class has fewer groups than there are folds.
     """
     group_N, groups = _groups(sha256_N32)
-    _require_groups(labels_N, group_N, folds)
+    is_labelled_N = labels_N != UNKNOWN
+    _require_groups(labels_N[is_labelled_N], group_N[is_labelled_N], folds)
+    labels_N = np.where(is_labelled_N, labels_N, labels_N.max() + 1)
     rows = np.split(np.argsort(group_N, kind="stable"), np.cumsum(np.bincount(group_N))[:-1])
     of_class_KF = np.zeros((int(labels_N.max()) + 1, folds), np.int64)
     in_all_F = np.zeros(folds, np.int64)
@@ -69,7 +73,7 @@ def labelled_rows(labels_N: np.ndarray, sha256_N32: np.ndarray, share: float) ->
     """
     group_N, _ = _groups(sha256_N32)
     used_N = np.zeros(len(labels_N), bool)
-    for label in np.unique(labels_N):
+    for label in np.unique(labels_N[labels_N != UNKNOWN]):
         groups = np.unique(group_N[labels_N == label])
         used_N |= (labels_N == label) & np.isin(group_N, groups[: math.ceil(share * len(groups) - ROUNDING)])
     return np.flatnonzero(used_N)

@@ -3,6 +3,8 @@
 - Folders train/ and val/ (or one of OTHER_VALS), each with a folder for each class.
 - Class folders alone, in the set's folder or in its train/: val is split off by --val-share.
 - A CSV file of path, label and split, with paths relative to its folder.
+
+To each of these a folder of images without labels can be added.
 """
 
 import csv
@@ -15,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from kd_dist.data.samples import unreadable
+from kd_dist.data.samples import UNLABELLED, unreadable
 from kd_dist.errors import UserError
+from kd_dist.fingerprint import UNKNOWN
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 STRAY_FOLDERS = ("__MACOSX",)  # that archive programs add
@@ -32,6 +35,11 @@ class File(NamedTuple):
     at: str
     label: int
     status: os.stat_result
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode."""
+        return self.status.st_dev, self.status.st_ino
 
 
 @dataclass(frozen=True)
@@ -238,6 +246,35 @@ def _status(path: Path) -> os.stat_result:
         return path.stat()
     except OSError as error:  # such as a link to nowhere: leaving it out would silently shorten the set
         raise unreadable(path, error.strerror) from error
+
+
+# ------------------------------------------------------------------------------------------------------ without labels
+
+
+def list_unlabelled(folder: Path, layout: Layout, ignored: Ignored) -> list[File]:
+    """The images of a folder and of those below it, by path. Raises UserError where there are none, or where one of
+    them is an image of the set.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: name with --unlabelled a folder of images without labels.")
+    named = [
+        File(UNLABELLED + path, os.path.join(folder, path), UNKNOWN, status)
+        for path, status in sorted(_images(folder, "", (), ignored))
+    ]
+    if not named:
+        raise UserError(
+            f"--unlabelled {folder} holds no images: {', '.join(IMAGE_SUFFIXES)} count, in sub-folders too."
+        )
+    labelled = layout.train + (layout.val or [])
+    at = {file.identity: file.at for file in labelled}
+    if both := next((file for file in named if file.identity in at), None):
+        raise UserError(
+            f"--unlabelled {folder} holds images that have labels, such as {at[both.identity]}: name a folder of other "
+            "images."
+        )
+    if next((file for file in labelled if file.path.startswith(UNLABELLED)), None):
+        raise UserError(f"{layout.root} has a folder {UNLABELLED} of its own: give it another name for --unlabelled.")
+    return named
 
 
 # ------------------------------------------------------------------------------------------------------------ CSV file

@@ -7,25 +7,28 @@ from pathlib import Path
 import numpy as np
 
 from kd_dist.errors import UserError
-from kd_dist.fingerprint import fingerprint_of
+from kd_dist.fingerprint import UNKNOWN, fingerprint_of
 
 SPLITS = ("train", "val")
+UNLABELLED = "unlabelled/"  # begins the paths of images without labels, which have a folder of their own
 
 
 @dataclass(frozen=True, eq=False)
 class SampleList:
     """The images of one split in their one order: sample i is row i of everything made from them.
 
-    The order is by class, then by the path below the class's folder, both by code point.
+    The order is by class, then by the path below the class's folder, both by code point. Images without a label come
+    last in train; their paths begin with UNLABELLED.
     """
 
     split: str
     root: Path
     classes: tuple[str, ...]  # a label is a position in here
     paths: tuple[str, ...]  # relative to root, with "/": "train/n02086240/x.JPEG"
-    labels_N: np.ndarray  # int64
+    labels_N: np.ndarray  # int64, UNKNOWN where there is none
     bytes_N: np.ndarray  # int64, file sizes
     sha256_N32: np.ndarray  # uint8, digests of the files' contents
+    unlabelled: Path | None = None  # the folder of the images without labels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -41,6 +44,17 @@ class SampleList:
             bytes_N=self.bytes_N[rows_M],
             sha256_N32=self.sha256_N32[rows_M],
         )
+
+    def file(self, path: str) -> Path:
+        """Where one of the listed images is on the disk."""
+        if self.unlabelled is not None and path.startswith(UNLABELLED):
+            return self.unlabelled / path.removeprefix(UNLABELLED)
+        return self.root / path
+
+    @cached_property
+    def is_labelled_N(self) -> np.ndarray:
+        """Which images have a label: bool."""
+        return self.labels_N != UNKNOWN
 
     @cached_property
     def fingerprint(self) -> str:
@@ -75,11 +89,9 @@ def _notes_on_copies(train: SampleList, val: SampleList) -> list[str]:
     """A line on files with the same content in both splits, and one on those in two classes."""
     paths, labels_N = train.paths + val.paths, np.concatenate([train.labels_N, val.labels_N])
     sha256_N32 = np.concatenate([train.sha256_N32, val.sha256_N32])
-    order_N = np.argsort(sha256_N32[:, :8].copy().view("<u8")[:, 0], kind="stable")
-    repeats_M = np.flatnonzero((sha256_N32[order_N[1:]] == sha256_N32[order_N[:-1]]).all(axis=1))
-    pairs = [(int(order_N[at]), int(order_N[at + 1])) for at in repeats_M]
-    in_both = [(a, b) for a, b in pairs if a < len(train) <= b]
-    in_two_classes = [(a, b) for a, b in pairs if labels_N[a] != labels_N[b]]
+    in_both = [(a, b) for a, b in _copies(sha256_N32, np.arange(len(paths))) if a < len(train) <= b]
+    labelled = _copies(sha256_N32, np.flatnonzero(labels_N != UNKNOWN))
+    in_two_classes = [(a, b) for a, b in labelled if labels_N[a] != labels_N[b]]
     found = {"in train and in val": in_both, "in two classes": in_two_classes}
     return [
         f"warning: files with the same content {where}: {len(those):,}, such as {paths[those[0][0]]} and "
@@ -87,6 +99,13 @@ def _notes_on_copies(train: SampleList, val: SampleList) -> list[str]:
         for where, those in found.items()
         if those
     ]
+
+
+def _copies(sha256_N32: np.ndarray, rows_M: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of these rows that hold the same content, each row with the next one that does."""
+    order_M = rows_M[np.argsort(sha256_N32[rows_M, :8].copy().view("<u8")[:, 0], kind="stable")]
+    repeats = np.flatnonzero((sha256_N32[order_M[1:]] == sha256_N32[order_M[:-1]]).all(axis=1))
+    return [(int(order_M[at]), int(order_M[at + 1])) for at in repeats]
 
 
 def unreadable(path: Path, why: object) -> UserError:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kd_dist.data.fetch import Progress
-from kd_dist.data.layout import File, Ignored, Layout, lay_out
+from kd_dist.data.layout import File, Ignored, Layout, lay_out, list_unlabelled
 from kd_dist.data.samples import Dataset, SampleList, unreadable
 from kd_dist.errors import UserError
 from kd_dist.files import write_atomically
@@ -32,6 +32,7 @@ def scan(
     data: Path,
     *,
     val_share: float | None = None,
+    unlabelled: Path | None = None,
     manifest_folder: Path | None = None,
     workers: int = 2,
     progress: Progress | None = None,
@@ -40,27 +41,36 @@ def scan(
 
     Classes are the sorted class folders, or labels; images are the files in a class folder, and in folders below it,
     with one of IMAGE_SUFFIXES, in any case. What starts with a dot is left out; other files, empty folders and
-    STRAY_FOLDERS are left out with a note. `val_share` splits val off train, see in_val. With `manifest_folder` the
-    digests are kept there, and as long as no file's path, size or time stamps change, a later scan need not read the
-    images. Raises UserError where the set is unusable.
+    STRAY_FOLDERS are left out with a note. `val_share` splits val off train, see in_val; the images of the folder
+    `unlabelled` follow those of train. With `manifest_folder` the digests are kept there, and as long as no file's
+    path, size or time stamps change, a later scan need not read the images. Raises UserError where the set is unusable.
     """
     if val_share is not None and not 0 < val_share < 1:
         raise UserError(f"--val-share {val_share:g} must lie between 0 and 1, such as 0.1.")
     ignored = Ignored()
     layout = lay_out(data, val_share, ignored)
-    files = layout.train + (layout.val or [])
-    sha256_N32 = _digests(data, files, manifest_folder, workers, progress)
+    extra = [] if unlabelled is None else list_unlabelled(unlabelled, layout, ignored)
+    files = [*layout.train, *(layout.val or ()), *extra]
+    places = [data] if unlabelled is None else [data, unlabelled]
+    sha256_N32 = _digests(places, files, manifest_folder, workers, progress)
+    whole = _sample_list(layout, files, sha256_N32, unlabelled)
+    in_val_N = np.zeros(len(files), bool)
     if layout.val is None:
         assert val_share is not None  # without it a layout without val is refused
-        in_val_N, about = _split_off(layout, sha256_N32, val_share), f"{layout.about}, --val-share {val_share:g}"
+        in_val_N[: len(layout.train)] = _split_off(layout, sha256_N32[: len(layout.train)], val_share)
     else:
-        in_val_N, about = np.arange(len(files)) >= len(layout.train), layout.about
-    whole = _sample_list(layout, files, sha256_N32)
+        in_val_N[len(layout.train) : len(files) - len(extra)] = True
     train, val = (whole.at(np.flatnonzero(is_N), split) for split, is_N in (("train", ~in_val_N), ("val", in_val_N)))
+    about = _about(layout, val_share, len(extra))
     return Dataset(layout.name, layout.root, layout.classes, train, val, about, ignored.lines())
 
 
-def _sample_list(layout: Layout, files: Sequence[File], sha256_N32: np.ndarray) -> SampleList:
+def _about(layout: Layout, val_share: float | None, unlabelled: int) -> str:
+    share = "" if val_share is None else f", --val-share {val_share:g}"
+    return layout.about + share + (f", {unlabelled:,} images without labels" if unlabelled else "")
+
+
+def _sample_list(layout: Layout, files: Sequence[File], sha256_N32: np.ndarray, unlabelled: Path | None) -> SampleList:
     return SampleList(
         split="all",
         root=layout.root,
@@ -69,6 +79,7 @@ def _sample_list(layout: Layout, files: Sequence[File], sha256_N32: np.ndarray) 
         labels_N=np.array([file.label for file in files], dtype=np.int64),
         bytes_N=np.array([file.status.st_size for file in files], dtype=np.int64),
         sha256_N32=sha256_N32,
+        unlabelled=unlabelled,
     )
 
 
@@ -112,13 +123,14 @@ def _split_off(layout: Layout, sha256_N32: np.ndarray, share: float) -> np.ndarr
 
 
 def _digests(
-    data: Path, files: Sequence[File], manifest_folder: Path | None, workers: int, progress: Progress | None
+    places: Sequence[Path], files: Sequence[File], manifest_folder: Path | None, workers: int, progress: Progress | None
 ) -> np.ndarray:
     """SHA-256 of each file's content, uint8 [N, 32], from the manifest where it still holds."""
     if manifest_folder is None:
         return _hash_files(files, workers, progress)
-    key = _listing_key(data, files)
-    manifest = manifest_folder / f"digests-{hashlib.sha256(os.fsencode(data.resolve())).hexdigest()[:16]}.npz"
+    where = b"\n".join(os.fsencode(place.resolve()) for place in places)
+    key = _listing_key(where, files)
+    manifest = manifest_folder / f"digests-{hashlib.sha256(where).hexdigest()[:16]}.npz"
     sha256_N32 = _read_manifest(manifest, key, len(files))
     if sha256_N32 is None:
         sha256_N32 = _hash_files(files, workers, progress)
@@ -126,10 +138,10 @@ def _digests(
     return sha256_N32
 
 
-def _listing_key(data: Path, files: Sequence[File]) -> str:
-    """Hex SHA-256 over the set's place and each file's path, size and times of last change (content, and inode)."""
+def _listing_key(where: bytes, files: Sequence[File]) -> str:
+    """Hex SHA-256 over the set's places and each file's path, size and times of last change (content, and inode)."""
     lines = [f"{f.path}\0{f.status.st_size}\0{f.status.st_mtime_ns}\0{f.status.st_ctime_ns}\n" for f in files]
-    return hashlib.sha256(os.fsencode(data.resolve()) + b"\n" + "".join(lines).encode()).hexdigest()
+    return hashlib.sha256(where + b"\n" + "".join(lines).encode()).hexdigest()
 
 
 def _read_manifest(manifest: Path, key: str, count: int) -> np.ndarray | None:

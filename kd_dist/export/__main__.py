@@ -5,9 +5,6 @@ Each file is read again and compared with the model before the folder gets its n
 
 import argparse
 import os
-import re
-import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +18,8 @@ from kd_dist import tables
 from kd_dist.errors import UserError, exit_code_of, require_installed
 from kd_dist.export.card import Measured, card, config
 from kd_dist.export.graphs import check, latencies, noise, runs_of, write_graphs
-from kd_dist.files import publish, sync_folder, write_json, writing
+from kd_dist.files import new_folder, require_free, write_json
+from kd_dist.hub import licence
 from kd_dist.images.decode import decode
 from kd_dist.predict import images_in
 from kd_dist.run.folder import RunFolder
@@ -52,26 +50,12 @@ def export(source: Path, target: Path, data: str | None, licence: str | None, wi
     differs from the model.
     """
     require_installed("export", "onnx", "onnxruntime", "onnxscript")
-    target = target.resolve()
-    _require_free(target)
+    require_free(target)
     model = load(source)
     model.facts.update(_scored_images(source, model))
-    pixels_BCHW, images = _images(model, data)
-    temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    try:
-        with writing(target, goes_on="from the start"):
-            temporary.mkdir(parents=True)
-            _fill(temporary, model, target.name, licence, (pixels_BCHW, images), with_preprocessing)
-            _sync(temporary)
-            publish(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _require_free(target: Path) -> None:
-    """Raise UserError unless the folder is missing or empty."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--to {target} exists already and is not an empty folder; name another one.")
+    sample = _images(model, data)
+    with new_folder(target) as folder:
+        _fill(folder, model, target.resolve().name, licence, sample, with_preprocessing)
 
 
 def _scored_images(source: Path, model: Model) -> dict[str, int]:
@@ -123,30 +107,16 @@ def _measured(folder: Path, model: Model, pixels_BCHW: Tensor, with_preprocessin
     return measured
 
 
-def _sync(folder: Path) -> None:
-    """Flush a folder's files to disk, and then its entries."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"python -m {PROG}", description=__doc__.split(": ", 1)[1].split("\n")[0])
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="a run's folder, a model.pt, or an exported folder")
     add("--to", type=Path, required=True, metavar="DIR", help="the folder to write; missing or empty")
     add("--data", metavar="DIR", help="images on which the files are compared [$KD_DIST_DATA, else noise]")
-    add("--license", dest="licence", type=_licence, metavar="ID", help="for the card, such as apache-2.0 [unknown]")
+    add("--license", dest="licence", type=licence, metavar="ID", help="for the card, such as apache-2.0 [unknown]")
     graphs = "model.onnx and model.pt2 take uint8 images and normalise them themselves"
     add("--with-preprocessing", action="store_true", help=graphs)
     return parser
-
-
-def _licence(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a licence's identifier, such as apache-2.0 or mit")
-    return text
 
 
 if __name__ == "__main__":

@@ -12,13 +12,23 @@ import torch
 from kd_dist import tables
 from kd_dist.dist.cores import available_cores
 from kd_dist.export.graphs import BATCHES, Check, Latency
+from kd_dist.hub import front_matter
 from kd_dist.images.views import RENDERER
 from kd_dist.models import count_weights
 from kd_dist.run.checkpoint import weights_digest
 from kd_dist.trained import FORMAT, VERSION, Model
 from kd_dist.version import software
 
-LOCAL = {"data", "release", "archive", "pixels_dir", "cache", "out", "init"}  # settings that name places on a machine
+LOCAL = {
+    "data",
+    "unlabelled",
+    "release",
+    "archive",
+    "pixels_dir",
+    "cache",
+    "out",
+    "init",
+}  # settings that name places on a machine
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,6 @@ def card(
 
 
 def _front_matter(model: Model, name: str, licence: str | None) -> str:
-    """YAML; the values are written as JSON, which is YAML."""
     scores = {key: value for key, value in model.facts.items() if key.endswith("_top1")}
     metrics = [{"type": "accuracy", "value": score, "name": key} for key, score in scores.items()]
     data = {"name": model.facts["data"]["name"], "type": "image-folder"}
@@ -99,7 +108,7 @@ def _front_matter(model: Model, name: str, licence: str | None) -> str:
         "tags": ["image-classification", "knowledge-distillation", "onnx"],
         "model-index": [{"name": name, "results": [{"task": task, "dataset": data, "metrics": metrics}]}],
     }
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
+    return front_matter(fields)
 
 
 def _introduction(model: Model, licence: str | None) -> str:

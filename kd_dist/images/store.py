@@ -115,7 +115,7 @@ class ImageFiles:
         return len(self.sizes_N2)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        path = self.samples.root / self.samples.paths[index]
+        path = self.samples.file(self.samples.paths[index])
         image_HWC = torch.from_numpy(decode(path))
         if image_HWC.shape[:2] != tuple(self.sizes_N2[index]):
             height, width = self.sizes_N2[index]
@@ -177,7 +177,7 @@ def build_pixels(samples: SampleList, folder: Path, workers: int, progress: Call
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for start in range(0, len(samples), DECODED_TOGETHER):
                 paths = samples.paths[start : start + DECODED_TOGETHER]
-                for image_HWC in pool.map(lambda path: decode(samples.root / path), paths):
+                for image_HWC in pool.map(lambda path: decode(samples.file(path)), paths):
                     file.write(np.ascontiguousarray(image_HWC).data)
                     sizes.append(image_HWC.shape[:2])
                 progress(len(sizes), len(samples))
@@ -254,7 +254,7 @@ def measure_files(samples: SampleList, folder: Path, workers: int, progress: Cal
         return 0
     sizes = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for size in pool.map(lambda path: decoded_size(samples.root / path), samples.paths):
+        for size in pool.map(lambda path: decoded_size(samples.file(path)), samples.paths):
             sizes.append(size)
             progress(len(sizes), len(samples))
     try:

@@ -47,7 +47,7 @@ def open_data(source: DataConfig, runtime: Runtime) -> Data:
     root = Path(runtime.once_a_node("find data", lambda: str(_find(source, runtime))))
     store = Path(source.pixels_dir) if source.pixels_dir else default_folder(root)
     runtime.once_a_node("decode data", lambda: _prepare(root, store, source, runtime))
-    samples = scan(root, val_share=source.val_share, manifest_folder=store)
+    samples = _scan(root, store, source)
     for note in samples.notes() if runtime.is_main else ():
         say(runtime, note)
     find = open_files if source.pixels == "off" else open_pixels
@@ -65,13 +65,18 @@ def _prepare(root: Path, store: Path, source: DataConfig, runtime: Runtime) -> N
     workers = max(1, available_cores() // 2)
     from_files = source.pixels == "off"
     make, what = (measure_files, "measuring") if from_files else (build_pixels, "decoding")
-    samples = scan(root, val_share=source.val_share, manifest_folder=store, workers=workers)
+    samples = _scan(root, store, source, workers)
     written = 0
     for split in SPLITS:
         written += make(samples.split(split), store, workers, progress_lines(runtime, f"{what} {split} images"))
     if written:
         kept = "sizes of the images" if from_files else "decoded images"
         say(runtime, f"wrote {kept} to {store}: {written / 1e6:,.1f} MB; a later job reads them there")
+
+
+def _scan(root: Path, store: Path, source: DataConfig, workers: int = 1) -> Dataset:
+    unlabelled = Path(source.unlabelled) if source.unlabelled else None
+    return scan(root, val_share=source.val_share, unlabelled=unlabelled, manifest_folder=store, workers=workers)
 
 
 def _find(source: DataConfig, runtime: Runtime) -> Path:

@@ -20,14 +20,16 @@ def fold_for(split: SplitConfig, data: Data) -> Fold | None:
 
 def members_of(split: SplitConfig, labels: LabelUse, data: Data) -> np.ndarray | None:
     """The rows of train that are trained on, int64 and sorted; None for all. Raises UserError as fold_for does."""
-    if labels.fraction < 1 and labels.alone:
+    if labels.alone and (labels.fraction < 1 or not data.samples.train.is_labelled_N.all()):
         return labelled_of(split, labels, data)
     fold = fold_for(split, data)
     return None if fold is None else fold.train_M
 
 
 def labelled_of(split: SplitConfig, labels: LabelUse, data: Data) -> np.ndarray:
-    """The rows of train whose labels are used, int64 and sorted: --label-fraction of what --fold leaves."""
+    """The rows of train whose labels are used, int64 and sorted: --label-fraction of those that have one, of what
+    --fold leaves.
+    """
     train, fold = data.samples.train, fold_for(split, data)
     rows_M = np.arange(len(train)) if fold is None else fold.train_M
     return rows_M[labelled_rows(train.labels_N[rows_M], train.sha256_N32[rows_M], labels.fraction)]
@@ -52,4 +54,6 @@ def scored_on(split: SplitConfig, data: Data) -> Scored:
         return Scored("val", "val", np.arange(len(data.samples.val)), data.samples.val)
     fold = fold_for(split, data)
     assert fold is not None  # --tune without --fold is refused
-    return Scored("tune", "train", fold.held_out_M, data.samples.train.at(fold.held_out_M, fold.name))
+    train = data.samples.train
+    rows_M = fold.held_out_M[train.is_labelled_N[fold.held_out_M]]
+    return Scored("tune", "train", rows_M, train.at(rows_M, fold.name))

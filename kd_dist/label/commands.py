@@ -2,18 +2,23 @@
 
 import argparse
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from kd_dist import job, label
 from kd_dist.cache import Cache, CachePlan, open_cache
-from kd_dist.cache.format import checksum_file_of
+from kd_dist.cache.format import PUBLISHED, checksum_file_of
 from kd_dist.config import MEAN, STD, DataConfig, check_crop_scale, check_mixed_views, check_seed, command
 from kd_dist.data.releases import locate
 from kd_dist.data.samples import SPLITS
 from kd_dist.data.scan import scan
 from kd_dist.dist.endings import StopRequest
 from kd_dist.dist.runtime import Runtime, joined
-from kd_dist.errors import UserError
+from kd_dist.errors import UserError, require_installed
 from kd_dist.images import views
 from kd_dist.inference import compute_dtype
 from kd_dist.label.foreign import ForeignTeacher, is_foreign
@@ -31,8 +36,7 @@ float16 storage alone costs 0.0005. The rest covers other hardware adding in ano
 def verify(options: argparse.Namespace) -> None:
     """Check a cache by itself, against the data, and against the teacher."""
     data = options.data or os.environ.get("KD_DIST_DATA")
-    with joined(options.device) as runtime:
-        cache = open_cache(options.cache, runtime.once_a_node)
+    with joined(options.device) as runtime, _opened(options.cache, runtime) as cache:
         rows = sum(len(table) * table.views for table in cache.splits.values())
         if not cache.has_checksum:
             job.say(runtime, f"checksum: not checked; there is no {checksum_file_of(cache.path).name} beside it")
@@ -43,16 +47,39 @@ def verify(options: argparse.Namespace) -> None:
             return
         if data is None:
             raise UserError("--teacher computes logits again from the images; name their folder with --data.")
-        _verify_data(cache, Path(data), options.val_share, runtime)
+        _verify_data(cache, Path(data), options, runtime)
         if options.teacher is None:
             job.say(runtime, "teacher: not checked; name its model.pt with --teacher")
         else:
             _verify_teacher(cache, options, runtime)
 
 
-def _verify_data(cache: Cache, data: Path, val_share: float | None, runtime: Runtime) -> None:
-    root = locate(data, explicit=True, val_share=val_share)
-    samples = scan(root, val_share=val_share)  # without the stored digests: every image is read again
+@contextmanager
+def _opened(path: Path, runtime: Runtime) -> Iterator[Cache]:
+    """The cache, or the one that a folder written by `export` gives back, in a temporary file of each node."""
+    if not (path / PUBLISHED).is_file():
+        yield open_cache(path, runtime.once_a_node)
+        return
+    require_installed("hf", "pyarrow")
+    from kd_dist.publish.folder import restore
+
+    scratch = Path(runtime.once_a_node(f"make a folder for {path}", lambda: tempfile.mkdtemp(prefix="kd_dist-")))
+    try:
+        target = scratch / "logits.h5"
+        same = runtime.once_a_node(f"restore {path}", lambda: restore(path, target))
+        cache = open_cache(target, runtime.once_a_node)
+        version = "" if same else "; another version of HDF5 wrote that one"
+        job.say(runtime, f"folder: the Parquet files give back the columns of the exported cache{version}")
+        yield replace(cache, path=path)
+        runtime.wait_for_all()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _verify_data(cache: Cache, data: Path, options: argparse.Namespace, runtime: Runtime) -> None:
+    share, unlabelled = options.val_share, Path(options.unlabelled) if options.unlabelled else None
+    root = locate(data, explicit=True, val_share=share)
+    samples = scan(root, val_share=share, unlabelled=unlabelled)  # without the stored digests: all are read again
     cache.check_fits(samples.name, samples.classes, {split: samples.split(split) for split in SPLITS})
     job.say(
         runtime,
@@ -188,5 +215,5 @@ def _write(target: Path, plan: CachePlan, teachers: list[Teacher], data: label.L
 
 
 def _open_data(options: argparse.Namespace, runtime: Runtime) -> label.LabelData:
-    names = ("data", "val_share", "pixels", "pixels_dir")
+    names = ("data", "val_share", "unlabelled", "pixels", "pixels_dir")
     return job.open_data(DataConfig(**{name: getattr(options, name) for name in names}), runtime)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd_dist.cache import Cache, CachePlan, Header, Mixed, Table, mean_of
+from kd_dist.cache import UNLABELLED_IMAGES, Cache, CachePlan, Header, Mixed, Table, mean_of
 from kd_dist.data.folds import fold_numbers
 from kd_dist.data.samples import SPLITS, Dataset
 from kd_dist.errors import UserError
@@ -101,6 +101,7 @@ def _header(teacher: Teacher, data: LabelData, rule: ViewRule, dtype: str) -> He
         created=teacher.finished,
         software=software(),
         teachers=(teacher.row,),
+        features=() if samples.train.is_labelled_N.all() else (UNLABELLED_IMAGES,),
     )
 
 

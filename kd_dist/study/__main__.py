@@ -102,6 +102,8 @@ def open_inputs(settings: StudyConfig, arms: Sequence[Arm], runtime: Runtime) ->
 
 def check(settings: StudyConfig, arm: Arm, data: Data, cache: Cache, study_cache: Cache, runtime: Runtime) -> None:
     """Raise UserError where an arm cannot be trained with its cache, before any arm is."""
+    if arm.needs_labels and not data.samples.train.is_labelled_N.all():
+        raise UserError(f"arm {arm.name} needs every image's label, --unlabelled has none; leave it out by --arms.")
     own = run_settings(settings, arm, settings.seeds[0])
     distill.require_use(own, cache)
     distill.require_cache_fits(own, data, cache)

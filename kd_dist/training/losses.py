@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
 
 from kd_dist.errors import UserError
+from kd_dist.fingerprint import UNKNOWN
 from kd_dist.functions import cause, function_of, near
 
 LEAST_VARIANCE = 1e-12  # of a row of logits: equal ones have no direction to scale
 OTHERS_WEIGHT = 8.0
-UNKNOWN = -1  # the label of an image whose label is not used
 MOST_TABLED = 4096  # classes whose targets are kept in a table, of 64 MB
 
 
