@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,8 @@ class CachedViews(Dataset[CachedView]):
         if split not in SPLITS:
             raise UserError(f"split={split!r} is not known; pass {' or '.join(map(repr, SPLITS))}.")
         self._cache = open_cache(local_file(cache))
+        if not self._cache.has_checksum:
+            warnings.warn(f"{cache} has no .sha256 file beside it; its own checksums match", stacklevel=2)
         rendering.require_renderer(self._cache.header.renderer, self._cache.path)
         opened = _opened(data, source)
         opened.require_fit(self._cache)

@@ -244,6 +244,12 @@ def test_other_data_and_an_altered_cache_are_refused(cache, root, tmp_path):
         CachedViews(tmp_path / "altered.h5", root, image_size=SIZE)
 
 
+def test_a_cache_without_its_checksum_file_is_used_with_a_warning(cache, root, tmp_path):
+    shutil.copy(cache, tmp_path / "alone.h5")
+    with pytest.warns(UserWarning, match=r"alone.h5 came without its .sha256 file"):
+        CachedViews(tmp_path / "alone.h5", root, image_size=SIZE)
+
+
 def test_shortened_logits_and_mean_probabilities_need_the_temperature(tmp_path):
     short = open_cache(generated_cache.write(tmp_path / "short.h5", 40, 3, 12, top_k=4, val_images=9))
     held = short.split("train").logits_NVK

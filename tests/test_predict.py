@@ -98,6 +98,17 @@ def test_broken_images_are_named_and_the_rest_goes_on(run_folder, tiny, tmp_path
     assert "a.jpg" in errors[0] and "b.jpg" in errors[1] and "could not be read: 2" in errors[2]
 
 
+def test_a_terminal_shows_how_far_it_is(run_folder, tiny, tmp_path, capsys, monkeypatch):
+    """The bar counts broken images too, and is not in the table."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    shutil.copytree(tiny.root / "val", tmp_path / "val")
+    (tmp_path / "val" / "a.jpg").write_bytes(b"not an image")
+    assert predict.main([str(run_folder), str(tmp_path / "val"), "--csv"]) == predict.EXIT_SOME_BROKEN
+    said = capsys.readouterr()
+    assert "10/10" in said.err and "image/s" in said.err
+    assert len(list(csv.DictReader(said.out.splitlines()))) == 9 and "10/10" not in said.out
+
+
 def test_images_are_read_as_they_are_needed(run_folder, tiny, monkeypatch):
     """Memory is flat: when the first batch is there, no more than the threads' share of the next was decoded."""
     monkeypatch.setattr(predict, "BATCH", 4)
