@@ -250,7 +250,7 @@ def test_folder_of_another_run_and_other_settings(made, tmp_path):
 def test_folder_of_a_stranger(made, tmp_path):
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "thesis.tex").write_text("years of work")
-    assert "are no run, such as thesis.tex" in refused(
+    assert "is not empty and not a run folder (it holds thesis.tex" in refused(
         distill.main, *distilling(made, tmp_path, "--alpha", 0, "--start-over")
     )
     assert (tmp_path / "student" / "thesis.tex").read_text() == "years of work"

@@ -345,7 +345,7 @@ def test_a_crash_while_publishing_leaves_a_whole_pair_and_can_be_repeated(refere
 
 
 def test_more_views_later_are_the_same_as_at_once(reference, tmp_path):
-    """Whatever this version would draw for the views that are there already."""
+    """Whatever this version would sample for the views that exist already."""
     old, plan = open_cache(reference), plan_of(4)
     flip_NV = plan.tables["train"].flip_NV.copy()
     flip_NV[:, :2] ^= 1
@@ -373,7 +373,7 @@ def test_a_file_that_appeared_meanwhile_is_not_overwritten(tmp_path):
     writer = BlockWriter(tmp_path / "logits.h5", plan_of())
     put_all(writer, writer.missing())
     writer.target.write_text("precious")
-    assert "another file" in refusal(writer.publish)
+    assert "another process created" in refusal(writer.publish)
     assert writer.target.read_text() == "precious"
     assert writer.missing() == []
 
@@ -503,7 +503,7 @@ def test_a_full_disk_is_one_sentence_and_the_blocks_stay(limit, reference, tmp_p
     assert ("all put" in done.stdout) == (limit > 6_200)  # a shard is 32 + 1024 * 3 * 2 bytes
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(
-        r"no space left to write \S+logits\.h5\S*; .*the same command again: it goes on with the blocks.*", last
+        r"no space left on the disk for \S+logits\.h5\S*; .*the same command again: it resumes with the blocks.*", last
     )
     assert [path.name for path in tmp_path.iterdir()] == ["logits.h5.shards"]
     writer = BlockWriter(target, plan_of())
@@ -686,10 +686,10 @@ def unicode_garbage(file):
 REFUSALS = {
     "another program's file": (drop_attribute("format"), "not a cache of soft labels"),
     "another format": (set_attribute("format", np.bytes_("other")), "not a cache of soft labels"),
-    "a later version": (set_attribute("version", 3), "has format version 3, this kd_dist reads 2: update kd_dist"),
+    "a later version": (set_attribute("version", 3), "has format version 3, but this kd_dist reads 2: update kd_dist"),
     "version 1": (
         set_attribute("version", 1),
-        "has format version 1, this kd_dist reads 2: rewrite it: see `python -m kd_dist.cache write --help`",
+        "has format version 1, but this kd_dist reads 2: rewrite it: see `python -m kd_dist.cache write --help`",
     ),
     "unknown features": (
         set_attribute("required_features", np.array([b"zoom", b"colours"])),
@@ -833,13 +833,13 @@ def swapped(values, first: int, second: int):
 
 VAL = tables_of()["val"]
 MISFITS = {
-    "class count": (CLASSES[:2], with_val(), "has 3 classes, other has 2:"),
-    "class name": (("beagle", "husky", "Samoyède"), with_val(), "has dingo as class 1, other has husky:"),
-    "image count": (CLASSES, with_val(paths=VAL.paths[:39]), "has 40 val images, other has 39:"),
+    "class count": (CLASSES[:2], with_val(), "has 3 classes, but other has 2:"),
+    "class name": (("beagle", "husky", "Samoyède"), with_val(), "has dingo as class 1, but other has husky:"),
+    "image count": (CLASSES, with_val(paths=VAL.paths[:39]), "has 40 val images, but other has 39:"),
     "order": (
         CLASSES,
         with_val(paths=swapped(VAL.paths, 4, 7)),
-        "has val/dingo/0004.JPEG as val image 4, other has val/dingo/0007.JPEG:",
+        "has val/dingo/0004.JPEG as val image 4, but other has val/dingo/0007.JPEG:",
     ),
     "label": (
         CLASSES,
@@ -850,7 +850,7 @@ MISFITS = {
         CLASSES,
         with_val(sha256_N32=swapped(VAL.sha256_N32, 6, 9)),
         f"has SHA-256 {VAL.sha256_N32[6].tobytes().hex()} for the content of val/beagle/0006.JPEG, "
-        f"other has {VAL.sha256_N32[9].tobytes().hex()}:",
+        f"but other has {VAL.sha256_N32[9].tobytes().hex()}:",
     ),
 }
 
@@ -934,7 +934,7 @@ def test_nearly_one_hot_labels_are_warned_about():
     mostly = statistics_of(logits_for([[sharp]] * 3 + [[soft]] * 2), np.zeros(5, int))
     assert mostly.near_one_hot == 0.6
     assert re.search(
-        r"60% of the rows .* 0\.99 .*50%.*--temperature.*--mixup.*--label-smoothing.*out-of-fold", mostly.warning
+        r"60% of the soft labels .* 0\.99 .*50%.*--temperature.*--mixup.*--label-smoothing.*out-of-fold", mostly.warning
     )
     assert statistics_of(logits_for([[sharp], [soft]]), np.zeros(2, int)).warning is None
 

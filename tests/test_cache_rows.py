@@ -275,7 +275,7 @@ def test_a_top_k_file_requires_the_feature_and_is_smaller(dense, short):
     cache = open_cache(short)
     assert cache.header.top_k == 6
     assert cache.val_top1 == open_cache(dense).val_top1
-    assert "34 bytes per (image, view): the 6 largest logits of 40" in render_info(cache)
+    assert "34 bytes per (image, view): the 6 largest of 40 logits" in render_info(cache)
 
 
 def test_blocks_of_the_top_k_survive_a_stop_and_grow_by_views(tmp_path):
@@ -346,7 +346,7 @@ def test_refused(case, short, tmp_path):
 def test_temperatures_below_the_tails_are_refused():
     require_temperature(1.0, "logits.h5")
     require_temperature(math.inf, "logits.h5")
-    assert "--temperature 0.5 is below 1, and logits.h5" in refusal(require_temperature, 0.5, "logits.h5")
+    assert "--temperature 0.5 is below 1, but logits.h5" in refusal(require_temperature, 0.5, "logits.h5")
 
 
 def test_a_header_that_contradicts_itself_is_a_defect(tmp_path):

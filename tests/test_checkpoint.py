@@ -296,7 +296,7 @@ def test_a_full_disk_names_the_path_and_how_to_go_on(folder):
     for line, path in zip(said[:6], paths, strict=True):
         assert str(path) in line and "no space left" in line and "same command again" in line, line
     assert "no checkpoint yet" in said[0]
-    assert f"it goes on from {folder.checkpoint(1)}" in said[1]
+    assert f"it resumes from {folder.checkpoint(1)}" in said[1]
     assert "other" in said[6] and "settings.json" in said[6] and "no space left" in said[6]
     assert [name for name in contents(folder.path) if name.endswith(".tmp")] == []
     assert newest_checkpoint(folder)[1]["step"] == 1

@@ -104,12 +104,12 @@ def test_mean_of_probabilities_is_theirs_at_its_temperature(caches, tmp_path, te
         stored = mean.split(split).logits_NVK
         assert np.array_equal(stored, (temperature * np.log(expected)).astype(np.float16))
         np.testing.assert_allclose(softmax(stored.astype(np.float64) / temperature), expected, rtol=0.005)
-    assert f"--temperature {temperature:g} alone" in render_info(mean)
+    assert f"--temperature {temperature:g} only" in render_info(mean)
     mean.check_loss("kl", temperature)
     mean.check_loss("ce", temperature)
     with pytest.raises(UserError, match=f"at temperature {temperature:g}, not 3: use --temperature {temperature:g},"):
         mean.check_loss("kl", 3.0)
-    with pytest.raises(UserError, match="--loss mse looks at logits; use --loss kl"):
+    with pytest.raises(UserError, match="--loss mse needs logits; use --loss kl"):
         mean.check_loss("mse", temperature)
     with pytest.raises(UserError, match=r"one_temperature.*combine the caches"):
         combine([mean, caches[0]], tmp_path / "again.h5", None, SOFTWARE)

@@ -1,4 +1,4 @@
-"""Image sets: the scan and its refusals, decoding, fingerprints, digest manifest, the drawn set, and the command."""
+"""Data sets: the scan and its refusals, decoding, fingerprints, digest manifest, the demo, and the command."""
 
 import hashlib
 import os

@@ -160,7 +160,7 @@ def test_a_stop_waits_for_a_slow_rank_and_all_save(tmp_path):
     assert job.end() == [128 + signal.SIGTERM] * 2
     assert job.state == ("interrupted", "stopped by SIGTERM")
     assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
-    assert job.said == ["kd_dist: stopped by SIGTERM; run the same command again to go on."]
+    assert job.said == ["kd_dist: stopped by SIGTERM; run the same command again to resume."]
 
 
 def test_a_rank_that_waits_for_all_stops_with_the_one_that_was_stopped(tmp_path):

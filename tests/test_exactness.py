@@ -1,4 +1,4 @@
-"""N ranks give one rank's result, and a resumed run the uninterrupted one's: to the bit where that is promised."""
+"""N ranks give one rank's result, and a resumed run the uninterrupted one's: bitwise where that is promised."""
 
 import multiprocessing
 import os
@@ -305,7 +305,7 @@ def test_without_ddp_warm_up_three_ranks_differ(tmp_path):
 
 
 def test_resumes_at_another_number_of_ranks(tmp_path):
-    """Not to the bit (sums in another order, BatchNorm over other parts), but from the same step and over the same
+    """Not bitwise (sums in another order, BatchNorm over other parts), but from the same step and over the same
     batches.
     """
     run_ranks(3, train_model, tmp_path / "cut", 10)

@@ -82,7 +82,7 @@ def test_card_and_config_say_what_the_model_is(exported, tiny):
         assert words in card
     for name in ("model.safetensors", "model.onnx", "model.pt2"):
         assert f"| {name} | {(folder / name).stat().st_size:,} |" in card
-    assert f"{models.count_weights(models.Cnn5(3)):,} weights" in card
+    assert f"{models.count_weights(models.Cnn5(3)):,} parameters" in card
     assert all(f"| batch {size}: median" in card for size in (1, 64))
     assert card.count(" | 30/30 |") == 3
     assert "/home" not in card and "/home" not in json.dumps(config)

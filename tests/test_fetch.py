@@ -383,7 +383,7 @@ def test_archive_of_something_else_is_refused(tmp_path: Path):
 
 def test_folder_in_the_way_is_not_touched(tmp_path: Path, archive: Path):
     (tmp_path / "data/tiny/train").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"data/tiny is there but is no image set"):
+    with pytest.raises(UserError, match=r"data/tiny exists but is not a data set"):
         _get(tmp_path / "data", archive)
     assert (tmp_path / "data/tiny/train").exists()
 

@@ -53,7 +53,7 @@ def test_a_function_of_the_current_folder_builds_a_network(own_nets):
     {
         "own_nets:biuld": "own_nets has no function biuld (did you mean build?)",
         "own_nets:": "own_nets has no function (empty name)",
-        "own_nets:SIZES": "own_nets:SIZES is a list; name a function",
+        "own_nets:SIZES": "own_nets:SIZES is a list; pass a function",
         "own_net:build": "there is no module own_net, neither installed nor in ",
         "half_done:build": "importing half_done raises ModuleNotFoundError: No module named 'no_such_package'",
         "own_nets:broken": "building the network for 3 classes raises KeyError: 'depth'",

@@ -252,7 +252,7 @@ def test_the_model_card_of_its_student_names_it(here, tiny, tiny_root):
         (["--weights", "absent.pt"], "there is no file absent.pt"),
         (["--image-size", "2"], "--image-size 2 is too small for own_teachers:small; the smallest that works is 4"),
         (["--class-map", "absent.txt"], "there is no class map absent.txt"),
-        (["--teacher", "model.pt"], "--image-size is for a teacher that was not trained here; model.pt has its own"),
+        (["--teacher", "model.pt"], "--image-size is for a teacher that was not trained by kd_dist, but model.pt was"),
     ],
 )
 def test_a_teacher_that_cannot_label_is_refused_and_nothing_is_written(here, tiny_root, more, expected):

@@ -1,4 +1,4 @@
-"""`make gpu`: finished steps are not repeated, interrupted ones go on, a failed test is a result. No GPU is needed."""
+"""`make gpu`: finished steps are not repeated, interrupted ones resume, a failed test is a result. No GPU is needed."""
 
 import json
 import sys

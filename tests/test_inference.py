@@ -46,7 +46,7 @@ def model() -> Cnn5:
 
 @pytest.fixture
 def drawn(tiny_pixels) -> views.Shown:
-    """A drawn view of each of the 21 train images."""
+    """A random view of each of the 21 train images."""
     box_NV4, flip_NV = views.cached_views(0, "train", tiny_pixels["train"].sizes_N2, [1], (0.35, 1.0))
     return views.Shown.plain(np.arange(21), box_NV4[:, 0], flip_NV[:, 0])
 

@@ -212,7 +212,7 @@ def test_views_of_another_cache_can_be_labelled_and_combined(written, command, r
     main(["combine", str(written), str(other), "-o", str(mean)])
     main(["combine", str(written), str(other), "-o", str(soft), "--mean", "probabilities", "--temperature", "2"])
     assert f"{3 * 48} soft labels recomputed" in command("verify", mean, "--samples", 9999, "--teacher", *run_folders)
-    assert "not checked; each row is a mean of several" in command("verify", mean, "--teacher", run_folders[3])
+    assert "not checked; each soft label is a mean of several" in command("verify", mean, "--teacher", run_folders[3])
     assert "means of probabilities at temperature 2" in command("verify", soft, "--teacher", *run_folders)
     with pytest.raises(UserError, match="leave out --views"):
         command("write", "--teacher", run_folders[3], "--like", written, "--views", 4, "-o", tmp_path / "none.h5")

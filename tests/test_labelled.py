@@ -1,4 +1,4 @@
-"""--label-fraction: a share of the labels is used; other images have soft labels alone, or are left out."""
+"""--label-fraction: a fraction of the labels is used; other images have soft labels only, or are left out."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -218,7 +218,9 @@ def test_a_share_out_of_range_is_refused(made, tmp_path, share):
 
 def test_a_loss_of_labels_is_refused(made, tmp_path):
     command = [*student(made), "--loss", "dkd", "--label-fraction", 0.5, "--out", tmp_path / "run"]
-    assert "--loss dkd needs every image's label, --label-fraction 0.5 uses fewer" in refused(distill.main, *command)
+    assert "--loss dkd needs the hard label of every image, but --label-fraction is 0.5" in refused(
+        distill.main, *command
+    )
     assert not (tmp_path / "run").exists()
 
 

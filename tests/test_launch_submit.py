@@ -181,7 +181,7 @@ def test_a_studys_finished_runs_are_not_submitted_again(here, capsys):
         ("teacher --runs x", "The folder of a single job is `-- --out DIR`"),
         ("teacher -- --epoch 3", "unrecognized arguments: --epoch 3"),
         ("teacher -- --epochs 0", "--epochs 0 must be at least 1"),
-        ("pipeline -- --epoch 3", "--epoch: neither job knows it"),
+        ("pipeline -- --epoch 3", "--epoch: unknown to both jobs"),
         ("pipeline -- --out x", "choose the folder of both runs by --runs DIR"),
         ("teacher --site nowhere.conf", "the site file nowhere.conf cannot be read"),
         ("teacher --time 1m --signal-before 60", "--signal-before 60 s must be shorter than --time 1m"),

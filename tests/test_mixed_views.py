@@ -1,4 +1,4 @@
-"""Mixed views: a cached row is the teacher's answer to the very mix that the student is shown and graded for."""
+"""Mixed views: a cached soft label is the teacher's output for exactly the mix that the student sees."""
 
 import hashlib
 import re

@@ -82,14 +82,15 @@ def test_a_device_that_computes_in_tf32_leaves_the_images_to_the_host(opened, mo
     assert isinstance(opened("device").pixels["train"], Pixels)
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        r"kd_dist: cpu draws .*% of the values .* off the host's; the host draws all images .*", lines[-1]
+        r"kd_dist: GPU-rendered crops differ .*% of the pixel values\); all images will be rendered on the CPU.*",
+        lines[-1],
     )
 
 
 def test_images_too_large_for_the_device_are_left_to_the_host(opened, monkeypatch, capsys):
     monkeypatch.setattr(resident, "LONGEST_SIDE", 10)
     assert isinstance(opened("device").pixels["train"], Pixels)
-    assert "takes 10 at most; the host draws" in capsys.readouterr().out
+    assert "takes 10 at most; all images will be rendered on the CPU" in capsys.readouterr().out
 
 
 def test_on_a_cpu_auto_is_the_hosts_memory(opened):

@@ -478,7 +478,7 @@ def test_fresh_crops_unlike_the_caches_are_refused(made, tmp_path):
 def test_an_arm_that_cannot_run_is_refused_before_others_are_trained(made, tmp_path):
     command = words(made, tmp_path / "study", "--arms", "distilled", "few=baseline,label_fraction=0.1")
     sentence = refused(entry.main, *command)
-    assert "--batch-size 12 is larger than the 3 training images that --label-fraction 0.1 leaves" in sentence
+    assert "--batch-size 12 is larger than the 3 training images that are left with --label-fraction 0.1" in sentence
     assert not (tmp_path / "study").exists()
 
 
@@ -704,7 +704,7 @@ def test_list_shows_the_built_in_arms(capsys):
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("hot=distilled", "--arms hot=distilled changes nothing; make one by NAME=ARM,setting=value"),
+        ("hot=distilled", "--arms hot=distilled changes nothing; define a variant as NAME=ARM,setting=value"),
         ("hot=cached-9,lr=1", "cached-9 is not a built-in arm; vary one of baseline, "),
         ("table.md=distilled,lr=1", "table.md cannot be the name of a new arm"),
         ("hot=distilled,lr=1,lr=2", "sets lr twice; leave one of them out"),

@@ -142,7 +142,7 @@ def test_the_better_baseline_is_chosen(study):
     assert rows_of(text)["arm"][6].startswith("minus baseline-cached,")
     assert "baseline-cached is the best baseline" in text
     # The contrast named beforehand keeps its baseline, and the row's own difference is then corrected like any other.
-    assert "distilled minus baseline, 3 shared seeds, +20.00 points" in line_of(text, "**Primary")
+    assert "distilled minus baseline = +20.00 points over 3 shared seeds" in line_of(text, "**Primary")
     assert "primary" not in rows_of(text)["distilled"][9]
 
 
@@ -183,7 +183,7 @@ def test_no_other_baseline_replaces_the_one_named_beforehand(tmp_path):
     for facts in ({"primary": ["distilled", "baseline"]}, {}):
         describe(out, **facts)
         text = table.text(out)
-        assert "- No primary contrast (distilled minus baseline): baseline is not complete." in text
+        assert "- Primary contrast (distilled minus baseline) not computed; incomplete: baseline." in text
         assert "primary" not in rows_of(text)["distilled"][9] and "(the others: baseline (not in this study))" in text
 
 

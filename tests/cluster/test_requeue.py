@@ -1,4 +1,4 @@
-"""Jobs that are stopped from outside go on by themselves, and end with the weights of a run that nobody stopped."""
+"""Jobs that are stopped from outside resume by themselves, and end with the weights of a run that nobody stopped."""
 
 from launch.supervisor import Job
 

@@ -1,4 +1,4 @@
-"""The sbatch scripts as they stand, with another size typed to sbatch: they train, and go on after a warning."""
+"""The sbatch scripts as they stand, with another size typed to sbatch: they train, and resume after a warning."""
 
 import shutil
 import subprocess
