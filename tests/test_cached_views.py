@@ -22,11 +22,12 @@ from benchmarks import generated_cache
 from kd_dist import cached_views, distill, label
 from kd_dist.cache import TopK, open_cache
 from kd_dist.cached_views import CachedViews
-from kd_dist.config import MEAN, STD, DistillConfig
+from kd_dist.config import MEAN, STD, DataConfig, DistillConfig
 from kd_dist.data.generated import generate
 from kd_dist.dist.endings import StopRequest
 from kd_dist.errors import UserError
 from kd_dist.images import views
+from kd_dist.job import Data
 from kd_dist.training import objectives
 from kd_dist.training.batches import Batch, EpochBatches, TrainData
 from kd_dist.training.losses import kl
@@ -36,9 +37,8 @@ V, SIZE = 5, 21
 LOOPS = Path(__file__).parents[1] / "docs" / "loops.md"
 
 
-def write(runtime, root: Path, target: Path, mixed: float = 0.0) -> Path:
+def write(runtime, data: Data, target: Path, mixed: float = 0.0) -> Path:
     """A cache of a set in V views."""
-    data = open_tiny(root)
     model = small_teacher(data.samples.classes)
     plan = label.plan([model], data, label.ViewRule(V, (0.4, 1.0), 5, mixed), "float32")
     labeller = label.Labeller([model], data, plan.header, runtime.device)
@@ -59,12 +59,12 @@ def either(request) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(root, one_process) -> Path:
-    return write(one_process, root, root.with_name("plain.h5"))
+    return write(one_process, open_tiny(root), root.with_name("plain.h5"))
 
 
 @pytest.fixture(scope="module")
 def mixed(root, one_process) -> Path:
-    return write(one_process, root, root.with_name("mixed.h5"), 0.5)
+    return write(one_process, open_tiny(root), root.with_name("mixed.h5"), 0.5)
 
 
 def job_batches(cache: Path, root: Path, epoch: int) -> list[Batch]:
@@ -116,6 +116,26 @@ def test_one_view_for_all(cache, root):
     train, data = open_cache(cache).split("train"), open_tiny(root)
     expected_CHW = views.render(data.pixels["train"][7], train.box_NV4[7, 3], bool(train.flip_NV[7, 3]), SIZE)
     assert torch.equal(third[7].image, expected_CHW)
+
+
+def test_images_without_labels_come_with_their_logits_and_the_label_that_is_none(root, one_process, tmp_path):
+    (tmp_path / "more").mkdir()
+    for number, path in enumerate(sorted((root / "val").rglob("*.jpg"))[:4]):
+        shutil.copy(path, tmp_path / f"more/{number}.jpg")
+    flags = {"unlabelled": str(tmp_path / "more"), "pixels_dir": str(tmp_path / "store")}
+    source = DataConfig(data=str(root), pixels="memory", **flags)
+    data = cached_views.job.open_data(source, one_process)
+    cache = write(one_process, data, tmp_path / "logits.h5")
+    train = CachedViews(cache, root, image_size=SIZE, **flags)
+    assert (train.labels_N == -1).sum() == 4 and len(train) == 25
+    _, labels, logits_BK = torch.utils.data.default_collate([train[i] for i in range(25)])
+    assert labels.tolist() == train.labels_N.tolist()
+    assert torch.isfinite(kd_dist.distillation_loss(torch.zeros(25, 3), logits_BK, labels))
+    assert {tuple(row.tolist()) for row in logits_BK[labels == -1]} <= {
+        tuple(row) for row in open_cache(cache).split("train").logits_NVK[train.labels_N == -1].reshape(-1, 3).tolist()
+    }
+    with pytest.raises(UserError, match="25 train images"):
+        CachedViews(cache, root, image_size=SIZE)
 
 
 def test_an_epoch_shows_other_views_than_the_one_before(cache, root):

@@ -98,6 +98,16 @@ def test_noise_is_named_where_there_are_no_images(run_folder, tmp_path, monkeypa
     assert "generated noise" in card and 'license: "unknown"' in card
 
 
+def test_the_runs_own_images_are_taken_where_they_are(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("KD_DIST_DATA", raising=False)
+    compared = {}
+    for name, data in {"there": tiny.root, "gone": tmp_path / "gone"}.items():
+        facts = {**facts_of(tiny), "settings": {"data": str(data)}}
+        save_model(tmp_path / f"{name}.pt", {**facts, "weights": models.Cnn5(3).state_dict()})
+        compared[name] = entry._images(kd_dist.load(tmp_path / f"{name}.pt"), None)[1]
+    assert compared["there"] == f"30 images of {tiny.root.name}" and "generated noise" in compared["gone"]
+
+
 def refused(source, target, **more) -> str:
     """The sentence; nothing is written."""
     before = sorted(target.parent.rglob("*"))

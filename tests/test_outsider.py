@@ -13,12 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kd_dist.cache import open_cache
 from kd_dist.data.generated import generate
 from tests.entries import call
 from tests.test_package import checkout, installed, wheel  # noqa: F401
@@ -67,6 +69,11 @@ def require_what_the_page_promises() -> float:
         between = float(first["probability"]) - float(second["probability"]) < 0.01
         assert alone[first["image"]] == first["class"] or between, first
     assert len(set(alone.values())) > 1
+    val = open_cache(Path("logits.h5")).split("val")
+    read = [line.split() for line in Path("labels.txt").read_text().splitlines()]
+    assert [(path, int(label)) for path, label, *_ in read] == list(zip(val.paths, val.labels_N, strict=True))
+    assert np.array_equal(np.array([row[2:] for row in read], np.float16), val.logits_NVK[:, 0])
+    assert not [name for name in ("classify.py", "read_labels.py") if "kd_dist" in Path(name).read_text()]
     config = json.loads(Path("published/config.json").read_text())
     with safe_open("published/model.safetensors", "np") as weights:
         assert sum(weights.get_tensor(name).size for name in weights.keys()) > config["weights"] > 90_000  # noqa: SIM118

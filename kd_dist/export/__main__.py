@@ -50,7 +50,8 @@ def _folder_of_images(typed: str | None) -> str | None:
 
 
 def export(source: Path, target: Path, data: str | None, licence: str | None, with_preprocessing: bool) -> None:
-    """Write a model's folder whole, or nothing. `data` is a folder of images to compare on; noise where it is None.
+    """Write a model's folder whole, or nothing. `data` is a folder of images to compare on; without it the model's own
+    data are taken, and noise where they are gone.
 
     Raises UserError: packages are missing, the target is not empty, the model cannot be read or exported, a file
     differs from the model.
@@ -75,8 +76,15 @@ def _scored_images(source: Path, model: Model) -> dict[str, int]:
     return {}
 
 
+def _own_data(model: Model) -> str | None:
+    """The folder of images that the model was trained on, where it is still there."""
+    data = model.facts["settings"].get("data")
+    return data if data and os.path.isdir(data) else None
+
+
 def _images(model: Model, data: str | None) -> tuple[Tensor, str]:
     """Images uint8 [B, 3, S, S] to compare on, and what they are in words."""
+    data = data or _own_data(model)
     if data is None:
         return noise(model, COMPARED), f"{COMPARED} images of generated noise, as no --data was named"
     paths = images_in([data])
@@ -118,7 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="a run's folder, a model.pt, or an exported folder")
     add("--to", type=Path, required=True, metavar="DIR", help="the folder to write; missing or empty")
-    add("--data", metavar="DIR", help="images on which the files are compared [$KD_DIST_DATA, else noise]")
+    add(
+        "--data",
+        metavar="DIR",
+        help="images on which the files are compared [$KD_DIST_DATA, or the run's data, else noise]",
+    )
     add("--license", dest="licence", type=licence, metavar="ID", help="for the card, such as apache-2.0 [unknown]")
     graphs = "model.onnx and model.pt2 take uint8 images and normalise them themselves"
     add("--with-preprocessing", action="store_true", help=graphs)
