@@ -151,7 +151,7 @@ def test_share_is_taken_of_train_where_there_is_no_val(flat: Path, root: Path):
     (root / "val").rename(root / "test")
     found = scan(root, val_share=0.3)
     assert found.val.paths[0].startswith("train/00-disc-coarse/")
-    assert found.ignored == ("test is left alone: val is a fraction of train",)
+    assert found.ignored == ("test is left alone: scores are on a fraction of train",)
     assert found.layout == "class folders in train/, --val-share 0.3"
 
 
