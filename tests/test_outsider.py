@@ -115,4 +115,4 @@ def test_the_page_in_a_new_environment(wheel, installed, tmp_path, monkeypatch):
         for line in steps(section):
             done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=900)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-    assert require_what_the_page_promises() > 0.2  # ten classes
+    assert require_what_the_page_promises() > 0.15  # ten classes, 240 images: chance would be 0.1 with an error of 0.02
