@@ -27,7 +27,7 @@ from tests.test_package import checkout, installed, wheel  # noqa: F401
 
 PAGE = (Path(__file__).parents[1] / "docs" / "bring-your-own.md").read_text()
 STEP = re.compile(r"^`(\w+\.py)`[^\n]*:\n\n```python\n(.*?)```|^((?: {4}[^\n]*\n)+)", re.MULTILINE | re.DOTALL)
-SMALLER = {"--image-size 48": "--image-size 32", "--epochs 12": "--epochs 8", "--views 4": "--views 2"}
+SMALLER = {"--image-size 48": "--image-size 32", "--epochs 20": "--epochs 8", "--views 4": "--views 2"}
 SMALLER |= {"--batch-size 32": "--batch-size 8"}
 
 
