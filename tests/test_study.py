@@ -553,7 +553,7 @@ def test_two_ranks_do_a_study_together(made, tmp_path):
     out = tmp_path / "study"
     done = two_ranks(made, out, "--arms", "baseline", "smooth", "--epochs", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 ranks on cpu" in done.stdout and done.stdout.count("smooth  ") == 1
+    assert "2 ranks (cpu" in done.stdout and done.stdout.count("smooth  ") == 1
     assert [read_state(StudyFolder(out).run(name, 0))["status"] for name in ("baseline", "smooth")] == ["finished"] * 2
 
 
@@ -563,7 +563,7 @@ def test_two_ranks_side_by_side_train_what_one_process_does(made, whole, tmp_pat
     done = two_ranks(made, out, "--cutmix", "0.5", "--side-by-side", "yes", "--arms", *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "side by side: each of 2 ranks trains separate students" in done.stdout
-    assert {line[:8] for line in done.stdout.splitlines() if ": train" in line or "1 rank on cpu" in line} == {
+    assert {line[:8] for line in done.stdout.splitlines() if ": train" in line or "1 rank (cpu" in line} == {
         *("rank 0 |", "rank 1 |")
     }
     assert done.stdout.count("what it isolates") == 1 and "| class-mean | " in StudyFolder(out).table.read_text()

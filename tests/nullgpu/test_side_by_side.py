@@ -21,6 +21,6 @@ def test_a_study_on_two_gpus_trains_a_student_on_each(simulated_job, tmp_path):
     assert "side by side: each of 2 ranks trains separate students" in done.stdout
     states = [json.loads((tmp_path / "study" / arm / "seed-0/state.json").read_text()) for arm in arms]
     assert [state["status"] for state in states] == ["finished"] * 3
-    begun = [line for line in done.stdout.splitlines() if "1 rank on cuda" in line]
+    begun = [line for line in done.stdout.splitlines() if "1 rank (cuda" in line]
     assert {line[:8] for line in begun} == {"rank 0 |", "rank 1 |"} and len(begun) == 3
     assert "| online | " in (tmp_path / "study/table.md").read_text()
