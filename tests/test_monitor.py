@@ -203,6 +203,13 @@ def test_texts_are_read_back(tmp_path):
     assert texts["attempts/text_summary"].splitlines()[2].startswith("| 1 | 2")
 
 
+def test_a_history_that_cannot_be_read_costs_its_text_alone(tmp_path):
+    (tmp_path / events.NAME).mkdir()
+    tags = described(tmp_path).Tags()
+    assert "run/1_command/text_summary" in tags["tensors"] and "attempts/text_summary" not in tags["tensors"]
+    assert tags["scalars"]
+
+
 def test_the_layout_names_tags_that_are_written(tmp_path):
     found = described(tmp_path)
     layout = Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])

@@ -57,8 +57,10 @@ class Monitor:
         """Show what the run is, and the attempts so far."""
         if self.curves is not None:
             assert self._folder is not None
-            history = events.history(events.read(self._folder / events.NAME))
-            self.curves.describe(at, replace(description, texts={**description.texts, "attempts": history}))
+            texts = dict(description.texts)
+            with contextlib.suppress(OSError):
+                texts["attempts"] = events.history(events.read(self._folder / events.NAME))
+            self.curves.describe(at, replace(description, texts=texts))
 
     def pictures(self, at: int, draw: Callable[[], Mapping[str, tuple[bytes, tuple[int, int]]]]) -> None:
         """Add the pictures that `draw` gives by tag: PNG or JPEG, and width and height. Not called without curves; an

@@ -310,7 +310,8 @@ class Trainer:
         if self.peak_images_per_s:
             row["model_flops_share"] = row["images_per_s"] / self.peak_images_per_s
         trained_s = row["train_s"] + sum(earlier.get("train_s", 0.0) for earlier in read_metrics(self.folder))
-        row |= events.standing(events.read(self.folder.events), trained_s)
+        with contextlib.suppress(OSError):  # a failing disk costs these figures, not the run
+            row |= events.standing(events.read(self.folder.events), trained_s)
         append_metrics(self.folder, row)
         self.monitor.scalars(self.images_seen, curves_of(row))
         scores = [name.partition("_") for name in row if name.startswith(SCORES)]
