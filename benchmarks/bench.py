@@ -43,6 +43,7 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "6": rank_rows.scaling,
     "7": cache_reading.reading,
     "8": whole_job.against_torchdistill,
+    "9": student_rows.monitoring,
     "gpu": gpu_rows.rates,
     "job": whole_job.phases,
 }

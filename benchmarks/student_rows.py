@@ -1,8 +1,10 @@
-"""Rows 1, 2 and 4: what soft labels, a teacher in the loop and the data cost the student's step."""
+"""Rows 1, 2, 4 and 9: what soft labels, a teacher in the loop, the data and TensorBoard cost the student's step."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -10,11 +12,15 @@ from benchmarks.measure import Goal, Row, interleaved, medians, row
 from benchmarks.setting import Bench
 from benchmarks.steps import Steps, synchronise
 from kd_dist.inference import autocast
+from kd_dist.run.monitor import Monitor
 from kd_dist.study.online import OnlineTeacher
+from kd_dist.training import Trainer
+from kd_dist.training.trainer import GPU_STEPS_BETWEEN_SYNCS
 
 DISTILL_COST = Goal(1.02, at_least=False)
 OF_THE_POSSIBLE = Goal(0.95)
 FED = Goal(0.97)
+WATCHED = Goal(0.01, at_least=False)
 
 
 def steps_in_turn(bench: Bench) -> int:
@@ -74,6 +80,41 @@ def feeding(bench: Bench) -> Iterator[Row]:
         "whole step": Steps(bench.student_trainer(), count),
     }
     yield step_ratio(bench, "4 whole step / step on a batch in memory", arms, FED)  # throughputs: seconds turned over
+
+
+def monitoring(bench: Bench) -> Iterator[Row]:
+    """Row 9: the host's time in TensorBoard's scalars, clocks and norms, as a share of its time in the steps."""
+    trainer, shares = bench.student_trainer(), []
+    with TemporaryDirectory() as folder, Monitor(Path(folder), enabled=True) as trainer.monitor:
+        spent = Spent(trainer)
+        steps = Steps(trainer, 1 if bench.quick else GPU_STEPS_BETWEEN_SYNCS)  # with a norm and a point on each curve
+        for _ in range(2 if bench.quick else 5):
+            before, started = spent.seconds, time.thread_time()
+            steps()
+            shares.append((spent.seconds - before) / (time.thread_time() - started))
+    yield row(f"9 scalars, clocks and norms / step, {what(bench)}", shares, goal=WATCHED, unit="")
+
+
+class Spent:
+    """Sums up this thread's seconds in what a trainer does for TensorBoard alone."""
+
+    def __init__(self, trainer: Trainer):
+        self.seconds = 0.0
+        parts = {trainer.clock: ("mark", "add", "read"), trainer.monitor: ("scalars",)}
+        parts[trainer.losses] = ("note_gradient", "fetch_grad_norm")
+        for owner, names in parts.items():
+            for name in names:
+                setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, function):
+        def timed(*arguments):
+            started = time.thread_time()
+            try:
+                return function(*arguments)
+            finally:
+                self.seconds += time.thread_time() - started
+
+        return timed
 
 
 def what(bench: Bench) -> str:

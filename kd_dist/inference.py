@@ -101,6 +101,10 @@ class Forward:
         pieces = [self._batch(images_BCHW) for images_BCHW in ahead(self._draw, batches, self.threads)]
         return torch.cat(pieces).float().cpu().numpy()
 
+    def of_images(self, images_BCHW: torch.Tensor) -> np.ndarray:
+        """Logits float32 [B, K] of images uint8 [B, 3, S, S], as Pictures.show gives them, in one batch."""
+        return self._batch(images_BCHW).float().cpu().numpy()
+
     def _draw(self, shown: views.Shown) -> torch.Tensor:
         return self.pixels.show(shown, self.image_size)
 

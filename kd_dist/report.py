@@ -22,7 +22,9 @@ import numpy as np
 
 from kd_dist import tables
 from kd_dist.cache import Cache, open_cache
-from kd_dist.errors import UserError, exit_code_of
+from kd_dist.errors import UserError, exit_code_of, require_installed
+from kd_dist.files import write_bytes
+from kd_dist.run.curves import CHARTS
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.reading import Run
 from kd_dist.run.results import read_val_logits
@@ -37,10 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what the terminal cannot show
-    return exit_code_of(
-        "kd_dist.report",
-        lambda: tables.show(report(options.runs, options.cache, options.markdown, tables.terminal_width())),
-    )
+    return exit_code_of("kd_dist.report", lambda: _answer(options))
+
+
+def _answer(options: argparse.Namespace) -> None:
+    if options.plot:
+        plot(options.runs, options.plot)
+    tables.show(report(options.runs, options.cache, options.markdown, tables.terminal_width()))
+
+
+def plot(entries: Sequence[Path], target: Path) -> None:
+    """Draw the curves of these entries' runs as a PNG with the charts of TensorBoard's first screen. Raises UserError
+    as `report`, and where the file cannot be written.
+    """
+    require_installed("study", "matplotlib")
+    from kd_dist.study.plots import plot_runs
+
+    runs, _ = find_runs(entries)
+    write_bytes(target, plot_runs({run.name: run.metrics for run in runs}, CHARTS))
 
 
 def report(
@@ -52,21 +68,25 @@ def report(
     Raises UserError where no entry holds a run.
     """
     runs, notes = find_runs(entries)
-    parent = Path(os.path.commonpath([entry.resolve().parent for entry in entries]))
-    runs = [Run(run.folder, str(run.folder.path.resolve().relative_to(parent))) for run in runs]
     rows, remarks = _rows(runs, cache)
     table = tables.markdown(rows) if as_markdown else tables.plain(rows, width)
-    curves = f"{_tensorboard()} --logdir {shlex.quote(_shown(parent))}"
+    curves = f"{_tensorboard()} --logdir {shlex.quote(_shown(_parent(entries)))}"
     return "\n\n".join([table, *notes, *remarks, f"`{curves}`" if as_markdown else f"curves: {curves}"])
 
 
+def _parent(entries: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([entry.resolve().parent for entry in entries]))
+
+
 def find_runs(entries: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs that these entries are, or hold as studies, and a note on the entries that are passed over."""
-    runs, passed = [], {}
+    """The runs that these entries are, or hold as studies, named by their folders below what all have in common, and a
+    note on the entries that are passed over.
+    """
+    runs, passed, parent = [], {}, _parent(entries)
     for entry in entries:
         inside = [run for seeds in StudyFolder(entry).runs().values() for run in seeds.values()]
         for folder in inside or [RunFolder(entry)]:
-            run = Run(folder, folder.path.name)
+            run = Run(folder, str(folder.path.resolve().relative_to(parent)))
             try:
                 _ = run.settings, run.metrics, run.state
                 runs.append(run)
@@ -125,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cache", type=Path, metavar="FILE", help="compare all students with this file of soft labels")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw TensorBoard's first screen as one picture")
     return parser
 
 

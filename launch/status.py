@@ -1,7 +1,8 @@
 """Show the state of submitted jobs: python -m launch.status runs/ [--follow] [--cancel]
 
-The table has one row for each job, newest last: its id, state, node, epoch, top-1 and last log line. Below it, for
-each job that failed, the error of the rank that failed first. With --follow the exit code is 0 if all jobs finished.
+The table has one row for each job, newest last: its id, state, node, epoch, top-1, agreement with the teacher,
+images/s, share of time waiting for data, and last log line; TensorBoard shows the same numbers. Below it, for each job
+that failed, the error of the rank that failed first. With --follow the exit code is 0 if all jobs finished.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from kd_dist import tables
 from kd_dist.errors import UserError, exit_code_of
 from kd_dist.run.events import Code, Reason
 from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import read_metrics
 from kd_dist.run.state import read_state
 from kd_dist.tables import show
 
 from .supervisor import JOBS, Job, JobFolder, Status, controller_lives, events_of, job_folders, read_json, tail_of
 
-COLUMNS = ("job", "id", "state", "node", "epoch", "top-1", "last log line")
+COLUMNS = ("job", "id", "state", "node", "epoch", "top-1", "agreement", "images/s", "data wait", "last log line")
 ERROR_LINES = 12
 _LIVING = ("waiting", "running", "stopping")
 _OVER = {
@@ -121,18 +123,34 @@ class Standing:
         name = self.folder.name if self.folder.name.endswith(self.job.kind) else f"{self.folder.name} {self.job.kind}"
         return (name, self.job.id or "-", self.state, self.nodes or "-", *self.progress(), last)
 
-    def progress(self) -> tuple[str, str]:
-        """How far this very job came: epochs done, and top-1 after the last of them."""
+    def progress(self) -> tuple[str, ...]:
+        """How far this very job came: epochs done, top-1 after the last of them, and what TensorBoard shows of it too:
+        agreement with the teacher, images/s, the share of time waiting for data.
+        """
+        run = RunFolder(Path(self.job.run))
         try:
-            done = [e for e in events_of(Path(self.job.run), self.folder.name) if e["code"] == Code.EPOCH_FINISHED]
-            state = read_state(RunFolder(Path(self.job.run))) if self.state == "running" and not self.newer else None
+            done = [e for e in events_of(run.path, self.folder.name) if e["code"] == Code.EPOCH_FINISHED]
+            state = read_state(run) if self.state == "running" and not self.newer else None
+            rows = {row["epoch"]: row for row in read_metrics(run)}
         except (UserError, OSError):  # a file in the middle of a failing disk must not hide the other jobs
-            return "?", "?"
+            return ("?",) * 5
         last = done[-1] if done else {}
         at = f"{state['epoch']:.1f}/{state['epochs']}" if state and "epochs" in state else None
-        names = [(f"{part}_top1", note) for part, note in _SCORED]
-        scores = [f"{100 * e[name]:.1f} %{note}" for e in reversed(done) for name, note in names if name in e]
-        return at or (f"{last['epoch']}/{last['epochs']}" if last else "-"), scores[0] if scores else "-"
+        row = rows.get(last.get("epoch"), {})
+        return (
+            at or (f"{last['epoch']}/{last['epochs']}" if last else "-"),
+            _newest_share(done, "top1"),
+            _newest_share(done, "agreement"),
+            f"{row['images_per_s']:.0f}" if "images_per_s" in row else "-",
+            f"{100 * row['data_wait_share']:.0f} %" if "data_wait_share" in row else "-",
+        )
+
+
+def _newest_share(epochs: Sequence[dict[str, Any]], name: str) -> str:
+    """The newest score of this name, in percent; marked where it is of a part of train."""
+    names = [(f"{part}_{name}", note) for part, note in _SCORED]
+    found = [f"{100 * e[name]:.1f} %{note}" for e in reversed(epochs) for name, note in names if name in e]
+    return found[0] if found else "-"
 
 
 def _last_line(folder: JobFolder) -> str:

@@ -444,6 +444,9 @@ class Supervisor:
             stop_attempt(self.folder.attempts, why, self.job.max_timeouts)
         except UserError as error:
             self._fail(EXIT_USER_ERROR, str(error))
+        with contextlib.suppress(OSError):  # the run's rank 0 has ended: nobody else writes there
+            requeued = {"code": Code.RUN_REQUEUED, "job": self.folder.name, "why": why}
+            events.append(Path(self.job.run) / events.NAME, requeued)
         if submitit.JobEnvironment().name() == "local":
             sys.exit(LOCAL_REQUEUE)
         asked = subprocess.run(["scontrol", "requeue", self.env.job_id], capture_output=True, text=True)

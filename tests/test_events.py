@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,38 @@ def test_events_of_several_writers_stay_whole(tmp_path):
     with ThreadPoolExecutor(4) as writers:
         list(writers.map(lambda step: events.emit(tmp_path, Code.RESUMED, step=step, note="x" * 500), range(200)))
     assert sorted(event["step"] for event in events.read(tmp_path / events.NAME)) == [*range(200)]
+
+
+def test_the_history_has_a_line_an_attempt_with_how_it_ended():
+    def event(code, at, **facts):
+        return {"time": f"2026-01-31T12:{at:02}:00.250+00:00", "code": code, **facts}
+
+    attempts = [
+        event(Code.DATA_READY, 0),
+        event(Code.TRAINING_STARTED, 0, ranks=4),
+        event(Code.RUN_INTERRUPTED, 5, message="stopped by SIGUSR2"),
+        event(Code.RUN_REQUEUED, 5, why="preempted"),
+        event(Code.DATA_READY, 10),
+        event(Code.TRAINING_STARTED, 10, ranks=2),
+        event(Code.RESUMED, 10, step=140),
+        event(Code.DATA_READY, 20),
+        event(Code.TRAINING_STARTED, 20, ranks=2),
+        event(Code.RESUMED, 20, step=200),
+    ]
+    assert events.history(attempts).splitlines()[2:] == [
+        "| 1 | 2026-01-31T12:00:00 | 4 | 0 | 2026-01-31T12:05:00 | stopped on request, all saved: stopped by SIGUSR2; "
+        "requeued: preempted |",
+        "| 2 | 2026-01-31T12:10:00 | 2 | 140 | - | killed: it noted no end |",
+        "| 3 | 2026-01-31T12:20:00 | 2 | 200 | - |  |",
+    ]
+
+
+def test_goodput_is_the_trained_share_of_the_time_since_the_first_attempt():
+    begun = datetime.now(UTC) - timedelta(seconds=1000)
+    attempts = [{"time": (begun + timedelta(seconds=after)).isoformat(), "code": Code.DATA_READY} for after in (0, 500)]
+    found = events.standing(attempts, 400.0)
+    assert found["attempts"] == 2 and found["goodput"] == pytest.approx(0.4, rel=0.05)
+    assert events.standing([], 400.0) == {}
 
 
 @pytest.mark.parametrize("place", ["missing", "/dev/full"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from kd_dist import label
@@ -25,6 +26,7 @@ from kd_dist.inference import Forward
 from kd_dist.job import Data
 from kd_dist.models import Cnn5
 from kd_dist.run import checkpoint
+from kd_dist.run.curves import HEALTH, TAGS
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.metrics import read_metrics
 from kd_dist.training import Execution, Optimisation, Trainer, objectives
@@ -246,9 +248,15 @@ def train_model(runtime, folder, stop_after_step=None, warm_up=True, keep_optimi
 
 
 def _rows(runtime, folder):
-    clocks = {"images_per_s", "data_wait_s", "epoch_s"}
+    clocks = {*HEALTH, "images_per_s", "data_wait_share", "train_s", "epoch_s"} - {"grad_norm", "weight_norm"}
     rows = read_metrics(RunFolder(folder)) if runtime.is_main else []
     return [{name: value for name, value in row.items() if name not in clocks} for row in rows]
+
+
+def curve_positions(folder) -> dict[str, list[int]]:
+    """The positions of every curve's points, as TensorBoard shows them."""
+    shown = EventAccumulator(str(folder)).Reload()
+    return {tag: [event.step for event in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
 
 
 def same(a, b) -> bool:
@@ -312,6 +320,18 @@ def test_resumes_at_another_number_of_ranks(tmp_path):
     state, rows = run_ranks(2, train_model, tmp_path / "cut")[0]
     assert [row["step"] for row in rows] == [7, 14, 21]
     assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_curves_stay_single_at_another_number_of_ranks(tmp_path):
+    """An attempt's points after its last checkpoint are dropped, those before it stay, and one process an attempt wrote
+    them.
+    """
+    run_ranks(1, train_model, tmp_path / "whole")
+    run_ranks(3, train_model, tmp_path / "cut", 10)
+    run_ranks(2, train_model, tmp_path / "cut")
+    whole, cut = curve_positions(tmp_path / "whole"), curve_positions(tmp_path / "cut")
+    assert cut == whole and len(cut[TAGS["train_total"]]) == 3 and len(cut["3_steps/total"]) == 1
+    assert len(list((tmp_path / "cut").glob("events.out.tfevents.*"))) == 2
 
 
 # ---- all ranks end together

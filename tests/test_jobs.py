@@ -19,7 +19,9 @@ from kd_dist.cache import BlockWriter, CachePlan, open_cache
 from kd_dist.cache import __main__ as cache_entry
 from kd_dist.cache.format import shards_folder_of
 from kd_dist.data.generated import generate
+from kd_dist.job.pictures import is_pictured
 from kd_dist.run.checkpoint import load_model, weights_digest
+from kd_dist.run.curves import TAGS, curves_of
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.metrics import CACHE_SECONDS, read_costs, read_metrics
 from kd_dist.run.results import read_val_logits
@@ -169,10 +171,12 @@ def test_hard_twin_needs_no_cache_and_plain_python_is_one_process(data, tmp_path
     folder = RunFolder(tmp_path / "twin")
     assert "cache" not in load_model(folder.model) and "train_soft" not in read_metrics(folder)[-1]
     curves = EventAccumulator(str(folder.path)).Reload()
-    assert {"val/top1", "train/total", "train/hard", "lr", "speed/images_per_s", "speed/data_wait_s"} <= set(
-        curves.Tags()["scalars"]
-    )
-    assert [event.step for event in curves.Scalars("val/top1")] == [7, 14]
+    row = read_metrics(folder)[-1]
+    points = {tag: curves.Scalars(tag)[-1] for tag in curves_of(row)}
+    assert {tag: point.value for tag, point in points.items()} == pytest.approx(curves_of(row), rel=1e-6)
+    assert {point.step for point in points.values()} == {2 * 150}, "the axis counts images"
+    wanted = {TAGS["top1"], TAGS["train_hard"], TAGS["data_wait_share"], "2_health/grad_norm", "4_more/lr"}
+    assert wanted <= points.keys()
 
 
 def test_hard_labels_on_the_caches_own_crops(data, teacher_run, tmp_path):
@@ -211,8 +215,15 @@ def test_sigterm_saves_on_all_ranks_and_the_same_command_ends_with_the_same_weig
     resumed, uninterrupted = load_model(cut.model)["weights"], load_model(whole.model)["weights"]
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
     assert [row["epoch"] for row in read_metrics(cut)] == list(range(1, 13))
-    steps = [event.step for event in EventAccumulator(str(cut.path)).Reload().Scalars("val/top1")]
-    assert steps == list(range(7, 85, 7))  # one point an epoch, also after a resume
+    curves = EventAccumulator(str(cut.path), size_guidance={"images": 0}).Reload()
+    per_epoch = list(range(150, 12 * 150 + 1, 150))
+    assert [event.step for event in curves.Scalars(TAGS["top1"])] == per_epoch  # also after a resume
+    pictured = [image.step for image in curves.Images("5_pictures/3_disagreements")]
+    assert pictured == [at for at in per_epoch if is_pictured(at // 150, 12, 1)]
+    attempts = [event.value for event in curves.Scalars("2_health/attempts")]
+    assert attempts[-1] == 2 and set(attempts) <= {1, 2}
+    table = curves.Tensors("attempts/text_summary")[-1].tensor_proto.string_val[0].decode().splitlines()
+    assert "stopped on request, all saved: stopped by SIGTERM" in table[2] and len(table) == 4
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(data, tmp_path):

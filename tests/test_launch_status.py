@@ -10,6 +10,7 @@ from kd_dist.files import write_json
 from kd_dist.run import events
 from kd_dist.run.events import Code
 from kd_dist.run.folder import RunFolder
+from kd_dist.run.metrics import append_metrics
 from kd_dist.run.state import write_state
 from launch import status
 from launch.status import State
@@ -64,18 +65,21 @@ def test_a_running_job_shows_node_epoch_top1_and_last_line(tmp_path, known, epoc
     folder = put_job(tmp_path, "0001-teacher", "12")
     known["12"] = State("RUNNING", "n[1-2]")
     run = RunFolder(tmp_path / "teacher")
-    epoch_done("0001-teacher", "teacher", epoch=2, val_top1=0.4321)
+    epoch_done("0001-teacher", "teacher", epoch=2, val_top1=0.4321, val_agreement=0.5)
+    append_metrics(run, {"step": 4, "epoch": 2, "images_per_s": 512.3, "data_wait_share": 0.03})
     write_state(run, "running", step=5, epoch=2.5, epochs=10)
     begin(folder)
     folder.log(0, 0).write_text("first\n  epoch 2 done\n\n", encoding="utf-8")
     folder.point_main_log(0)
     assert table(tmp_path).splitlines() == [
-        "job           id  state    node    epoch   top-1   last log line",
-        "0001-teacher  12  running  n[1-2]  2.5/10  43.2 %  epoch 2 done",
+        "job           id  state    node    epoch   top-1   agreement  images/s  data wait  last log line",
+        "0001-teacher  12  running  n[1-2]  2.5/10  43.2 %  50.0 %     512       3 %        epoch 2 done",
     ]
     folder.log(0, 0).write_text("x" * 300, encoding="utf-8")
     assert "x" * 300 in table(tmp_path), "a pipe gets whole lines"
-    assert [len(line) for line in table(tmp_path, width=90).splitlines()] == [64, 90], "a terminal what it has room for"
+    assert [len(line) for line in table(tmp_path, width=120).splitlines()] == [96, 120], (
+        "a terminal what it has room for"
+    )
 
 
 def test_an_older_job_of_a_folder_keeps_its_own_progress_and_gives_no_advice(tmp_path, known, epoch_done, capsys):

@@ -114,9 +114,12 @@ def test_sigterm_after_a_warning_means_the_end(tmp_path):
 
 
 def test_a_rank_that_is_deaf_to_its_warning_is_killed_in_time_and_started_again(tmp_path):
+    (tmp_path / "run").mkdir()
     rank = Rank(tmp_path, "deaf").when_ready()
     assert rank.signalled(signal.SIGUSR2) == LOCAL_REQUEUE
     assert "did not stop in time and was killed" in rank.log()
+    (requeued,) = events.read(tmp_path / "run" / events.NAME)
+    assert requeued["code"] == "run-requeued" and requeued["why"] == "preempted" and requeued["job"] == "0001-teacher"
 
 
 @pytest.mark.parametrize(("way", "code", "left"), [("fail", 1, 1), ("die", -9, 137), ("lose", 3, 3)])

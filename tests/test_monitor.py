@@ -6,14 +6,20 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import record_writer
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from kd_dist.run import monitor
+from kd_dist.run import curves, events, monitor
+from kd_dist.run.curves import CHARTS, TAGS, Description, curves_of
 from kd_dist.run.monitor import Monitor
 
 
@@ -23,15 +29,10 @@ def curve(folder, name):
     return [(event.step, event.value) for event in events.Scalars(name)] if name in events.scalars.Keys() else []
 
 
-def log(folder, steps, value, resume_step=0):
-    with Monitor(folder, enabled=True, resume_step=resume_step) as curves:
+def log(folder, steps, value, resume_at=0):
+    with Monitor(folder, enabled=True, resume_at=resume_at) as curves:
         for step in steps:
             curves.scalars(step, {"train/loss": value, "train/lr": torch.tensor(0.5)})
-
-
-def next_second():
-    """Event files are named and ordered by the second they were begun in; two attempts of a run are further apart."""
-    time.sleep(1.1)
 
 
 class Terminal(io.TextIOWrapper):
@@ -77,14 +78,12 @@ def test_a_curve_is_what_was_logged(tmp_path):
 
 def test_steps_logged_again_after_a_resume_stand_once(tmp_path):
     log(tmp_path, range(7), 1.0)
-    next_second()
-    log(tmp_path, range(4, 9), 2.0, resume_step=3)
+    log(tmp_path, range(4, 9), 2.0, resume_at=3)
     assert curve(tmp_path, "train/loss") == [(step, 1.0 if step <= 3 else 2.0) for step in range(9)]
 
 
 def test_a_run_that_starts_again_before_its_first_checkpoint_has_one_curve(tmp_path):
     log(tmp_path, [0, 10, 20], 1.0)
-    next_second()
     log(tmp_path, [0, 5], 2.0)
     assert curve(tmp_path, "train/loss") == [(0, 2.0), (5, 2.0)]
 
@@ -93,8 +92,7 @@ def test_a_record_cut_by_a_kill_hides_nothing_of_the_next_attempt(tmp_path):
     log(tmp_path, range(7), 1.0)
     (first,) = tmp_path.iterdir()
     first.write_bytes(first.read_bytes()[:-9])
-    next_second()
-    log(tmp_path, [4, 5], 2.0, resume_step=3)
+    log(tmp_path, [4, 5], 2.0, resume_at=3)
     assert curve(tmp_path, "train/loss") == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
 
 
@@ -153,22 +151,112 @@ def test_a_full_disk_ends_the_curves_in_one_line_and_not_the_run(tmp_path):
     assert done.stderr == ""
     points = curve(tmp_path, "train/loss")
     assert 0 < len(points) < 300
-    next_second()
-    log(tmp_path, range(5, 9), 2.0, resume_step=4)
+    log(tmp_path, range(5, 9), 2.0, resume_at=4)
     assert curve(tmp_path, "train/loss") == [(step, 1.0 if step <= 4 else 2.0) for step in range(9)]
 
 
-def test_other_threads_fail_as_ever(tmp_path, monkeypatch):
-    import threading
+def test_a_disk_that_hangs_costs_points_and_not_the_run(tmp_path, capsys, monkeypatch):
+    """The writer stays in its first write until the test lets it go; nothing that the run does waits for it long."""
+    released, entered = threading.Event(), threading.Event()
 
-    seen = []
-    monkeypatch.setattr(threading, "excepthook", seen.append)
-    with Monitor(tmp_path, enabled=True):
-        thread = threading.Thread(target=lambda: 1 / 0)
-        thread.start()
-        thread.join()
-    assert [type(failure.exc_value) for failure in seen] == [ZeroDivisionError]
-    assert threading.excepthook == seen.append
+    class Hanging(RecordWriter):
+        def write(self, data):
+            entered.set()
+            released.wait()
+            super().write(data)
+
+    monkeypatch.setattr(record_writer, "RecordWriter", Hanging)
+    monkeypatch.setattr(curves, "QUEUE_LENGTH", 10)
+    monkeypatch.setattr(curves, "PATIENCE_SECONDS", 0.1)
+    with Monitor(tmp_path, enabled=True) as shown:
+        assert entered.wait(60)
+        shown.flush()
+        for step in range(50):
+            shown.scalars(step, {"train/loss": 1.0})
+        shown.flush()
+        shown.line("trained to the end")
+        thread = shown.curves._thread
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "is slow" in said[0] and "trained to the end" in said[1]
+    assert thread.is_alive()
+    released.set()
+    thread.join(60)
+    assert 0 < len(curve(tmp_path, "train/loss")) < 50
+
+
+DESCRIPTION = Description({"run/1_command": "    python -m x"}, {"kind": "student", "alpha": 0.9, "temperature": None})
+
+
+def described(folder) -> EventAccumulator:
+    with Monitor(folder, enabled=True) as shown:
+        shown.describe(0, DESCRIPTION)
+        shown.scalars(64, dict.fromkeys(TAGS.values(), 0.5))
+        shown.finished(64)
+    return EventAccumulator(str(folder)).Reload()
+
+
+def test_texts_are_read_back(tmp_path):
+    events.emit(tmp_path, events.Code.DATA_READY)
+    found = described(tmp_path)
+    texts = {tag: found.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in found.Tags()["tensors"][:2]}
+    assert texts["run/1_command/text_summary"] == "    python -m x"
+    assert texts["attempts/text_summary"].splitlines()[2].startswith("| 1 | 2")
+
+
+def test_a_history_that_cannot_be_read_costs_its_text_alone(tmp_path):
+    (tmp_path / events.NAME).mkdir()
+    tags = described(tmp_path).Tags()
+    assert "run/1_command/text_summary" in tags["tensors"] and "attempts/text_summary" not in tags["tensors"]
+    assert tags["scalars"]
+
+
+def test_the_layout_names_tags_that_are_written(tmp_path):
+    found = described(tmp_path)
+    layout = Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [chart.title for chart in layout.category[0].chart] == list(CHARTS)
+    tags = [tag for chart in layout.category[0].chart for tag in chart.multiline.tag]
+    assert sorted(tags) == sorted(TAGS.values()) and set(tags) <= set(found.Tags()["scalars"])
+
+
+def test_hyperparameters_are_in_the_runs_own_file(tmp_path):
+    found = described(tmp_path)
+    content = {
+        tag: HParamsPluginData.FromString(found.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content)
+        for tag in ("experiment", "session_start_info", "session_end_info")
+    }
+    assert {**content["session_start_info"].session_start_info.hparams}.keys() == {"kind", "alpha"}
+    assert content["session_end_info"].session_end_info.status == Status.Value("STATUS_SUCCESS")
+    metrics = {info.name.tag for info in content["experiment"].experiment.metric_infos}
+    assert TAGS["top1"] in metrics and metrics <= set(found.Tags()["scalars"])
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith("events.out")]) == 1
+
+
+def test_pictures_are_read_back_and_an_error_in_drawing_ends_them_alone(tmp_path, capsys):
+    calls = []
+
+    def fails():
+        calls.append(1)
+        raise ZeroDivisionError("no area")
+
+    with Monitor(tmp_path, enabled=True) as shown:
+        shown.pictures(5, lambda: {"5_pictures/1": (b"\x89PNG", (7, 8))})
+        shown.pictures(6, fails)
+        shown.pictures(7, fails)
+        shown.scalars(7, {"top1": 0.5})
+    (image,) = EventAccumulator(str(tmp_path)).Reload().Images("5_pictures/1")
+    assert (image.step, image.width, image.height, image.encoded_image_string) == (5, 7, 8, b"\x89PNG")
+    assert calls == [1] and curve(tmp_path, "top1") == [(7, 0.5)]
+    assert "no more pictures" in capsys.readouterr().out
+
+
+def test_scores_of_a_part_of_train_have_tags_of_their_own():
+    row = {"step": 3, "tune_top1": 0.5, "train_total": 1.0, "lr": 0.1, "grad_norm": None, "goodput": 0.9}
+    assert curves_of(row) == {
+        "1_overview/1_top1_tune": 0.5,
+        "1_overview/5_loss_total": 1.0,
+        "4_more/lr": 0.1,
+        "2_health/goodput": 0.9,
+    }
 
 
 # ---- progress

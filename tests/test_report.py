@@ -12,10 +12,12 @@ import pytest
 from kd_dist import cache
 from kd_dist.report import COLUMNS, main, report
 from kd_dist.run.claim import claim
+from kd_dist.run.curves import CHARTS
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.metrics import append_metrics
 from kd_dist.run.results import write_val_logits
 from kd_dist.run.state import write_state
+from kd_dist.study import plots
 
 N, K = 8, 3
 LABELS_N = np.arange(N) % K
@@ -259,3 +261,21 @@ def test_entries_without_a_run_are_refused_together(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert main([str(tmp_path / "nothing"), str(tmp_path / "file")]) == 2
     assert f"no runs in {tmp_path}/nothing (not a run), {tmp_path}/file (not a run); name" in capsys.readouterr().err
+
+
+def test_the_plot_has_a_panel_a_chart_with_the_runs_values(runs, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "_png", lambda figure: drawn.setdefault("figure", figure) and b"PNG")
+    names = ("teacher", "distilled", "hard")
+    assert main([*(str(runs / name) for name in names), "--plot", str(tmp_path / "first.png")]) == 0
+    assert (tmp_path / "first.png").read_bytes() == b"PNG"
+    panels = {axis.get_title().splitlines()[0]: axis for axis in drawn["figure"].axes}
+    assert panels.keys() == CHARTS.keys()
+    lines = [list(line.get_ydata()) for line in panels["top-1"].lines]
+    assert [values for values in lines if values] == [[0.75] * 3, [0.5] * 3, [0.375] * 3]
+    assert list(panels["agreement with the teacher"].lines[1].get_ydata()) == [0.111] * 3
+
+
+def test_a_plot_that_cannot_be_written_is_refused_in_one_sentence(runs, tmp_path, capsys):
+    assert main([str(runs / "teacher"), "--plot", str(tmp_path / "missing" / "first.png")]) != 0
+    assert capsys.readouterr().err.count("\n") == 1

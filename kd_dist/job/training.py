@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import nn
@@ -11,13 +12,16 @@ from kd_dist.config import MEAN, STD, AugmentationConfig, LabelUse, NetworkConfi
 from kd_dist.dist.cores import spare_cores
 from kd_dist.dist.endings import StopRequest
 from kd_dist.dist.runtime import Runtime
+from kd_dist.job.about import describe
 from kd_dist.job.checks import ALL_LABELS, batch_warnings
 from kd_dist.job.data import Data
 from kd_dist.job.lifecycle import emit
+from kd_dist.job.pictures import is_pictured, pictures_of
 from kd_dist.job.progress import say
 from kd_dist.job.selection import labelled_of, members_of, scored_on
 from kd_dist.job.validation import Validation
 from kd_dist.models import count_weights
+from kd_dist.run.curves import Description
 from kd_dist.run.events import Code
 from kd_dist.run.folder import RunFolder
 from kd_dist.tables import counted
@@ -48,6 +52,7 @@ class Training:
     config: NetworkConfig
     trainer: Trainer
     validation: Validation
+    description: Description
 
     def run(self, stop: StopRequest) -> tuple[nn.Module, np.ndarray]:
         """Train to the end of the schedule, resuming what the folder holds: the resulting model, and its logits float32
@@ -59,7 +64,7 @@ class Training:
         for warning in batch_warnings(self.config.optimisation.batch_size, runtime.world_size, runtime.device.type):
             say(runtime, f"warning: {warning}")
         emit(folder, runtime, Code.TRAINING_STARTED, epochs=epochs, ranks=runtime.world_size)
-        self.trainer.run(stop)
+        self.trainer.run(stop, self.description)
         model = self.trainer.evaluated_model
         return model, self.validation.logits(model)
 
@@ -82,7 +87,12 @@ def compose_training(
     validation = Validation(scored_on(config.split, data), data, runtime, image_size, precision, cache)
 
     def evaluate(epoch: int, model: nn.Module) -> dict[str, float]:
-        metrics = validation.metrics(model) if config.is_evaluated_after(epoch) else {}
+        metrics = {}
+        if config.is_evaluated_after(epoch):
+            logits_MK = validation.logits(model)
+            metrics = validation.metrics_of(logits_MK)
+            if is_pictured(epoch, config.optimisation.epochs, config.run.evaluate_every):
+                _draw(trainer, validation, model, logits_MK, epoch)
         if after_epoch:
             runtime.on_main(lambda: after_epoch(epoch, model, metrics))
         emit(folder, runtime, Code.EPOCH_FINISHED, epoch=epoch, epochs=config.optimisation.epochs, **metrics)
@@ -98,7 +108,13 @@ def compose_training(
         runtime=runtime,
         folder=folder,
     )
-    return Training(config, trainer, validation)
+    return Training(config, trainer, validation, describe(config, data.samples, cache, runtime))
+
+
+def _draw(trainer: Trainer, validation: Validation, model: nn.Module, logits_MK: np.ndarray, epoch: int) -> None:
+    """Let rank 0 add pictures to TensorBoard."""
+    draw = partial(pictures_of, trainer, validation, model, logits_MK, epoch)
+    trainer.runtime.on_main(lambda: trainer.monitor.pictures(trainer.images_seen, draw))
 
 
 def _train_data(config: NetworkConfig, data: Data, supervision: Supervision) -> TrainData:

@@ -23,13 +23,15 @@ class Validation:
         self.threads = data.threads
         self.pixels, rows_M = data.pixels[self.scored.split], self.scored.rows_M
         self.teacher_MK = cache.split(self.scored.split).logits_NVK[rows_M, 0] if cache else None
+        # A mean of probabilities is known at its own temperature alone.
+        self.temperature = (cache.header.temperature if cache else None) or 1.0
         self.dtype = compute_dtype(runtime.device, precision)
         box_M4 = views.evaluation_boxes(self.pixels.sizes_N2[rows_M])
         self.shown = views.Shown.plain(rows_M, box_M4, np.zeros(len(rows_M), np.uint8))
 
-    def logits(self, model: nn.Module) -> np.ndarray:
-        """Logits float32 [M, K], the same on every rank."""
-        forward = Forward(
+    def forward(self, model: nn.Module) -> Forward:
+        """The model in evaluation mode, with these images."""
+        return Forward(
             model,
             self.pixels,
             self.image_size,
@@ -39,11 +41,15 @@ class Validation:
             dtype=self.dtype,
             threads=self.threads,
         )
-        return forward.all_logits(self.shown, len(self.scored.samples.classes), self.runtime)
+
+    def logits(self, model: nn.Module) -> np.ndarray:
+        """Logits float32 [M, K], the same on every rank."""
+        return self.forward(model).all_logits(self.shown, len(self.scored.samples.classes), self.runtime)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """val_top1, val_loss (cross-entropy in nats), and val_agreement with the teacher's top class where a teacher is
-        cached; "tune_" heads the names where it is not val.
+        """val_top1 and val_loss (cross-entropy in nats). Where a teacher is cached also val_agreement with its top
+        class, val_kl, the mean KL divergence from its probabilities in nats, and its own val_teacher_top1. "tune_"
+        heads the names where it is not val.
         """
         return self.metrics_of(self.logits(model))
 
@@ -54,7 +60,18 @@ class Validation:
         metrics = {"top1": top1(logits_MK, labels_M), "loss": float(loss)}
         if self.teacher_MK is not None:
             metrics["agreement"] = top1(logits_MK, self.teacher_MK.argmax(axis=1))
+            metrics["kl"] = mean_kl(self.teacher_MK, logits_MK, self.temperature)
+            metrics["teacher_top1"] = top1(self.teacher_MK, labels_M)
         return {f"{self.scored.head}_{name}": value for name, value in metrics.items()}
+
+
+def mean_kl(teacher_NK: np.ndarray, logits_NK: np.ndarray, temperature: float) -> float:
+    """The mean of KL(teacher || network) over samples, in nats, of the probabilities at a temperature."""
+    of_teacher_NK, of_network_NK = (
+        torch.from_numpy(values_NK.astype(np.float64) / temperature).log_softmax(dim=1)
+        for values_NK in (teacher_NK, logits_NK)
+    )
+    return float((of_teacher_NK.exp() * (of_teacher_NK - of_network_NK)).sum(dim=1).mean())
 
 
 def top1(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:

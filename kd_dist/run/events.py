@@ -3,14 +3,15 @@
     {"time": "2026-01-31T12:00:00.250+00:00", "code": "checkpoint-written", "job": "0001-teacher", "step": 141}
 
 `time` is UTC, `code` one of `Code`; `job` is there where a launcher named its job in KD_DIST_JOB; the rest are facts.
-Only rank 0 appends, each line with a single write. A reader passes over a line that was cut.
+Only rank 0 appends, and its launcher when it has ended; each line with a single write. A reader passes over a line
+that was cut.
 """
 
 import contextlib
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +37,7 @@ class Code(StrEnum):
     RUN_FINISHED = "run-finished"
     RUN_INTERRUPTED = "run-interrupted"  # stopped on request, all saved [reason, message]
     RUN_FAILED = "run-failed"  # [reason, message]
+    RUN_REQUEUED = "run-requeued"  # a launcher asked for another start [why]; written when rank 0 has ended
 
 
 class Reason(StrEnum):
@@ -88,3 +90,43 @@ def read(path: Path) -> list[dict[str, Any]]:
             if isinstance(event, dict) and "code" in event:
                 events.append(event)
     return events
+
+
+def standing(events: Sequence[Mapping[str, Any]], trained_s: float) -> dict[str, float]:
+    """How a run stands: attempts so far, and goodput, the share that training took, `trained_s`, of all the time since
+    the first attempt had its data, waits in a queue included. Empty where nothing was noted.
+    """
+    begun = [event for event in events if event["code"] == Code.DATA_READY]
+    if not begun:
+        return {}
+    passed = datetime.now(UTC) - datetime.fromisoformat(begun[0]["time"])
+    return {"attempts": len(begun), "goodput": trained_s / max(passed.total_seconds(), 1e-9)}
+
+
+_ENDS = {
+    Code.RUN_FINISHED: "finished",
+    Code.RUN_INTERRUPTED: "stopped on request, all saved",
+    Code.RUN_FAILED: "failed",
+    Code.RUN_REQUEUED: "requeued",
+}
+
+
+def history(events: Sequence[Mapping[str, Any]]) -> str:
+    """The attempts of a run as a Markdown table: when each began, on how many ranks, from which step, how it ended."""
+    rows: list[dict[str, str]] = []
+    for event in events:
+        code = event["code"]
+        if code == Code.DATA_READY:
+            rows.append({"began": event["time"][:19], "from step": "0", "ranks": "-", "ended": "-", "how": ""})
+        elif rows and code in (Code.TRAINING_STARTED, Code.RESUMED):
+            facts = {"ranks": "ranks", "step": "from step"}
+            rows[-1] |= {facts[fact]: str(event[fact]) for fact in facts if fact in event}
+        elif rows and code in _ENDS:
+            how = [_ENDS[code], *(str(event[fact]) for fact in ("why", "message") if event.get(fact))]
+            rows[-1] |= {"ended": event["time"][:19], "how": "; ".join(filter(None, [rows[-1]["how"], ": ".join(how)]))}
+    for row in rows[:-1]:
+        row["how"] = row["how"] or "killed: it noted no end"
+    names = ("began", "ranks", "from step", "ended", "how")
+    lines: list[tuple[str, ...]] = [("attempt", *names), ("---",) * (1 + len(names))]
+    lines += [(str(number), *(attempt[name] for name in names)) for number, attempt in enumerate(rows, 1)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""What a run shows while it works: TensorBoard curves, and a progress bar or plain lines. Ranks but the first are mute.
+"""What a run shows while it works: a progress bar or plain lines, and curves. Ranks but the first are mute.
 
 Nothing here may end a training run: a full disk under TensorBoard or a closed terminal costs the image, not the work.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO
 
+from kd_dist.run import events
+from kd_dist.run.curves import Curves, Description
+
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
 _BAR_EVERY_S = 0.5
@@ -24,8 +25,8 @@ _BAR_EVERY_S = 0.5
 class Monitor:
     """Curves in `folder` (None: no curves) and progress on `stream` (None: standard output); mute unless `enabled`.
 
-    `resume_step` is the step of the checkpoint that the run resumes from, 0 for none: TensorBoard then drops what an
-    earlier attempt logged after it, so that curves stay single. Plain lines come at most every `lines_every_s` seconds.
+    `resume_at` is the number of images seen at the checkpoint that the run resumes from, 0 for none; see Curves. Plain
+    lines come at most every `lines_every_s` seconds.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Monitor:
         folder: Path | None,
         *,
         enabled: bool,
-        resume_step: int = 0,
+        resume_at: int = 0,
         lines_every_s: float = 30.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -44,43 +45,50 @@ class Monitor:
         self._clock = clock
         self._every_s = _BAR_EVERY_S if self._on_terminal else lines_every_s
         self._next_s = clock() + (0 if self._on_terminal else lines_every_s)
-        self._curves: SummaryWriter | None = None
-        self._thread_hook = threading.excepthook
-        if enabled and folder is not None:
-            self._guarded(lambda: self._open(folder, resume_step))
+        self._folder, self._pictures_failed = folder, False
+        self.curves = Curves(folder, resume_at, self.line) if enabled and folder is not None else None
 
-    def _open(self, folder: Path, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def scalars(self, at: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Add one point at `at` training images to each named curve, such as {"3_steps/total": 0.7}."""
+        if self.curves is not None:
+            self.curves.scalars(at, values)
 
-        # The writer's thread would print a traceback of what _guarded says in one line.
-        threading.excepthook = self._thread_failed
-        self._curves = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
+    def describe(self, at: int, description: Description) -> None:
+        """Show what the run is, and the attempts so far."""
+        if self.curves is not None:
+            assert self._folder is not None
+            texts = dict(description.texts)
+            with contextlib.suppress(OSError):
+                texts["attempts"] = events.history(events.read(self._folder / events.NAME))
+            self.curves.describe(at, replace(description, texts=texts))
 
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        if not type(failure.thread).__module__.startswith("tensorboard."):
-            self._thread_hook(failure)
+    def pictures(self, at: int, draw: Callable[[], Mapping[str, tuple[bytes, tuple[int, int]]]]) -> None:
+        """Add the pictures that `draw` gives by tag: PNG or JPEG, and width and height. Not called without curves; an
+        error in it ends the pictures, not the run.
+        """
+        if self.curves is None or self._pictures_failed:
+            return
+        try:
+            for tag, (encoded, size) in draw().items():
+                self.curves.picture(at, tag, encoded, size)
+        except Exception as error:
+            self._pictures_failed = True
+            self.line(f"there are no more pictures in TensorBoard, the run goes on: {error!r}")
 
-    def scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Add one point at `step` (optimizer updates so far) to each named curve, such as {"train/loss": 0.7}."""
-        if self._curves is not None:
-            curves = self._curves
-
-            def write() -> None:
-                for name, value in values.items():
-                    curves.add_scalar(name, float(value), step)
-
-            self._guarded(write)
+    def finished(self, at: int) -> None:
+        """The run has come to its end."""
+        if self.curves is not None:
+            self.curves.finished(at)
 
     def flush(self) -> None:
-        """Bring all points to disk. Call it before saving a checkpoint: what is lost before it is not logged again."""
-        if self._curves is not None:
-            self._guarded(self._curves.flush)
+        """Bring all points to disk, see Curves.flush."""
+        if self.curves is not None:
+            self.curves.flush()
 
     def close(self) -> None:
-        if self._curves is not None:
-            self._guarded(self._curves.close)
-            self._curves = None
-        threading.excepthook = self._thread_hook
+        if self.curves is not None:
+            self.curves.close()
+            self.curves = None
 
     def __enter__(self) -> Monitor:
         return self
@@ -118,14 +126,6 @@ class Monitor:
             return False
         self._next_s = self._clock() + self._every_s
         return True
-
-    def _guarded(self, write: Callable[[], object]) -> None:
-        """SummaryWriter writes from a thread of its own and raises its errors in later calls: any call can fail."""
-        try:
-            write()
-        except Exception as error:
-            self._curves = None
-            self.line(f"TensorBoard curves end here; the run continues: {error}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from kd_dist.study.statistics import spread
 
@@ -16,6 +17,8 @@ PANELS = {
     "calibration_error": ("calibration error", 1),
 }
 LOG_AXIS_FROM = 4.0  # times the least value
+DASHES = ("-", "--", ":")
+LEGEND = {"-": "solid", "--": "dashed", ":": "dotted"}
 Values = Mapping[str, Mapping[str, Sequence[float]]]
 """Values over seeds, by arm and metric."""
 
@@ -88,6 +91,32 @@ def plot_summary(arms: Values, teacher_top1: float) -> bytes:
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="lower left")
     return _png(figure)
+
+
+def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], charts: Mapping[str, Sequence[str]]) -> bytes:
+    """A PNG with a panel a chart: the values of each run's rows that a chart names, over epochs. A run has one colour;
+    the values of a chart differ in their dashes. Of a score "top1" a row has "val_top1" or "tune_top1".
+    """
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, -(-len(charts) // 2)).flat
+    for axis, (title, names) in zip(panels, charts.items(), strict=False):
+        for number, rows in enumerate(runs.values()):
+            for dashes, name in zip(DASHES, names, strict=False):
+                axis.plot(*_line(rows, name), dashes, color=f"C{number % 10}", marker=".", markersize=3)
+        words = ", ".join(f"{LEGEND[dashes]}: {name}" for dashes, name in zip(DASHES, names, strict=False))
+        axis.set_title(f"{title}\n{words}" if len(names) > 1 else title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel("epochs")
+    handles = [Line2D([], [], color=f"C{number % 10}", label=name) for number, name in enumerate(runs)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    return _png(figure)
+
+
+def _line(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    names = (name, f"val_{name}", f"tune_{name}")
+    points = [(row["epoch"], row[known]) for row in rows for known in names if row.get(known) is not None]
+    return [epoch for epoch, _ in points], [value for _, value in points]
 
 
 def _png(figure: Any) -> bytes:

@@ -28,17 +28,19 @@ from kd_dist.errors import UserError
 from kd_dist.images import views
 from kd_dist.inference import autocast, compute_dtype, input_dtype
 from kd_dist.run import checkpoint, events
+from kd_dist.run.curves import Description, curves_of
 from kd_dist.run.folder import RunFolder
 from kd_dist.run.metrics import append_metrics, read_metrics, sync_metrics, truncate_metrics
 from kd_dist.run.monitor import Monitor
 from kd_dist.tables import counted
+from kd_dist.training import health
 from kd_dist.training.batches import Batch, EpochBatches, TrainData
 from kd_dist.training.device_input import prepared
 from kd_dist.training.optimiser import Ema, Optimisation, make_optimizer
 from kd_dist.training.profiling import Trace
 from kd_dist.training.randomness import StepRandomness
 from kd_dist.training.saving import Checkpoints, Heartbeat
-from kd_dist.training.watch import EpochSums, LossWatch, weights_are_finite
+from kd_dist.training.watch import EpochSums, LossWatch, StepClock, norm_of, weights_are_finite
 
 LossTerms = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """(model, batch with normalised images) -> named losses [B] of every sample, "total" among them."""
@@ -99,44 +101,56 @@ class Trainer:
         self.total_steps = optimisation.epochs * self.steps_per_epoch
         self.sync_every = GPU_STEPS_BETWEEN_SYNCS if runtime.device.type == "cuda" else 1
         self.step = 0
-        self.sums, self.losses = EpochSums(), LossWatch()
+        self.sums, self.losses, self.clock = EpochSums(), LossWatch(), StepClock(runtime.device)
         # `run` opens the run's own.
         self.stop, self.monitor = StopRequest(), Monitor(None, enabled=False)
         self.checkpoints: Checkpoints | None = None
+        self.peak_images_per_s: float | None = None
 
     @property
     def evaluated_model(self) -> nn.Module:
         return self.ema.model if self.ema else self.model
 
+    @property
+    def images_seen(self) -> int:
+        """Training images seen so far, by all ranks: the horizontal axis of curves."""
+        epochs, steps = divmod(self.step, self.steps_per_epoch)
+        smallest, larger = divmod(len(self.data), self.steps_per_epoch)  # so many batches have one image more
+        return epochs * len(self.data) + steps * smallest + min(steps, larger)
+
     # ---- the loop
 
-    def run(self, stop: StopRequest) -> None:
+    def run(self, stop: StopRequest, description: Description | None = None) -> None:
         """Train to the end. Raises UserError (diverged, cannot save) and Interrupted (asked to stop, all saved)."""
         self.stop = stop
         self._warm_up_ddp()
         resumed = self._resume()
+        if self.runtime.is_main:
+            self.peak_images_per_s = health.peak_images_per_s(
+                self.model, self.data.image_size, self.runtime.device, self.compute_dtype, self.runtime.world_size
+            )
         with self._collaborators():
             if resumed:
                 self.monitor.line(resumed)
+            self.monitor.describe(self.images_seen, description or Description())
             if self._at_epochs_end() and not self._has_row():
                 self._end_epoch()
             while self.step < self.total_steps:
                 self._train_epoch()
                 self._end_epoch()
             self.runtime.on_main(self._finish_writing)
+            self.monitor.finished(self.images_seen)
         if any(self.runtime.gather(self.stop.signal)):
             self._interrupt()
 
     def _train_epoch(self) -> None:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
-        self.sums.start_clock()
+        self._start_clocks()
         batches = self.batches(epoch, first_step)
         shown = self.monitor.epoch(epoch + 1, self.optimisation.epochs, self.steps_per_epoch, first_step)
         with shown as progress, fastest_kernels():
             for done in range(first_step + 1, self.steps_per_epoch + 1):
-                with self.sums.waiting():
-                    batch = next(batches)
-                self.train_step(batch)
+                self.train_step(next(batches))
                 self.trace.step()
                 if self.step % self.sync_every == 0 or done == self.steps_per_epoch:
                     self.sync()
@@ -145,7 +159,7 @@ class Trainer:
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch from `first_step` on, ready for the network."""
         batches = self.data.epoch(epoch, self.runtime, self.execution.workers, first_step)
-        return prepared(batches, self.prepare, self.runtime.device)
+        return prepared(self.sums.waited_for(batches), self.prepare, self.runtime.device)
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch on the device, its images normalised."""
@@ -156,17 +170,26 @@ class Trainer:
         """Forward, backward and update on a prepared batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.optimisation.lr_at(self.step, self.steps_per_epoch)
+        begin = self.clock.mark()
         with self.randomness.of(self.step):
             losses = self._losses(batch)
+            loss_known = self.clock.mark()
             # The gradient of the batch's mean by each loss, times the ranks, because DDP averages over them.
             share = share_of_mean(batch.global_size, self.runtime.world_size, losses["total"].dtype)
             losses["total"].backward(torch.full_like(losses["total"], share))
+        if self._measures_gradient(self.step + 1):
+            self.losses.note_gradient(self.model)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.ema:
             self.ema.update(self.step)
         self.losses.add(self.step, losses)
+        self.clock.add(begin, loss_known, self.clock.mark())
+
+    def _measures_gradient(self, step: int) -> bool:
+        """Whether this step's gradient is measured: now and then, and at an epoch's end."""
+        return step % GPU_STEPS_BETWEEN_SYNCS == 0 or step % self.steps_per_epoch == 0
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         with autocast(self.runtime.device, self.compute_dtype):
@@ -194,6 +217,8 @@ class Trainer:
         """Add up the ranks' sums and act together: end on a bad loss, save when it is time, stop when asked to."""
         mine = self.losses.fetch()
         self.sums.stop_clock()
+        self.clock.read()
+        self.sums.grad_norm = self.losses.fetch_grad_norm() or self.sums.grad_norm
         flags = {
             "stop": self.stop.signal is not None,
             "diverged": self.losses.first_bad is not None,
@@ -208,7 +233,8 @@ class Trainer:
         if flags["unwritten"]:
             self.runtime.on_main(self._finish_writing)
         if self.step % GPU_STEPS_BETWEEN_SYNCS == 0:
-            self.monitor.scalars(self.step, {f"step/{name}": value for name, value in self.sums.recent.items()})
+            recent = {**self.sums.recent, "grad_norm": self.sums.grad_norm or 0.0}
+            self.monitor.scalars(self.images_seen, {f"3_steps/{name}": value for name, value in recent.items()})
         if flags["save"] or flags["stop"]:
             self._save()
         elif self.checkpoints:
@@ -216,6 +242,10 @@ class Trainer:
         if flags["stop"]:
             self.runtime.on_main(self._finish_writing)
             self._interrupt()
+
+    def _start_clocks(self) -> None:
+        self.sums.start_clock()
+        self.clock.pause()
 
     def _is_time_to_save(self) -> bool:
         """Now and then, after the last step, and after an epoch that took longer than "now and then", because its
@@ -264,10 +294,13 @@ class Trainer:
         self.runtime.take_from_main(list(self.evaluated_model.buffers()))
         epoch, lr = self.step // self.steps_per_epoch, self.optimizer.param_groups[0]["lr"]
         metrics = self.evaluate(epoch, self.evaluated_model)
+        metrics |= health.metrics_of(self.runtime.gather(health.health_of(self.clock, self.sums)), self.sums.seconds)
+        metrics["weight_norm"] = float(norm_of([weight.detach() for weight in self.model.parameters()]))
         # What an epoch takes where nothing interrupts it: its steps and its evaluation, without the saves.
         epoch_s = self.sums.seconds + time.monotonic() - started
         row = {"step": self.step, "epoch": epoch, **metrics, **self.sums.row(), "epoch_s": epoch_s, "lr": lr}
         self.sums = EpochSums()
+        self.clock.restart()
         self.runtime.on_main(lambda: self._keep_row(row))
 
     def _has_row(self) -> bool:
@@ -275,17 +308,19 @@ class Trainer:
         return self.runtime.on_main(lambda: self.step in {row["step"] for row in read_metrics(self.folder)})
 
     def _keep_row(self, row: dict[str, Any]) -> None:
+        if self.peak_images_per_s:
+            row["model_flops_share"] = row["images_per_s"] / self.peak_images_per_s
+        trained_s = row["train_s"] + sum(earlier.get("train_s", 0.0) for earlier in read_metrics(self.folder))
+        with contextlib.suppress(OSError):  # a failing disk costs these figures, not the run
+            row |= events.standing(events.read(self.folder.events), trained_s)
         append_metrics(self.folder, row)
-        names = {name: name.replace("_", "/", 1) for name in row if name.startswith((*SCORES, "train_"))}
-        self.monitor.scalars(self.step, {shown: row[name] for name, shown in names.items()})
-        speed = {"speed/images_per_s": row["images_per_s"], "speed/data_wait_s": row["data_wait_s"], "lr": row["lr"]}
-        self.monitor.scalars(self.step, speed)
+        self.monitor.scalars(self.images_seen, curves_of(row))
         scores = [name.partition("_") for name in row if name.startswith(SCORES)]
         scores.sort(key=lambda score: score[2] != "loss")  # beside the training loss
         shown = "".join(f" {prefix} {name} {row[prefix + _ + name]:.4f}," for prefix, _, name in scores)
         self.monitor.line(
             f"epoch {row['epoch']}/{self.optimisation.epochs}: train loss {row['train_total']:.4f},{shown} "
-            f"{row['images_per_s']:.0f} images/s, waited {row['data_wait_s']:.1f} s for data"
+            f"{row['images_per_s']:.0f} images/s, waited {row.get('data_wait_s', 0.0):.1f} s for data"
         )
         self.monitor.flush()  # this step may have its checkpoint already: a resume from it will not log this again
 
@@ -298,7 +333,7 @@ class Trainer:
         traces = main and self.execution.profile
         with (
             ThreadPoolExecutor(1, "disk") as disk,
-            Monitor(folder.path, enabled=main, resume_step=self.step) as self.monitor,
+            Monitor(folder.path, enabled=main, resume_at=self.images_seen) as self.monitor,
             Trace(folder, self.total_steps - self.step, self.monitor.line, enabled=traces) as self.trace,
         ):
             self.heartbeat = Heartbeat(folder, disk)
@@ -309,7 +344,7 @@ class Trainer:
         """Have rank 0 save a checkpoint; an error of the one before it is raised on all ranks."""
         self._require_finite_weights()
         self.runtime.on_main(self._save_checkpoint)
-        self.sums.start_clock()
+        self._start_clocks()
 
     def _save_checkpoint(self) -> None:
         self.monitor.flush()

@@ -1,5 +1,6 @@
 """Jobs that are stopped from outside resume by themselves, and end with the weights of a run that nobody stopped."""
 
+from kd_dist.run import events
 from launch.supervisor import Job
 
 TWO_BY_TWO = "--nodes 2 --gpus-per-node 0 --ranks-per-node 2 --cpus-per-task 1 --time 30m --partition low"
@@ -30,6 +31,9 @@ def test_preempted_and_requeued_on_two_nodes_ends_with_the_same_bits(reference, 
 
     assert reference.state("again/student")["status"] == "finished"
     assert job.last_attempt() == 2
+    attempts = events.history(events.read(reference.folder / "again/student" / events.NAME)).splitlines()[2:]
+    assert "stopped on request, all saved" in attempts[0] and attempts[0].endswith("requeued: preempted |")
+    assert len(attempts) == 3 and attempts[2].endswith("| finished |")
     assert "resuming from step" in job.log(1, 0).read_text(encoding="utf-8")
     assert reference.weights("again/student") == reference.weights("runs/student")
 

@@ -85,6 +85,19 @@ def test_tensorboard_listens_on_localhost_and_says_how_to_reach_it(reference, ch
             return False
 
     wait_for(answers, 90, lambda: log.read_text(encoding="utf-8"))
-    assert f"ssh -N -L {port}:localhost:{port} -J " in log.read_text(encoding="utf-8")
+    shown = log.read_text(encoding="utf-8")
+    node = reference.box.facts(job)["NodeList"]
+    (line,) = [line for line in shown.splitlines() if f"ssh -N -L {port}:localhost:{port} -J " in line]
+    assert line.endswith(f"@{node}"), "the node that it runs on is at the end"
+    assert listeners(port) == {"127.0.0.1"}, "nobody outside the node reaches it"
     reference.box.run("scancel", job)
     reference.box.wait_state(job, "CANCELLED")
+    wait_for(lambda: not listeners(port), 60, lambda: "TensorBoard outlives its job")
+
+
+def listeners(port: int) -> set[str]:
+    """The addresses of this machine on which something listens at a TCP port, from the kernel's tables."""
+    tables = (Path(f"/proc/net/{name}").read_text(encoding="utf-8") for name in ("tcp", "tcp6"))
+    rows = [line.split()[1:4] for table in tables for line in table.splitlines()[1:]]
+    found = {local.rpartition(":")[0] for local, _, state in rows if local.endswith(f":{port:04X}") and state == "0A"}
+    return {"127.0.0.1" if address == "0100007F" else address for address in found}
