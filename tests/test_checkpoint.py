@@ -355,7 +355,7 @@ def test_a_model_of_ours_that_is_cut_short_is_called_damaged(folder):
     save_model(folder.model, {"weights": {"a": torch.ones(2000)}, "arch": "cnn5"})
     for length in (-1, -3000):
         folder.model.write_bytes(folder.model.read_bytes()[:length])
-        with pytest.raises(UserError, match=r"model\.pt is cut short or damaged"):
+        with pytest.raises(UserError, match=r"model\.pt is truncated or damaged"):
             load_model(folder.model)
 
 
@@ -635,7 +635,7 @@ def test_val_logits_that_are_none_are_refused(folder):
     write_val_logits(folder.val_logits, np.full((50, 3), 7.5), np.ones(50), ["a"] * 50, "f")
     whole = folder.val_logits.read_bytes()
     folder.val_logits.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         read_val_logits(folder.val_logits)
     folder.val_logits.write_bytes(whole)
     flip_byte(folder.val_logits, whole.index(np.full(9, 7.5, "<f4").tobytes()) + 3)

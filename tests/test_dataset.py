@@ -419,7 +419,7 @@ def test_chosen_folder_without_a_set_is_not_fetched_into(tmp_path: Path):
         (None, "weird name.tgz", None, "name with --release"),
         (None, "x.tgz", "abc", "64 hexadecimal digits"),
         (None, "missing.tgz", None, "no archive missing.tgz"),
-        (None, "nothing://host/x.tgz", None, "is no address that can be fetched"),
+        (None, "nothing://host/x.tgz", None, "is not a URL that can be downloaded"),
     ],
 )
 def test_wrong_wishes_are_refused(tmp_path: Path, release, archive, sha256, words: str):

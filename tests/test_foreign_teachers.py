@@ -74,7 +74,7 @@ def test_weights_that_do_not_fit_or_cannot_be_read_are_refused(here, capsys):
     given = network(3).state_dict()
     model = models.build("own_teachers:small", 3)
     del given["norms.0.bias"]
-    with pytest.raises(UserError, match=r"does not fit this network: missing norms.0.bias, not known extra; name"):
+    with pytest.raises(UserError, match=r"does not fit this network: missing norms.0.bias, not known extra; pass"):
         take_weights(model, {**given, "extra": torch.zeros(1)}, Path("given.pt"), 3)
     (here / "code.pt").write_bytes(pickle.dumps({"weight": Code()}))
     torch.save({"weight": Code()}, here / "code2.pt")

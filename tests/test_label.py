@@ -214,7 +214,7 @@ def test_views_of_another_cache_can_be_labelled_and_combined(written, command, r
     assert f"{3 * 48} soft labels recomputed" in command("verify", mean, "--samples", 9999, "--teacher", *run_folders)
     assert "not checked; each soft label is a mean of several" in command("verify", mean, "--teacher", run_folders[3])
     assert "means of probabilities at temperature 2" in command("verify", soft, "--teacher", *run_folders)
-    with pytest.raises(UserError, match="leave out --views"):
+    with pytest.raises(UserError, match="omit --views"):
         command("write", "--teacher", run_folders[3], "--like", written, "--views", 4, "-o", tmp_path / "none.h5")
     with pytest.raises(UserError, match="--views is required unless --like FILE is given"):
         command("write", "--teacher", run_folders[3], "-o", tmp_path / "none.h5")
@@ -223,10 +223,10 @@ def test_views_of_another_cache_can_be_labelled_and_combined(written, command, r
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda teachers: teachers[:2], "no teacher leaves out fold 2 (of 0 to 2): train one with --folds 3 --fold 2"),
-        (lambda teachers: [*teachers, teachers[0]], "F0/model.pt and F0/model.pt both leave out fold 0 of 3"),
-        (lambda teachers: [*teachers[:2], with_row(teachers[2], folds=5)], "has folds 3, F2/model.pt 5"),
-        (lambda teachers: [*teachers[:2], with_row(teachers[2], image_size=32)], "has image size 24, F2/model.pt 32"),
+        (lambda teachers: teachers[:2], r"no teacher leaves out fold 2 \(of 0 to 2\): train one with --folds 3 --fold 2"),
+        (lambda teachers: [*teachers, teachers[0]], "F0/model.pt and F0/model.pt both leave out fold 0: pass one teacher per fold"),
+        (lambda teachers: [*teachers[:2], with_row(teachers[2], folds=5)], "has folds 3, but F2/model.pt has 5"),
+        (lambda teachers: [*teachers[:2], with_row(teachers[2], image_size=32)], "has image size 24, but F2/model.pt has 32"),
         (lambda teachers: [*teachers[:2], replace(teachers[2], mean=(0.0,) * 3)], "has mean and std .* F2/model.pt"),
         (lambda teachers: [*teachers[:2], with_row(teachers[2], fold=-1)], "F2/model.pt was trained on all of train"),
         (lambda teachers: [*teachers[:2], with_row(teachers[2], val_top1=None)], "F2/model.pt was trained with --tune"),

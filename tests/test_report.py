@@ -260,7 +260,7 @@ def test_a_lone_entry_that_is_not_a_run_is_refused_in_one_sentence(tmp_path, cap
 def test_entries_without_a_run_are_refused_together(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert main([str(tmp_path / "nothing"), str(tmp_path / "file")]) == 2
-    assert f"no runs in {tmp_path}/nothing (not a run), {tmp_path}/file (not a run); name" in capsys.readouterr().err
+    assert f"no runs in {tmp_path}/nothing (not a run), {tmp_path}/file (not a run); pass" in capsys.readouterr().err
 
 
 def test_the_plot_has_a_panel_a_chart_with_the_runs_values(runs, tmp_path, monkeypatch):
