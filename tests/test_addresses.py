@@ -134,7 +134,7 @@ def test_what_cannot_be_fetched_is_one_sentence(tmp_path, shop, monkeypatch):
     assert "sha256sum" in refusal(shop.url)
     shop.checksum = Served(b"x", status=[503] * 9)
     assert "HTTP 503" in refusal(shop.url)
-    assert "is no address that can be fetched" in refusal("nothing://a/b")
+    assert "is not a URL that can be downloaded" in refusal("nothing://a/b")
     assert not any("logits.h5" in name and not name.endswith(".lock") for name in kept(tmp_path))
 
 

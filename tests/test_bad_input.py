@@ -325,6 +325,7 @@ def ours(result: subprocess.CompletedProcess) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("kd_dist:")]
 
 
+@pytest.mark.slow
 def test_full_disk_under_two_ranks_is_one_sentence(made, tmp_path):
     """A limit on file size plays the full disk: checkpoints of 12 MB do not fit."""
     ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "kd_dist.distill"]

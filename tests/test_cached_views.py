@@ -266,7 +266,7 @@ def test_other_data_and_an_altered_cache_are_refused(cache, root, tmp_path):
 
 def test_a_cache_without_its_checksum_file_is_used_with_a_warning(cache, root, tmp_path):
     shutil.copy(cache, tmp_path / "alone.h5")
-    with pytest.warns(UserWarning, match=r"alone.h5 came without its .sha256 file"):
+    with pytest.warns(UserWarning, match=r"alone.h5 has no .sha256 file beside it"):
         CachedViews(tmp_path / "alone.h5", root, image_size=SIZE)
 
 

@@ -133,6 +133,7 @@ def test_ranks_that_wait_in_c_end_with_the_code_of_the_one_that_refuses(tmp_path
     assert job.said == ["kd_dist: the file of rank 1 is damaged; copy it again."]
 
 
+@pytest.mark.slow
 def test_an_error_of_nccl_is_shown_in_its_own_words(tmp_path):
     job = Job(tmp_path, "nccl")
     assert job.end() == [1, 1]
@@ -141,6 +142,7 @@ def test_an_error_of_nccl_is_shown_in_its_own_words(tmp_path):
     assert job.state == ("failed", sentence.removeprefix("kd_dist: ")) and "Traceback" not in job.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named(tmp_path):
     job = Job(tmp_path, "blocked", ranks=3, KD_DIST_SILENCE_SECONDS="5")
     job.signal(signal.SIGSTOP, 2)
@@ -154,6 +156,7 @@ def test_a_stopped_rank_is_named(tmp_path):
     assert job.state == ("failed", sentence.removeprefix("kd_dist: "))
 
 
+@pytest.mark.slow
 def test_a_stop_waits_for_a_slow_rank_and_all_save(tmp_path):
     job = Job(tmp_path, "slow_to_stop")
     job.signal(signal.SIGTERM)
@@ -163,6 +166,7 @@ def test_a_stop_waits_for_a_slow_rank_and_all_save(tmp_path):
     assert job.said == ["kd_dist: stopped by SIGTERM; run the same command again to resume."]
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_all_stops_with_the_one_that_was_stopped(tmp_path):
     job = Job(tmp_path, "leaves_early")
     job.signal(signal.SIGTERM, 1)

@@ -223,10 +223,19 @@ def test_views_of_another_cache_can_be_labelled_and_combined(written, command, r
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda teachers: teachers[:2], r"no teacher leaves out fold 2 \(of 0 to 2\): train one with --folds 3 --fold 2"),
-        (lambda teachers: [*teachers, teachers[0]], "F0/model.pt and F0/model.pt both leave out fold 0: pass one teacher per fold"),
+        (
+            lambda teachers: teachers[:2],
+            r"no teacher leaves out fold 2 \(of 0 to 2\): train one with --folds 3 --fold 2",
+        ),
+        (
+            lambda teachers: [*teachers, teachers[0]],
+            "F0/model.pt and F0/model.pt both leave out fold 0: pass one teacher per fold",
+        ),
         (lambda teachers: [*teachers[:2], with_row(teachers[2], folds=5)], "has folds 3, but F2/model.pt has 5"),
-        (lambda teachers: [*teachers[:2], with_row(teachers[2], image_size=32)], "has image size 24, but F2/model.pt has 32"),
+        (
+            lambda teachers: [*teachers[:2], with_row(teachers[2], image_size=32)],
+            "has image size 24, but F2/model.pt has 32",
+        ),
         (lambda teachers: [*teachers[:2], replace(teachers[2], mean=(0.0,) * 3)], "has mean and std .* F2/model.pt"),
         (lambda teachers: [*teachers[:2], with_row(teachers[2], fold=-1)], "F2/model.pt was trained on all of train"),
         (lambda teachers: [*teachers[:2], with_row(teachers[2], val_top1=None)], "F2/model.pt was trained with --tune"),

@@ -45,6 +45,7 @@ def test_a_pipeline_here_runs_one_job_after_the_other(launch, tmp_path):
     assert "nothing to do" in launch("submit", "pipeline", "--cluster=local", "--nodes=2", "--", *SIZES, "--views=2")
 
 
+@pytest.mark.slow
 def test_a_failed_teacher_here_drops_its_student(launch, tmp_path):
     launch("submit", "pipeline", "--cluster=local", "--", *SIZES, "--teacher=nonet")
     shown = launch("status", "--follow", "--every=0.5", code=1)
@@ -57,6 +58,7 @@ def test_debug_runs_in_this_process(launch, tmp_path):
     assert "epoch 1/1" in said and (tmp_path / "runs/student/model.pt").exists()
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_study(launch, tmp_path):
     launch("submit", "teacher", "--cluster=debug", "--gpus-per-node=0", "--", *SIZES, "--views=3")
     own = ("--", *SIZES, "--cache=runs/teacher/logits.h5")

@@ -228,7 +228,8 @@ def test_verify_accepts_what_was_not(plain, capsys):
     main(["verify", str(plain), "--device", "cpu"])
     said = capsys.readouterr().out
     assert (
-        "the Parquet files give back the columns of the exported cache\n" in said and "2,140 rows, all finite" in said
+        "the Parquet files give back the columns of the exported cache\n" in said
+        and "2,140 soft labels, all finite" in said
     )
 
 

@@ -244,7 +244,7 @@ class Looker:
         self.runs: dict[str, dict] = {}
         original = Trainer.run
 
-        def run(trainer, stop):
+        def run(trainer, stop, *description):
             name = trainer.folder.path.parent.name
             start = torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
             steps, terms = [], trainer.loss_terms
@@ -255,7 +255,7 @@ class Looker:
 
             trainer.loss_terms = looking
             self.runs[name] = {"start": start, "steps": steps}
-            original(trainer, stop)
+            original(trainer, stop, *description)
 
         monkeypatch.setattr(Trainer, "run", run)
 
@@ -572,6 +572,7 @@ def test_two_ranks_side_by_side_train_what_one_process_does(made, whole, tmp_pat
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
 def test_ranks_side_by_side_survive_a_failed_run_and_a_defect_of_one(made, tmp_path):
     """sitecustomize breaks two runs: one in a sentence, one in a traceback. The others are trained."""
     out, broken = tmp_path / "study", tmp_path / "broken"

@@ -141,7 +141,9 @@ def test_labels_of_a_teacher_that_saw_the_part_are_refused(made):
     )
     assert "which that teacher saw; use the cache of a teacher trained with --folds 4 --fold 2" in sentence
     assert "--folds 4 --fold 2" in sentence and not (made / "none").exists()
-    assert "--tune scores on fold 1 " in refused(distill.main, *other[:-4], "--folds", 3, "--fold", 1, "--out", made / "none")
+    assert "on fold 1 (of 0 to 2) of train, which that teacher saw" in refused(
+        distill.main, *other[:-4], "--folds", 3, "--fold", 1, "--out", made / "none"
+    )
 
 
 @pytest.mark.parametrize(
