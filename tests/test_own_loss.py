@@ -40,7 +40,7 @@ def test_it_is_what_the_student_minimises():
     {
         "own_losses:l11": "own_losses has no function l11 (did you mean l1?)",
         "no_losses:l1": "there is no module no_losses",
-        "kld": "--loss kld is not known (did you mean kl?); choose from kl, ce, mse, std, dkd, or name a function as my_module:function",
+        "kld": "--loss kld is not known (did you mean kl?); choose from kl, ce, mse, std, dkd, or name a function as",
         "own_losses:one_number": "gives the shape [] for 3 samples; a loss of each, [3], is needed",
         "own_losses:plain": "gives a float for 3 samples",
         "own_losses:infinite": "not finite numbers",
