@@ -330,3 +330,12 @@ def test_command_says_which_layout_it_found(root: Path, flat: Path, listed: Path
     }[layout]
     assert dataset.main(["--data", *map(str, data)]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith(f": {words}")
+
+
+def test_a_folder_that_may_not_be_entered_is_one_sentence(tiny_root, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match=r"cannot read .* fix its permissions"):
+        scan(tiny_root)

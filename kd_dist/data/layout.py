@@ -85,7 +85,13 @@ def is_set(folder: Path) -> bool:
 
 def lay_out(data: Path, val_share: float | None, ignored: Ignored) -> Layout:
     """List the images of a folder or a CSV file by class and path. Raises UserError where it is no usable set."""
-    return _of_csv(data, val_share, ignored) if data.is_file() else _of_folder(data, val_share, ignored)
+    try:
+        is_file = data.is_file()
+    except OSError as error:  # a folder above it may not be entered
+        raise UserError(
+            f"cannot read {data} ({error.strerror}): fix its permissions, or pass another data set with --data."
+        ) from error
+    return _of_csv(data, val_share, ignored) if is_file else _of_folder(data, val_share, ignored)
 
 
 def _val_among(names: Iterable[str], val_share: float | None, where: Path, ignored: Ignored) -> str | None:
