@@ -5,7 +5,6 @@ Skipped where there is no chromium; tests/browser/setup.sh installs it. KD_DIST_
 look at instead, and KD_DIST_SCREENSHOTS a folder to leave pictures of the pages in.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -17,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ranks import free_port, run_command
-from webdriver import Browser, browser
+from ranks import run_command
+from webdriver import Browser, browser, get, served
 
 from kd_dist.data.generated import generate
 from kd_dist.run.curves import CHARTS, OVERVIEW, TAGS
@@ -68,32 +67,10 @@ def stop_after_a_checkpoint(folder: RunFolder, *words: str) -> None:
 @pytest.fixture(scope="module")
 def address(runs) -> Iterator[str]:
     """Where TensorBoard shows these runs."""
-    port = free_port()
-    command = [Path(sys.executable).with_name("tensorboard"), "--logdir", runs, "--host=127.0.0.1", f"--port={port}"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for_runs(f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def wait_for_runs(address: str) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            if len(answer(f"{address}/data/runs")) >= len(NAMES):
-                return
-        except OSError:
-            pass
-        assert time.monotonic() < deadline, "TensorBoard shows no runs"
-        time.sleep(0.3)
-
-
-def answer(url: str):
-    with urllib.request.urlopen(url, timeout=30) as reply:
-        return json.load(reply)
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    command = (tensorboard, "--logdir", runs, "--host=127.0.0.1")
+    with served(*command, ready=lambda address: len(get(f"{address}/data/runs")) >= len(NAMES)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +139,12 @@ def test_images_are_shown(page):
 
 
 def test_every_picture_is_served_and_is_one(address, runs):
-    found = answer(f"{address}/data/plugin/images/tags")
+    found = get(f"{address}/data/plugin/images/tags")
     for run in ("distilled", "hard"):
         assert {f"5_pictures/{name}" for name in PICTURES} == found[run].keys()
     assert "5_pictures/3_disagreements" not in found["teacher"]
     query = "run=distilled&sample=0&tag=5_pictures/4_confusion"
-    last = answer(f"{address}/data/plugin/images/images?{query}")[-1]
+    last = get(f"{address}/data/plugin/images/images?{query}")[-1]
     with urllib.request.urlopen(f"{address}/data/plugin/images/individualImage?{last['query']}", timeout=30) as reply:
         assert reply.headers["Content-Type"] == "image/png" and reply.read(4) == b"\x89PNG"
 
@@ -182,17 +159,15 @@ def test_hparams_has_each_run_with_its_final_scores(page, runs):
 
 
 def test_there_is_no_run_beside_the_three(address):
-    assert sorted(answer(f"{address}/data/runs")) == sorted(NAMES)
+    assert sorted(get(f"{address}/data/runs")) == sorted(NAMES)
 
 
 def test_texts_hold_command_settings_versions_identity_and_hosts(page, address, runs):
     window = page("text")
     window.wait_for(lambda: "python -m kd_dist.distill" in window.text(), "command")
     keep(window, "text")
-    tags = answer(f"{address}/data/plugin/text/tags")["distilled"]
-    texts = {
-        tag: answer(f"{address}/data/plugin/text/text?run=distilled&tag={tag}")[-1]["text"] for tag in sorted(tags)
-    }
+    tags = get(f"{address}/data/plugin/text/tags")["distilled"]
+    texts = {tag: get(f"{address}/data/plugin/text/text?run=distilled&tag={tag}")[-1]["text"] for tag in sorted(tags)}
     assert "alpha" in texts["run/2_settings/text_summary"] and "torch" in texts["run/3_versions/text_summary"]
     assert "fingerprint" in texts["run/4_data_and_cache/text_summary"]
     assert "cache SHA-256" in texts["run/4_data_and_cache/text_summary"]
@@ -203,9 +178,9 @@ def test_texts_hold_command_settings_versions_identity_and_hosts(page, address, 
 def test_a_resumed_run_has_single_curves_and_its_markers(page, address):
     """It was stopped on two ranks and went on on one."""
     for tag in (TAGS["top1"], TAGS["train_soft"], "2_health/goodput", "2_health/attempts"):
-        points = answer(f"{address}/data/plugin/scalars/scalars?run=distilled&tag={tag}")
+        points = get(f"{address}/data/plugin/scalars/scalars?run=distilled&tag={tag}")
         assert [step for _, step, _ in points] == [120 * epoch for epoch in range(1, 9)], tag
-    attempts = [value for _, _, value in answer(f"{address}/data/plugin/scalars/scalars?run=distilled&tag={tag}")]
+    attempts = [value for _, _, value in get(f"{address}/data/plugin/scalars/scalars?run=distilled&tag={tag}")]
     assert attempts[-1] == 2
     window = page("text")
     window.wait_for(lambda: "stopped on request, all saved: stopped by SIGTERM" in window.text(), "marker")

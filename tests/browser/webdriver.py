@@ -86,6 +86,12 @@ class Browser:
         return post(f"{self._root}/{command}", **body)
 
 
+def get(address: str) -> Any:
+    """The JSON document at an address."""
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        return json.load(answer)
+
+
 def post(address: str, /, **body: Any) -> Any:
     """The value that a WebDriver command gives."""
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -96,28 +102,35 @@ def post(address: str, /, **body: Any) -> Any:
 @contextmanager
 def browser(width: int = 1600, height: int = 1200) -> Iterator[Browser]:
     """A window of this size until the end of the block."""
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL)
-    try:
-        _wait_until_ready(address)
+    with served("chromedriver", ready=lambda address: get(f"{address}/status")["value"]["ready"]) as address:
         options = {"args": [*SWITCHES, f"--window-size={width},{height}"]}
         capabilities = {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}
         session = post(f"{address}/session", capabilities=capabilities)["sessionId"]
         yield Browser(address, session)
         request = urllib.request.Request(f"{address}/session/{session}", method="DELETE")
         urllib.request.urlopen(request, timeout=60).close()
+
+
+@contextmanager
+def served(*command: str | Path, ready: Callable[[str], bool]) -> Iterator[str]:
+    """The address of a server on a free port of this machine, from when it is ready to the end of the block."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen([*command, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not _is_ready(address, ready):
+            assert server.poll() is None, f"{command[0]} ended with exit code {server.returncode}"
+            assert time.monotonic() < deadline, f"{command[0]} is not ready"
+            time.sleep(0.2)
+        yield address
     finally:
-        driver.terminate()
-        driver.wait(30)
+        server.terminate()
+        server.wait(30)
 
 
-def _wait_until_ready(address: str) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            if json.load(urllib.request.urlopen(f"{address}/status", timeout=5))["value"]["ready"]:
-                return
-        except OSError:
-            assert time.monotonic() < deadline, "chromedriver does not answer"
-        time.sleep(0.2)
+def _is_ready(address: str, ready: Callable[[str], bool]) -> bool:
+    try:
+        return ready(address)
+    except OSError:  # nobody listens yet
+        return False
